@@ -1,0 +1,96 @@
+"""The graphs that users name. Only wiring: what a stage does is in ``tasks``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import luigi
+
+from tasks import settings
+from tasks.export import Export
+from tasks.names import NamesParameter
+from tasks.report import Report, print_summary
+from tasks.stages import CONDITIONS
+
+
+class BuildDataset(luigi.WrapperTask):
+    """Raw annotations to triplet folders, Parquet manifests and a report; only what changed is done again.
+
+    ``luigi --module pipelines BuildDataset --local-scheduler``
+    """
+
+    dataset: tuple[str, ...] = NamesParameter(
+        default=("ap10k", "humanart"),
+        choices=("ap10k", "humanart"),
+        config_path={"section": "build", "name": "datasets"},
+        description="datasets to build",
+    )
+    split: tuple[str, ...] = NamesParameter(
+        default=("train", "val"),
+        choices=("train", "val", "test"),
+        config_path={"section": "build", "name": "splits"},
+        description="splits to build",
+    )
+    conditions: tuple[str, ...] = NamesParameter(
+        default=("spatext", "openpose"),
+        choices=tuple(CONDITIONS),
+        config_path={"section": "build", "name": "conditions"},
+        description="conditioning images to make",
+    )
+    images: str = luigi.ChoiceParameter(
+        default="required",
+        choices=["required", "optional"],
+        config_path={"section": "build", "name": "images"},
+        description="optional: records without an image file are built all the same",
+    )
+    on_bad_record: str = luigi.ChoiceParameter(
+        default="quarantine",
+        choices=["quarantine", "fail"],
+        config_path={"section": "build", "name": "on_bad_record"},
+        description="quarantine: set bad records aside; fail: stop the build",
+    )
+    max_reject_share: float = luigi.FloatParameter(
+        default=0.05,
+        config_path={"section": "build", "name": "max_reject_share"},
+        description="share of bad records above which the build fails",
+    )
+
+    def exports(self) -> Iterator[Export]:
+        """One task for each split that a dataset has."""
+        for dataset in self.dataset:
+            for split in self.split:
+                if split in settings.dataset_of(dataset).split_words:
+                    yield self.clone(Export, dataset=dataset, split=split)
+
+    def requires(self) -> list[luigi.Task]:
+        exports = list(self.exports())
+        if not exports:
+            raise ValueError(f"expected a split that {' or '.join(self.dataset)} has, found {', '.join(self.split)}")
+        return [*exports, self.clone(Report)]
+
+    def run(self) -> None:
+        print_summary(self.exports())
+
+
+class _OnlyWhatMatters(logging.Filter):
+    """Luigi tells of every task that it looks at; the summary at the end, warnings and errors are what people read."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.INFO or "Luigi Execution Summary" in record.getMessage()
+
+
+logging.getLogger("luigi-interface").addFilter(_OnlyWhatMatters())
+
+EXIT_CODES = {
+    "already_running": 10,
+    "missing_data": 20,
+    "not_run": 25,
+    "task_failed": 30,
+    "scheduling_error": 35,
+    "unhandled_exception": 40,
+}
+for _name, _code in EXIT_CODES.items():
+    # Luigi's own default is to exit with 0 whatever happened, also where a user's settings say nothing of it.
+    if not luigi.configuration.get_config().has_option("retcode", _name):
+        luigi.configuration.get_config().set("retcode", _name, str(_code))

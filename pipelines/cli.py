@@ -1,0 +1,3 @@
+"""The ``spctrl`` command."""
+import typer
+app = typer.Typer()

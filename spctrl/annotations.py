@@ -1,0 +1,409 @@
+"""Reading annotation files in COCO keypoint format: AP-10K's and HumanArt's.
+
+A file of HumanArt's size holds 200 MB of JSON. It is cut into its entries once, without decoding them; each entry is then
+decoded on its own and flattened into arrays, so that one broken entry costs one record and memory holds no object per number.
+
+Legend: R images, M annotations of the whole file, K keypoints (17).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from spctrl.datasets import Dataset
+
+MAX_FILE_NAME_BYTES = 255
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
+FAR_AWAY_IN_SIZES = 1.0
+"""How far outside the image a labelled keypoint may lie, in image widths and heights."""
+
+
+class AnnotationFileError(ValueError):
+    """An annotation file that cannot be used at all."""
+
+
+class Category(msgspec.Struct):
+    """An entry of ``categories``; ``skeleton`` holds 1-based pairs."""
+
+    id: int
+    name: str
+    supercategory: str = ""
+    keypoints: list[str] = []
+    skeleton: list[list[int]] = []
+
+
+class ImageEntry(msgspec.Struct, gc=False):
+    """An entry of ``images``, with the optional fields of both datasets."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    background: int | None = None
+    page_url: str | None = None
+    author: str | None = None
+    description: str | None = None
+    category: str | None = None
+
+
+class AnnotationEntry(msgspec.Struct, gc=False):
+    """An entry of ``annotations``; bbox is x, y, width, height in pixels; keypoints are flat x, y, v triples."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    keypoints: list[float]
+    area: float = 0.0
+    iscrowd: int = 0
+    num_keypoints: int = 0
+    keypoints_21: list[float] | None = None
+
+
+class Document(msgspec.Struct):
+    """An annotation file cut into entries that are not decoded yet."""
+
+    images: list[msgspec.Raw]
+    annotations: list[msgspec.Raw]
+    categories: list[Category]
+
+
+@dataclass(kw_only=True)
+class Annotations:
+    """An annotation file's usable images and its instances as columns, with what is wrong with the rest.
+
+    Attributes:
+        images: R usable entries in file order.
+        order: (U,) int64, the rows of the instances of usable images, sorted by image and else in file order.
+        image_of: (U,) int64, for each of ``order`` the position in ``images``.
+        ids, image_ids, category_ids, num_keypoints: (M,) int64, as all columns below in file order.
+        iscrowd: (M,) bool.
+        areas: (M,) float64, square pixels.
+        bboxes_xywh: (M, 4) float64, pixels.
+        keypoints: (M, K, 3) float64: x, y in pixels and visibility.
+        has_keypoints_21: (M,) bool.
+        keypoints_21: (L, 21, 3) float64 of the L instances that have them, HumanArt's 17 + 4.
+        categories: by id.
+        rejects: rows of ``REJECT_SCHEMA``.
+        images_in_file: usable or not.
+    """
+
+    images: list[ImageEntry]
+    order: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    image_of: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    ids: NDArray[np.int64]
+    image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    num_keypoints: NDArray[np.int64]
+    iscrowd: NDArray[np.bool_]
+    areas: NDArray[np.float64]
+    bboxes_xywh: NDArray[np.float64]
+    keypoints: NDArray[np.float64]
+    has_keypoints_21: NDArray[np.bool_]
+    keypoints_21: NDArray[np.float64]
+    categories: dict[int, Category]
+    rejects: list[dict[str, Any]]
+    images_in_file: int = 0
+
+
+def read_document(path: Path) -> Document:
+    """Cut an annotation file into its entries.
+
+    Raises:
+        AnnotationFileError: the file is not JSON or lacks a section; names the file and the place.
+    """
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        return msgspec.json.decode(data, type=Document)
+    except (msgspec.DecodeError, RecursionError) as error:
+        if isinstance(error, msgspec.ValidationError):
+            raise AnnotationFileError(_wrong_section(path, error)) from None
+        if not (b"NaN" in data or b"Infinity" in data):
+            raise AnnotationFileError(_not_json(path, data, error)) from None
+    # Python's json writes NaN and Infinity although JSON has neither. Read the file its way: such numbers become null, and
+    # the entries that hold them are rejected one by one.
+    try:
+        return msgspec.json.decode(msgspec.json.encode(json.loads(data)), type=Document)
+    except msgspec.ValidationError as error:
+        raise AnnotationFileError(_wrong_section(path, error)) from None
+    except (ValueError, RecursionError) as error:
+        raise AnnotationFileError(_not_json(path, data, error)) from None
+
+
+def _wrong_section(path: Path, error: Exception) -> str:
+    return (
+        f"{path}: expected an object with the lists images, annotations and categories (COCO keypoint format): {error}. "
+        "Is this one of the dataset's own annotation files, complete?"
+    )
+
+
+def _not_json(path: Path, data: bytes, error: Exception) -> str:
+    message = str(error)
+    place = f"after its last byte ({len(data):,} bytes)"
+    if "(byte " in message:
+        position = int(message.rsplit("(byte ", 1)[1].rstrip(")"))
+        line = data.count(b"\n", 0, position) + 1
+        place = f"line {line}, byte {position}, near {data[max(0, position - 20) : position + 20]!r}"
+    return f"{path}: expected JSON, found a fault {place}: {message}. Was the file copied or downloaded whole?"
+
+
+def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annotations:
+    """Read and check a whole annotation file.
+
+    Args:
+        path: the JSON file.
+        dataset: whose rules apply (keypoint count, backgrounds, names of files).
+        max_pixels: largest width x height of an image that is accepted.
+
+    Raises:
+        AnnotationFileError: the file is not JSON, lacks a section or has no usable image.
+    """
+    document = read_document(path)
+    categories = {category.id: category for category in document.categories}
+    rejects = _Rejects()
+    images_in_file = len(document.images)
+    images = _decode_images(document.images, dataset, max_pixels, rejects)
+    annotations = _decode_annotations(document.annotations, images, dataset, categories, rejects)
+    _check_numbers(annotations, rejects)
+    _keep_usable(annotations, rejects.image_ids)
+    annotations.images_in_file = images_in_file
+    if not annotations.images:
+        reasons = Counter(row["code"] for row in rejects.rows).most_common(3)
+        found = ", ".join(f"{code}: {count}" for code, count in reasons) or "an empty list of images"
+        raise AnnotationFileError(f"{path}: expected at least one usable image, found none ({found})")
+    return annotations
+
+
+class _Rejects:
+    """Collects reject rows and the images that they take along."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.image_ids: set[int] = set()
+
+    def add(self, code: str, message: str, image: ImageEntry | int | None, annotation_id: int | None = None) -> None:
+        image_id = image.id if isinstance(image, ImageEntry) else image
+        self.rows.append(
+            {
+                "image_id": image_id,
+                "annotation_id": annotation_id,
+                "file_name": image.file_name if isinstance(image, ImageEntry) else None,
+                "code": code,
+                "message": message,
+            }
+        )
+        if image_id is not None:
+            self.image_ids.add(image_id)
+
+
+def _decode_images(
+    entries: list[msgspec.Raw], dataset: Dataset, max_pixels: int, rejects: _Rejects
+) -> list[ImageEntry]:
+    """Every image that can be decoded; those that are wrong in themselves are marked in ``rejects``."""
+    decoder = msgspec.json.Decoder(ImageEntry)
+    images: list[ImageEntry] = []
+    for position, entry in enumerate(entries):
+        try:
+            image = decoder.decode(entry)
+        except (msgspec.DecodeError, RecursionError) as error:
+            rejects.add("bad_image_entry", f"images[{position}]: {error}", None)
+            continue
+        if not _fits_int64(image.id):
+            rejects.add("bad_image_entry", f"images[{position}]: id {image.id} does not fit 64 bits", None)
+            continue
+        images.append(image)
+        if fault := _image_fault(image, dataset, max_pixels):
+            rejects.add(*fault, image)
+    entries.clear()
+    # Conditions are PNG files named after the image, so x.jpg and x.png would be one.
+    stems = [dataset.artifact_stem(image.file_name) for image in images]
+    for kind, values in (("id", [image.id for image in images]), ("file_name", stems)):
+        counts = Counter(values)
+        if len(counts) == len(values):
+            continue
+        for image, value in zip(images, values, strict=True):
+            if counts[value] > 1:
+                rejects.add(f"duplicate_image_{kind}", f"{counts[value]} images share the {kind} {value!r}", image)
+    return images
+
+
+def _image_fault(image: ImageEntry, dataset: Dataset, max_pixels: int) -> tuple[str, str] | None:
+    if fault := unsafe_path(dataset.image_path(image.file_name)):
+        return "unsafe_path", f"file_name {image.file_name!r} {fault}"
+    if image.width <= 0 or image.height <= 0 or image.width * image.height > max_pixels:
+        return (
+            "bad_size",
+            f"expected a width and height above 0 and at most {max_pixels:,} pixels in all (setting [index] max_pixels), "
+            f"found {image.width} x {image.height}",
+        )
+    if image.background is not None and dataset.backgrounds and image.background not in dataset.backgrounds:
+        known = ", ".join(map(str, dataset.backgrounds))
+        return "unknown_background", f"expected a background id among {known}, found {image.background}"
+    return None
+
+
+def unsafe_path(path: str) -> str | None:
+    """Why a relative path may not be joined to a folder, or None when it is harmless."""
+    if path.startswith("/") or path[1:2] == ":":
+        return "is absolute"
+    parts = path.split("/")
+    if ".." in parts:
+        return "climbs out of the dataset"
+    if "" in parts or "." in parts:
+        return "names no file"
+    if _UNPRINTABLE.search(path):
+        return "holds a backslash or a control character"
+    if not path.isascii():
+        try:
+            parts = [part.encode() for part in parts]
+        except UnicodeEncodeError:
+            return "is not valid Unicode"
+    return f"has a part longer than {MAX_FILE_NAME_BYTES} bytes" if max(map(len, parts)) > MAX_FILE_NAME_BYTES else None
+
+
+def _decode_annotations(
+    entries: list[msgspec.Raw],
+    images: list[ImageEntry],
+    dataset: Dataset,
+    categories: dict[int, Category],
+    rejects: _Rejects,
+) -> Annotations:
+    """Decode, check and gather the instances of the images that remain."""
+    decoder = msgspec.json.Decoder(AnnotationEntry)
+    known_images = {image.id: image for image in images}
+    numbers = 3 * dataset.skeleton.num_keypoints
+    head, boxes, keypoints, keypoints_21 = array("q"), array("d"), array("d"), array("d")
+    areas, has_21 = array("d"), array("b")
+    for position, entry in enumerate(entries):
+        try:
+            each = decoder.decode(entry)
+        except (msgspec.DecodeError, RecursionError) as error:
+            image_id, annotation_id = _ids_of_broken(entry)
+            image = known_images.get(image_id) if image_id is not None else None
+            rejects.add("bad_annotation_entry", f"annotations[{position}]: {error}", image or image_id, annotation_id)
+            continue
+        image = known_images.get(each.image_id)
+        if fault := _annotation_fault(each, image, numbers, categories):
+            rejects.add(*fault, image or _int64_or_none(each.image_id), _int64_or_none(each.id))
+            continue
+        head.extend((each.id, each.image_id, each.category_id, each.num_keypoints, each.iscrowd))
+        areas.append(each.area)
+        boxes.extend(each.bbox)
+        keypoints.extend(each.keypoints)
+        has_21.append(each.keypoints_21 is not None)
+        if each.keypoints_21 is not None:
+            keypoints_21.extend(each.keypoints_21)
+    entries.clear()  # with the last entry goes the file's text
+    ids, image_ids, category_ids, num_keypoints, iscrowd = np.frombuffer(head, np.int64).reshape(-1, 5).T
+    return Annotations(
+        images=images,
+        ids=ids,
+        image_ids=image_ids,
+        category_ids=category_ids,
+        num_keypoints=num_keypoints,
+        iscrowd=iscrowd != 0,
+        areas=np.frombuffer(areas),
+        bboxes_xywh=np.frombuffer(boxes).reshape(-1, 4),
+        keypoints=np.frombuffer(keypoints).reshape(-1, dataset.skeleton.num_keypoints, 3),
+        keypoints_21=np.frombuffer(keypoints_21).reshape(-1, 21, 3),
+        has_keypoints_21=np.frombuffer(has_21, bool),
+        categories=categories,
+        rejects=rejects.rows,
+    )
+
+
+def _ids_of_broken(entry: msgspec.Raw) -> tuple[int | None, int | None]:
+    """The image id and annotation id of an entry that does not decode as a whole, as far as they can be read."""
+    try:
+        fields = msgspec.json.decode(entry)
+    except (msgspec.DecodeError, RecursionError):
+        return None, None
+    fields = fields if isinstance(fields, dict) else {}
+    return _int64_or_none(fields.get("image_id")), _int64_or_none(fields.get("id"))
+
+
+def _int64_or_none(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and _fits_int64(value) else None
+
+
+def _fits_int64(value: int) -> bool:
+    return -(2**63) <= value < 2**63
+
+
+def _annotation_fault(
+    each: AnnotationEntry, image: ImageEntry | None, numbers: int, categories: dict[int, Category]
+) -> tuple[str, str] | None:
+    if image is None:
+        return "unknown_image", f"annotation {each.id} belongs to image {each.image_id}, which the file does not list"
+    if len(each.keypoints) != numbers:
+        return (
+            "keypoint_count",
+            f"expected {numbers} numbers in keypoints of annotation {each.id}, found {len(each.keypoints)}",
+        )
+    if each.keypoints_21 is not None and len(each.keypoints_21) != 63:
+        return (
+            "keypoint_count",
+            f"expected 63 numbers in keypoints_21 of annotation {each.id}, found {len(each.keypoints_21)}",
+        )
+    if len(each.bbox) != 4:
+        return "bad_bbox", f"expected x, y, width, height in bbox of annotation {each.id}, found {each.bbox}"
+    if each.category_id not in categories:
+        return "unknown_category", f"annotation {each.id} has category {each.category_id}, which the file does not list"
+    if not (_fits_int64(each.id) and 0 <= each.num_keypoints < 2**31 and _fits_int64(each.iscrowd)):
+        return "bad_annotation_entry", f"annotation {each.id} holds a whole number that is out of range"
+    return None
+
+
+def _check_numbers(flat: Annotations, rejects: _Rejects) -> None:
+    """The checks that run over whole columns: duplicates, coordinates, visibility, boxes."""
+    images = {image.id: image for image in flat.images}
+    unique, counts = np.unique(flat.ids, return_counts=True)
+    duplicated = np.isin(flat.ids, unique[counts > 1])
+    sizes_wh = np.array([(images[i].width, images[i].height) for i in flat.image_ids.tolist()], np.float64)
+    limit = sizes_wh.reshape(-1, 1, 2)
+    xy, v = flat.keypoints[..., :2], flat.keypoints[..., 2]
+    near = (xy >= -FAR_AWAY_IN_SIZES * limit) & (xy <= (1 + FAR_AWAY_IN_SIZES) * limit)
+    finite = np.isfinite(flat.keypoints).all(axis=(1, 2)) & np.isfinite(flat.areas)
+    if len(flat.keypoints_21):
+        finite[flat.has_keypoints_21] &= np.isfinite(flat.keypoints_21).all(axis=(1, 2))
+    checks = (
+        ("duplicate_annotation_id", duplicated, "several annotations share the id"),
+        ("bad_coordinate", ~finite, "expected finite numbers in keypoints and area of annotation"),
+        ("bad_visibility", ~((v == 0) | (v == 1) | (v == 2)).all(axis=1), "expected visibility 0, 1 or 2 in keypoints of annotation"),
+        (
+            "far_away_keypoint",
+            ~(near.all(axis=2) | (v == 0)).all(axis=1),
+            "a labelled keypoint lies more than one image size outside the image, annotation",
+        ),
+        (
+            "bad_bbox",
+            ~(np.isfinite(flat.bboxes_xywh).all(axis=1) & (flat.bboxes_xywh[:, 2:] >= 0).all(axis=1)),
+            "expected finite numbers and no negative size in bbox of annotation",
+        ),
+    )
+    for code, wrong, message in checks:
+        for row in np.flatnonzero(wrong).tolist():
+            annotation_id = int(flat.ids[row])
+            rejects.add(code, f"{message} {annotation_id}", images[int(flat.image_ids[row])], annotation_id)
+
+
+def _keep_usable(flat: Annotations, rejected_image_ids: set[int]) -> None:
+    """Drop whole images: a map that lacks one of its instances would be silently wrong."""
+    flat.images = [image for image in flat.images if image.id not in rejected_image_ids]
+    position = {image.id: index for index, image in enumerate(flat.images)}
+    image_of = np.array([position.get(i, -1) for i in flat.image_ids.tolist()], np.int64)
+    order = np.argsort(image_of, kind="stable")
+    flat.order = order[np.searchsorted(image_of[order], 0) :]
+    flat.image_of = image_of[flat.order]

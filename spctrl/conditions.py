@@ -1,0 +1,72 @@
+"""Conditions that are images of their own: masks, depth maps, and depth within the mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from spctrl.records import RecordError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from spctrl.records import Record
+
+
+def check_mask(record: Record, data: bytes) -> bytes:
+    """A precomputed mask as an 8-bit single-channel PNG of 0 and 255.
+
+    Raises:
+        RecordError: not an image (``bad_image``), of another size (``image_size``) or with other values (``bad_mask``).
+    """
+    mask = _decode_gray(record, data, "mask")
+    values = np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256))
+    if not np.isin(values, (0, 255)).all():
+        raise RecordError("bad_mask", f"expected a mask of 0 and 255 only, found {len(values)} values from 0 to {values[-1]}")
+    return encode_png(mask)
+
+
+def check_depth(record: Record, data: bytes) -> bytes:
+    """A precomputed depth map (near is bright) as an 8-bit PNG of three equal channels.
+
+    Raises:
+        RecordError: not an image (``bad_image``) or of another size (``image_size``).
+    """
+    return encode_png(cv2.merge([_decode_gray(record, data, "depth map")] * 3))
+
+
+def mask_depth(record: Record, depth_png: bytes, mask_png: bytes) -> bytes:
+    """Depth x mask / 255 per pixel: an 8-bit RGB PNG that is 0 outside the mask."""
+    depth, mask = _decode_gray(record, depth_png, "depth map"), _decode_gray(record, mask_png, "mask")
+    return encode_png(cv2.merge([np.where(mask == 255, depth, np.uint8(0))] * 3))
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """(H, W) or (H, W, 3) uint8 as a PNG file."""
+    done, data = cv2.imencode(".png", pixels)
+    if not done:
+        raise ValueError(f"cannot encode an array of shape {pixels.shape} and type {pixels.dtype} as PNG")
+    return data.tobytes()
+
+
+def _decode_gray(record: Record, data: bytes, what: str) -> NDArray[np.uint8]:
+    """(H, W) uint8 of an 8-bit image whose channels are equal."""
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    except cv2.error:  # such as a header that claims more pixels than OpenCV will allocate
+        pixels = None
+    if pixels is None or pixels.dtype != np.uint8:
+        raise RecordError("bad_image", f"expected an 8-bit {what}, found a file that does not decode to one")
+    if pixels.ndim == 3:
+        gray = pixels[..., 0]
+        if (pixels[..., 1:3] != gray[..., None]).any():
+            raise RecordError("bad_image", f"expected a {what} of one channel or equal ones, found colours")
+        pixels = gray
+    if (size_wh := (pixels.shape[1], pixels.shape[0])) != record.size_wh:
+        raise RecordError(
+            "image_size",
+            f"expected a {what} of {record.size_wh[0]} x {record.size_wh[1]} pixels, found {size_wh[0]} x {size_wh[1]}",
+        )
+    return np.ascontiguousarray(pixels)

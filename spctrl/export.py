@@ -1,0 +1,116 @@
+"""The triplet folders that existing loaders read: text files from raw annotations, and links to source images."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from spctrl.annotations import read_document
+from spctrl.rendering.heatmaps import keypoint_heatmaps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from spctrl.annotations import Category
+    from spctrl.layout import Layout
+    from spctrl.records import Record
+
+LINK_WAYS = ("auto", "hard", "symbolic", "copy")
+
+
+class _Owner(msgspec.Struct):
+    image_id: int
+
+
+def record_lines(annotation_path: Path, layout: Layout, image_ids: set[int]) -> Iterator[tuple[str, bytes]]:
+    """File name and JSON line of each wanted image, in file order; its annotation objects are unchanged, to the byte."""
+    document = read_document(annotation_path)
+    decode_owner = msgspec.json.Decoder(_Owner).decode
+    annotations: dict[int, list[msgspec.Raw]] = {}
+    for entry in document.annotations:
+        try:
+            annotations.setdefault(decode_owner(entry).image_id, []).append(entry)
+        except msgspec.ValidationError:
+            continue  # the index has rejected it
+    for entry in document.images:
+        image: dict[str, Any] = msgspec.json.decode(entry)
+        if image.get("id") in image_ids:
+            line = _record_line(image, annotations.get(image["id"], []), layout)
+            yield image["file_name"], msgspec.json.encode(line)
+
+
+def _record_line(image: dict[str, Any], annotations: list[msgspec.Raw], layout: Layout) -> dict[str, Any]:
+    line = {
+        "filename": Path(image["file_name"]).name,
+        "image_id": image["id"],
+        "height": image["height"],
+        "width": image["width"],
+        "anns": annotations,
+    }
+    if layout.dataset.name == "ap10k":
+        return {**line, "background": image.get("background")}
+    return {
+        **line,
+        "dirname": layout.dirname(image["file_name"]),
+        "picture_name": image.get("picture_name"),
+        "category": image.get("category"),
+        "caption": [image["description"]] if image.get("description") else [],
+    }
+
+
+def categories_json(annotation_path: Path) -> bytes:
+    """One JSON object, category id -> category, with spaces in the keypoints' names."""
+    return msgspec.json.encode({str(each.id): _category(each) for each in read_document(annotation_path).categories})
+
+
+def _category(category: Category) -> dict[str, Any]:
+    return {
+        "id": category.id,
+        "name": category.name,
+        "supercategory": category.supercategory,
+        "keypoints": [name.replace("_", " ") for name in category.keypoints],
+        "skeleton": category.skeleton,
+    }
+
+
+def heatmaps_npy(record: Record) -> bytes:
+    """The record's keypoint heatmaps, (K, 64, 64) float64, as a NumPy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, keypoint_heatmaps(record.keypoints, record.size_wh))
+    return buffer.getvalue()
+
+
+def link_file(source: Path, target: Path, way: str) -> None:
+    """Put a source image at ``target``, replacing what is there.
+
+    Args:
+        source: an existing file.
+        target: where; its folder exists.
+        way: ``hard``, ``symbolic``, ``copy``, or ``auto`` for the first of these that works.
+
+    Raises:
+        OSError: the way does not work here (such as a hard link to another disk).
+    """
+    target.unlink(missing_ok=True)
+    ways = {
+        "hard": lambda: os.link(source.resolve(), target),
+        "symbolic": lambda: target.symlink_to(source.resolve()),
+        "copy": lambda: shutil.copyfile(source, target),
+    }
+    if way != "auto":
+        ways[way]()
+        return
+    for last, attempt in ((False, ways["hard"]), (False, ways["symbolic"]), (True, ways["copy"])):
+        try:
+            attempt()
+        except OSError:
+            if last:
+                raise
+        else:
+            return

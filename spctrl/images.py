@@ -1,0 +1,88 @@
+"""Looking at image files: real size, whether they can be decoded, and a perceptual hash."""
+
+# ruff: noqa: PTH: paths are checked for every image, and a Path object costs more than the check
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from spctrl.records import RecordError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from spctrl.records import Record
+
+HASH_SIDE = 8
+_THUMBNAIL_SIDE = 32
+
+
+def probe_image(record: Record, data: bytes) -> bytes:
+    """Check an image file against its annotation.
+
+    The file is decoded, at an eighth of its size where the format allows, so that a truncated one is found.
+
+    Args:
+        record: whose ``size_wh`` the file must have.
+        data: the file's bytes.
+
+    Returns:
+        JSON object with ``sha256`` of the file, ``width``, ``height`` and ``phash`` (16 hex digits).
+
+    Raises:
+        RecordError: ``bad_image`` or ``image_size``.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            size_wh = image.size
+            if size_wh != record.size_wh:
+                raise RecordError(
+                    "image_size",
+                    f"expected the annotated {record.size_wh[0]} x {record.size_wh[1]} pixels, found {size_wh[0]} x {size_wh[1]}",
+                )
+            image.draft("L", (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+            small = image.convert("L").resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    except RecordError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RecordError("bad_image", f"the image cannot be decoded: {error}") from None
+    facts = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "width": size_wh[0],
+        "height": size_wh[1],
+        "phash": perceptual_hash(np.asarray(small)),
+    }
+    return json.dumps(facts).encode()
+
+
+def perceptual_hash(gray: NDArray[np.uint8]) -> str:
+    """64-bit hash of a (32, 32) uint8 grayscale image that small changes of size, quality and brightness leave nearly as is.
+
+    Signs of the lowest frequencies of the cosine transform against their median (Zauner, "Implementation and benchmarking of
+    perceptual image hash functions", 2010). 16 hex digits.
+    """
+    frequencies = cv2.dct(gray.astype(np.float32))[:HASH_SIDE, :HASH_SIDE]
+    bits = frequencies > np.median(frequencies)
+    return np.packbits(bits.reshape(-1)).tobytes().hex()
+
+
+def outside_folder(paths: Sequence[str], folder: str) -> list[bool]:
+    """For each path below ``folder`` whether symbolic links lead it out; ``folder`` itself may be a link."""
+    inside = os.path.realpath(folder) + os.sep
+    parents = {parent: os.path.realpath(parent) for parent in {os.path.dirname(path) for path in paths}}
+
+    def resolved(path: str) -> str:
+        parent, name = os.path.split(path)
+        return os.path.realpath(path) if os.path.islink(path) else f"{parents[parent]}{os.sep}{name}"
+
+    return [not resolved(path).startswith(inside) for path in paths]

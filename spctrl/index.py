@@ -1,0 +1,142 @@
+"""The index: every usable record of an annotation file as Parquet, and the rejects with their reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spctrl.annotations import read_annotations
+from spctrl.records import INSTANCE_TYPE, KEYPOINTS_TYPE, RECORD_SCHEMA, rejects_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from spctrl.annotations import Annotations, ImageEntry
+    from spctrl.datasets import Dataset
+
+INDEX_SCHEMA = RECORD_SCHEMA.append(pa.field("drawing_digest", pa.string()))
+"""``drawing_digest`` tells apart what a drawing depends on: the image's size and its instances' keypoints."""
+
+DIGEST_BYTES = 16
+ROWS_PER_GROUP = 4096
+
+
+@dataclass(frozen=True)
+class Index:
+    """What became of an annotation file: its usable images' paths below the dataset's root, and the rejects."""
+
+    image_paths: list[str]
+    rejects: pa.Table
+    images_in_file: int
+
+
+def write_index(source: Path, dataset: Dataset, split: str, destination: Path, *, max_pixels: int) -> Index:
+    """Check an annotation file and write its usable records as Parquet (``INDEX_SCHEMA``, zstd).
+
+    Raises:
+        spctrl.annotations.AnnotationFileError: the file cannot be used at all.
+    """
+    annotations = read_annotations(source, dataset, max_pixels=max_pixels)
+    texts = [field.name for field in INDEX_SCHEMA if field.type in (pa.string(), pa.int32())]
+    with pq.ParquetWriter(destination, INDEX_SCHEMA, compression="zstd", use_dictionary=texts) as writer:
+        for batch in index_batches(annotations, dataset, split, rows_per_batch=ROWS_PER_GROUP):
+            writer.write_batch(batch)
+    return Index(
+        image_paths=[dataset.image_path(image.file_name) for image in annotations.images],
+        rejects=rejects_table(annotations.rejects),
+        images_in_file=annotations.images_in_file,
+    )
+
+
+def index_batches(
+    annotations: Annotations, dataset: Dataset, split: str, *, rows_per_batch: int
+) -> Iterator[pa.RecordBatch]:
+    """The records of an annotation file in file order, as batches of ``INDEX_SCHEMA``."""
+    bounds = np.searchsorted(annotations.image_of, np.arange(len(annotations.images) + 1))
+    rows_21 = np.cumsum(annotations.has_keypoints_21) - 1
+    for start in range(0, len(annotations.images), rows_per_batch):
+        stop = min(start + rows_per_batch, len(annotations.images))
+        images = annotations.images[start:stop]
+        offsets = (bounds[start : stop + 1] - bounds[start]).astype(np.int32)
+        rows = annotations.order[bounds[start] : bounds[stop]]
+        instances = pa.ListArray.from_arrays(pa.array(offsets), _instances(annotations, rows, rows_21))
+        columns = {
+            "dataset": pa.repeat(dataset.name, stop - start),
+            "split": pa.repeat(split, stop - start),
+            "image_id": pa.array([image.id for image in images], pa.int64()),
+            "file_name": pa.array([image.file_name for image in images]),
+            "width": pa.array([image.width for image in images], pa.int32()),
+            "height": pa.array([image.height for image in images], pa.int32()),
+            "background": pa.array([image.background for image in images], pa.int32()),
+            "background_name": pa.array([dataset.backgrounds.get(image.background or 0) for image in images], pa.string()),
+            "category": pa.array([image.category for image in images], pa.string()),
+            "captions": pa.array([_captions(image) for image in images], pa.list_(pa.string())),
+            "instances": instances,
+            "licence": pa.repeat(dataset.licence, stop - start),
+            "source_url": pa.array([image.page_url or dataset.source_url for image in images]),
+            "author": pa.array([image.author for image in images], pa.string()),
+            "drawing_digest": pa.array(_drawing_digests(images, offsets, annotations.keypoints[rows])),
+        }
+        yield pa.RecordBatch.from_arrays([columns[name] for name in INDEX_SCHEMA.names], schema=INDEX_SCHEMA)
+
+
+def _captions(image: ImageEntry) -> list[str]:
+    return [image.description] if image.description else []
+
+
+def _drawing_digests(
+    images: list[ImageEntry], offsets: NDArray[np.int32], keypoints: NDArray[np.float64]
+) -> list[str]:
+    data = memoryview(np.ascontiguousarray(keypoints).reshape(-1)).cast("B")
+    size = keypoints.itemsize * keypoints.shape[1] * keypoints.shape[2]
+    return [
+        blake2b(
+            data[first * size : last * size], digest_size=DIGEST_BYTES, person=b"drawing", salt=_size_salt(image)
+        ).hexdigest()
+        for image, first, last in zip(images, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ]
+
+
+def _size_salt(image: ImageEntry) -> bytes:
+    return image.width.to_bytes(8, "big") + image.height.to_bytes(8, "big")
+
+
+def _instances(
+    annotations: Annotations, rows: NDArray[np.int64], rows_21: NDArray[np.int64]
+) -> pa.StructArray:
+    """The instances at ``rows``; ``rows_21[i]`` is instance i's row among those that have 21 keypoints."""
+    category_ids = annotations.category_ids[rows]
+    has_21 = annotations.has_keypoints_21[rows]
+    names = {key: category.name for key, category in annotations.categories.items()}
+    columns = [
+        pa.array(annotations.ids[rows]),
+        pa.array(category_ids),
+        pa.array([names[key] for key in category_ids.tolist()], pa.string()),
+        _fixed_lists(annotations.bboxes_xywh[rows], 4),
+        pa.array(annotations.areas[rows]),
+        pa.array(annotations.iscrowd[rows]),
+        pa.array(annotations.num_keypoints[rows].astype(np.int32)),
+        _keypoint_lists(annotations.keypoints[rows], np.ones(len(category_ids), bool)),
+        _keypoint_lists(annotations.keypoints_21[rows_21[rows[has_21]]], has_21),
+    ]
+    return pa.StructArray.from_arrays(columns, fields=list(INSTANCE_TYPE))
+
+
+def _fixed_lists(values: NDArray[np.float64], size: int) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), size)
+
+
+def _keypoint_lists(keypoints: NDArray[np.float64], present: NDArray[np.bool_]) -> pa.ListArray:
+    """(M,) lists of x, y, v triples; null where ``present`` is False."""
+    lengths = np.where(present, keypoints.shape[1], 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    mask = None if present.all() else pa.array(~present)
+    return pa.ListArray.from_arrays(pa.array(offsets), _fixed_lists(keypoints, 3), type=KEYPOINTS_TYPE, mask=mask)

@@ -1,0 +1,1 @@
+"""Drawing keypoints: spatext index maps, OpenPose-style renders and keypoint heatmaps."""

@@ -1,0 +1,453 @@
+"""The base of every stage: what it was made from decides where its result lies, and whether it has to run.
+
+A stage's fingerprint is a digest of its code, the libraries that decide its output, its parameters and its inputs. Its result
+is the run under that fingerprint. A stage that works record by record also gives each record a key, and works only on the keys
+that its packs do not hold yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import luigi
+
+import spctrl
+from tasks import settings
+from tasks.code_version import PACKAGES, ROOT, code_components
+from tasks.executor import run_jobs, warm_up
+from tasks.inputs import DigestCache
+from tasks.progress import progress
+from tasks.store import PROVENANCE, TEMPORARY, Location, Run, Store, digest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tasks.work import Batch, Source
+
+MANIFEST = "manifest.parquet"
+REJECTS = "rejects.parquet"
+SMALLEST_PACK, LARGEST_PACK, PACKS_PER_SPLIT = 256, 8192, 32
+"""Records a pack: few packs for many records, and for few records enough of them to share out among workers."""
+
+
+class TooManyRejectsError(RuntimeError):
+    """More records were rejected than the settings allow."""
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a stage's result is made from.
+
+    Attributes:
+        code: digest of each definition that the stage's function reaches.
+        libraries: versions of the libraries that decide the output.
+        code_version: digest of both, or the earlier version that a user declared equal.
+        parameters: JSON values.
+        inputs: digests or fingerprints by name.
+    """
+
+    code: dict[str, str]
+    libraries: dict[str, str]
+    code_version: str
+    parameters: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(json.dumps([self.code_version, self.parameters, self.inputs], sort_keys=True))
+
+
+class RunTarget(luigi.Target):
+    """A stage's committed run."""
+
+    def __init__(self, task: StageTask) -> None:
+        self._task = task
+
+    def exists(self) -> bool:
+        return self._task.is_up_to_date()
+
+
+class StageTask(luigi.Task):
+    """One stage for one split of one dataset.
+
+    Subclasses say what the stage is (the class attributes), what it depends on (``parameters``, ``inputs``, ``requires``) and
+    how it is made (``make``).
+    """
+
+    stage: ClassVar[str]
+    function: ClassVar[str]
+    also_reaches: ClassVar[tuple[str, ...]] = ()
+    """Code that reaches the function through its arguments, which reading its source cannot show."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+
+    dataset: str = luigi.Parameter(description="ap10k or humanart")
+    split: str = luigi.Parameter(description="train, val or test")
+    on_bad_record: str = luigi.ChoiceParameter(
+        default="quarantine", choices=["quarantine", "fail"], description="set a bad record aside, or stop the build"
+    )
+    max_reject_share: float = luigi.FloatParameter(default=0.05, description="share of bad records that fails the build")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Builds with other settings are other tasks, also to a scheduler that serves several builds.
+        self.task_id = f"{self.task_id}_{digest(settings.settings_text())[:10]}"
+
+    def parameters(self) -> dict[str, Any]:
+        """What the result depends on besides code and inputs; JSON values."""
+        return {}
+
+    def inputs(self) -> dict[str, str] | None:
+        """Digest or fingerprint of everything read, by name; None while that cannot be known yet."""
+        found = {}
+        for task in self.requires():
+            if not isinstance(task, StageTask):
+                continue
+            if (ingredients := task.ingredients()) is None:
+                return None
+            found[task.input_name] = ingredients.fingerprint
+        return found
+
+    def make(self, run: Run) -> dict[str, int]:
+        """Write the run's files and return counts for the summary; ``records`` and ``rejected`` among them."""
+        raise NotImplementedError
+
+    @property
+    def part(self) -> str:
+        return f"{self.dataset}-{self.split}"
+
+    @property
+    def input_name(self) -> str:
+        """What readers of this stage call it."""
+        return self.stage
+
+    @functools.cached_property
+    def store(self) -> Store:
+        return Store(settings.paths().store)
+
+    def requires(self) -> Sequence[luigi.Task]:
+        return ()
+
+    def output(self) -> RunTarget:
+        return RunTarget(self)
+
+    def complete(self) -> bool:
+        """Whether the result and all that it was made from are there. Deleted artifacts are noticed, wherever they lie."""
+        return self.is_up_to_date() and all(task.complete() for task in self.requires())
+
+    def is_up_to_date(self) -> bool:
+        run = self.current_run()
+        return run is not None and run.is_whole() and self._reject_fault(run.provenance()["counts"]) is None
+
+    def current_run(self) -> Run | None:
+        """Where the result belongs, whether or not it is there; None while the inputs cannot be known."""
+        ingredients = self.ingredients()
+        return None if ingredients is None else self.store.run(self.stage, self.part, ingredients.fingerprint)
+
+    def finished_run(self) -> Run:
+        """The result, for the stages that read it."""
+        run = self.current_run()
+        if run is None or not run.provenance():
+            raise RuntimeError(f"expected a finished run of {self.stage} for {self.part}, found none in {self.store.root}")
+        return run
+
+    def ingredients(self) -> Ingredients | None:
+        """What the result is made from, found once a process as far as it can be known."""
+        known: Ingredients | None = getattr(self, "_ingredients", None)
+        if known is None and (inputs := self.inputs()) is not None:
+            known = Ingredients(inputs=inputs, **self.code_and_parameters())
+            self._ingredients = known
+        return known
+
+    def code_and_parameters(self) -> dict[str, Any]:
+        """All ingredients but the inputs."""
+        code = code_of((self.function, *self.also_reaches), self.store.root)
+        libraries = {name: _version(name) for name in self.libraries}
+        version = digest(self.stage, json.dumps([code, libraries], sort_keys=True))
+        return {
+            "code": code,
+            "libraries": libraries,
+            "code_version": self.store.accepted().get(version, version),
+            "parameters": self.parameters(),
+        }
+
+    def run(self) -> None:
+        self.fill_cache()
+        if self.is_up_to_date():
+            return
+        run = self.current_run()
+        if run is None:
+            raise RuntimeError(f"the inputs of {self.stage} for {self.part} are not there; build with its upstream stages")
+        started = time.time()
+        counts = self.make(run)
+        if (fault := self._reject_fault(counts)) is not None:
+            raise TooManyRejectsError(f"{self.stage} for {self.part}: {fault}{_reasons(run)}")
+        self.commit(run, counts, started)
+
+    def fill_cache(self) -> None:
+        """Find out what the inputs are where that takes long (reading many files)."""
+
+    def commit(self, run: Run, counts: Mapping[str, int], started: float) -> None:
+        ingredients = self.ingredients()
+        assert ingredients is not None
+        names = sorted(path.name for path in run.folder.glob("*") if not path.name.startswith(TEMPORARY))
+        provenance = {
+            "stage": self.stage,
+            "part": self.part,
+            "fingerprint": run.fingerprint,
+            **asdict(ingredients),
+            "counts": dict(counts),
+            "started_at": _iso_time(started),
+            "finished_at": _iso_time(time.time()),
+            "duration_s": round(time.time() - started, 3),
+            "made_by": {"spctrl": spctrl.__version__, "python": platform.python_version(), "platform": platform.platform()},
+        }
+        run.commit([name for name in names if name != PROVENANCE], self.packs_of(run), provenance)
+
+    def packs_of(self, run: Run) -> Sequence[str]:
+        """Names of the packs that the run refers to."""
+        return ()
+
+    def _reject_fault(self, counts: Mapping[str, int]) -> str | None:
+        """Why the rejects are too many, or None. Asked of finished runs too: a stricter setting counts at once."""
+        rejected, records = counts.get("rejected", 0), counts.get("records", 0)
+        if rejected and self.on_bad_record == "fail":
+            return f"{rejected:,} of {records:,} records cannot be used, and on_bad_record = fail"
+        if rejected > self.max_reject_share * records:
+            return (
+                f"{rejected:,} of {records:,} records cannot be used, more than max_reject_share = {self.max_reject_share:g} "
+                "allows"
+            )
+        return None
+
+
+def _reasons(run: Run) -> str:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(run.path(REJECTS), partitioning=None).to_pylist()
+    examples = {row["code"]: row["message"] for row in reversed(rows)}
+    counts = Counter(row["code"] for row in rows).most_common(5)
+    lines = [f"\n  {code} ({count:,}): {examples[code]}" for code, count in counts]
+    return f". Reasons, with one example each:{''.join(lines)}\nAll of them: {run.path(REJECTS)}"
+
+
+class RecordStage(StageTask):
+    """A stage that makes one artifact for each record of its index.
+
+    Its function is ``function(record, *source bytes, **arguments) -> bytes``.
+    """
+
+    suffix: ClassVar[str] = ".png"
+    also_reaches = ("spctrl.records:records_from_table",)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the function, which count in every record's key; by default all parameters."""
+        return self.parameters()
+
+    def salt(self) -> str:
+        """What the keys of all records share."""
+        ingredients = self.ingredients()
+        assert ingredients is not None
+        return digest(json.dumps([ingredients.code_version, self.arguments()], sort_keys=True))
+
+    def prepare(self, rows: pa.RecordBatch) -> list[tuple[str, tuple[Source, ...]] | tuple[None, tuple[str, str]]]:
+        """For each record what tells its inputs apart and the sources that the function reads.
+
+        A record that cannot be worked on gives None and a reject code with its sentence; one that has nothing to be made from
+        and need not have gives None and two empty texts.
+        """
+        raise NotImplementedError
+
+    def make(self, run: Run) -> dict[str, int]:
+        import pyarrow.parquet as pq
+
+        warm_up(settings.executor().workers)
+        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST))
+        total = index.metadata.num_rows
+        plan = _Plan(self, index, self.store.locations(self.stage))
+        jobs = plan.batches(min(max(total // PACKS_PER_SPLIT, SMALLEST_PACK), LARGEST_PACK))
+        from tasks.work import make_pack
+
+        made = 0
+        with progress(f"{self.stage} {self.part}", total, self.set_progress_percentage) as advance:
+            plan.advance = advance
+            for locations in run_jobs(make_pack, jobs, settings.executor().workers):
+                plan.known |= locations
+                made += sum(location.code is None for location in locations.values())
+                advance(len(locations))
+        rejected = plan.write_results(run)
+        return {"records": total, "made": made, "found": total - made - rejected, "rejected": rejected}
+
+    def missing_records(self) -> int | None:
+        """How many artifacts a run would have to make; None before there is an index."""
+        import pyarrow.parquet as pq
+
+        run = self.index_task().current_run()
+        if run is None or not run.provenance() or self.ingredients() is None:
+            return None
+        known, salt = self.store.locations(self.stage), self.salt()
+        index = pq.ParquetFile(run.path(MANIFEST))
+        identities = (identity for rows in index.iter_batches() for identity, _ in self.prepare(rows))
+        return len({digest(salt, identity) for identity in identities if identity is not None} - known.keys())
+
+    def packs_of(self, run: Run) -> Sequence[str]:
+        import pyarrow.parquet as pq
+
+        packs = pq.read_table(run.path(MANIFEST), columns=["pack"], partitioning=None).column(0)
+        return sorted(packs.unique().to_pylist())
+
+
+class _Plan:
+    """Which records are still to be worked on, and in the end what became of each."""
+
+    def __init__(self, task: RecordStage, index: Any, known: dict[str, Location]) -> None:
+        self.task = task
+        self.index = index
+        self.known = known
+        self.keys: list[str | None] = []
+        self.reasons: dict[int, tuple[str, str]] = {}
+        self.advance = lambda count: None
+
+    def batches(self, records_per_pack: int) -> Iterator[Batch]:
+        """Records without a known result, in packs.
+
+        A stretch of the index that is missing as a whole becomes one pack, so that an interrupted build, continued, makes
+        the packs of an undisturbed one. Scattered records are gathered.
+        """
+        import pyarrow as pa
+
+        scattered: list[tuple[str, Any, tuple[Source, ...]]] = []
+        planned: set[str] = set()
+        salt = self.task.salt()
+        for rows in self.index.iter_batches(records_per_pack):
+            wanted: list[int] = []
+            sources: list[tuple[Source, ...]] = []
+            for position, (identity, found) in enumerate(self.task.prepare(rows)):
+                if identity is None:
+                    self.reasons[len(self.keys)] = found
+                    self.keys.append(None)
+                    continue
+                key = digest(salt, identity)
+                self.keys.append(key)
+                if key not in self.known and key not in planned:
+                    planned.add(key)
+                    wanted.append(position)
+                    sources.append(found)
+            self.advance(len(rows) - len(wanted))
+            if not wanted:
+                continue
+            from spctrl.records import records_from_table
+
+            first = len(self.keys) - len(rows)
+            records = records_from_table(rows.take(pa.array(wanted)))
+            new = [(self.keys[first + position], record, each) for position, record, each in zip(wanted, records, sources, strict=True)]
+            if len(wanted) == len(rows):
+                yield self._batch(new)
+                continue
+            if len(scattered) + len(new) > records_per_pack:
+                yield self._batch(scattered)
+                scattered = []
+            scattered += new
+        if scattered:
+            yield self._batch(scattered)
+
+    def _batch(self, work: list[tuple[str, Any, tuple[Source, ...]]]) -> Batch:
+        from tasks.work import Batch
+
+        keys, records, sources = zip(*work, strict=True)
+        task = self.task
+        return Batch(task.function, task.arguments(), task.store.root, task.stage, task.suffix, keys, records, sources)
+
+    def write_results(self, run: Run) -> int:
+        """Write the run's manifest and rejects; returns the number of rejects."""
+        import pyarrow as pa
+
+        from spctrl.records import rejects_table
+        from tasks.store import parquet_bytes
+
+        names = self.index.read(columns=["image_id", "file_name"]).to_pydict()
+        rows: list[tuple[Any, ...]] = []
+        rejects: list[dict[str, Any]] = []
+        for position, (key, image_id, file_name) in enumerate(
+            zip(self.keys, names["image_id"], names["file_name"], strict=True)
+        ):
+            if key is None:
+                code, message = self.reasons[position]
+            else:
+                found = self.known[key]
+                code, message = found.code or "", found.message or ""
+                if not code:
+                    rows.append((image_id, key, found.pack, found.offset, found.size, found.digest))
+            if code:
+                reject = {"image_id": image_id, "file_name": file_name, "code": code, "message": message, "key": key}
+                rejects.append(reject)
+        columns = list(zip(*rows, strict=True)) or [()] * 6
+        run.write(MANIFEST, parquet_bytes(pa.table(columns, schema=artifact_schema())))
+        run.write(REJECTS, parquet_bytes(rejects_table(rejects)))
+        return len(rejects)
+
+
+def artifact_schema() -> pa.Schema:
+    """Columns of a record stage's manifest."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("image_id", pa.int64()),
+            ("key", pa.string()),
+            ("pack", pa.string()),
+            ("offset", pa.int64()),
+            ("size", pa.int64()),
+            ("digest", pa.string()),
+        ]
+    )
+
+
+def code_of(functions: Sequence[str], store_root: Path) -> dict[str, str]:
+    """``code_components`` of several, kept for as long as no source file of the project changes."""
+    cache = digest_cache(store_root)
+    key = f"code {' '.join(functions)} {_sources_stamp()}"
+    components: dict[str, str] | None = cache.fact(key)
+    if components is None:
+        components = dict(sorted(item for function in functions for item in code_components(function).items()))
+        cache.keep_fact(key, components)
+    return components
+
+
+@functools.cache
+def _sources_stamp() -> str:
+    """Changes with any source file of this project, by stat."""
+    found = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            stat = path.stat()
+            found.append(f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
+    return digest(*found)
+
+
+def digest_cache(store_root: Path) -> DigestCache:
+    """This process's connection to the store's cache; a forked process opens its own."""
+    return _digest_cache(store_root.resolve(), os.getpid())
+
+
+@functools.cache
+def _digest_cache(store_root: Path, pid: int) -> DigestCache:
+    return DigestCache(store_root / "cache.sqlite")
+
+
+@functools.cache
+def _version(distribution: str) -> str:
+    return importlib.metadata.version(distribution)
+
+
+def _iso_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"

@@ -1,0 +1,120 @@
+"""Running a stage's batches: in this process, or in worker processes on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
+from typing import TypeVar
+
+from tasks.store import StoreError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+JOBS_WAITING_PER_WORKER = 2
+PRELOADED = ["__main__", "tasks.work"]
+
+
+class WorkerError(RuntimeError):
+    """A worker process died."""
+
+
+def worker_count(setting: int) -> int:
+    """The number of worker processes that ``[executor] workers`` asks for; 0 means one for each core that we may use."""
+    return setting or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else setting or os.cpu_count() or 1
+
+
+def warm_up(workers: int) -> None:
+    """Start loading the libraries that workers need, beside whatever else goes on."""
+    if worker_count(workers) > 1:
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+
+
+def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+    """Results of ``function`` for each job, in order of completion.
+
+    A job that fails stops no other; its error is raised after the last. Jobs are taken from ``jobs`` only a few ahead of the
+    work, so they may be many and large.
+
+    Raises:
+        WorkerError: a worker process was killed.
+    """
+    iterator = iter(jobs)
+    first = list(itertools.islice(iterator, 2))
+    count = worker_count(workers)
+    if count == 1 or len(first) < 2:
+        yield from _run_here(function, itertools.chain(first, iterator))
+    else:
+        yield from _run_in_processes(function, itertools.chain(first, iterator), count)
+
+
+def _run_here(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    failures: list[Exception] = []
+    for job in jobs:
+        try:
+            result = function(job)
+        except StoreError:
+            raise  # a full or lost disk fails every job alike
+        except Exception as error:
+            failures.append(error)
+            continue
+        yield result
+    if failures:
+        raise failures[0]
+
+
+def _run_in_processes(function: Callable[[Job], Result], jobs: Iterator[Job], workers: int) -> Iterator[Result]:
+    failures: list[Exception] = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_live_as_long_as_the_parent) as pool:
+        running: set[Future[Result]] = set()
+        try:
+            while True:
+                room = workers * (1 + JOBS_WAITING_PER_WORKER) - len(running)
+                running |= {pool.submit(function, job) for job in itertools.islice(jobs, room)}
+                if not running:
+                    break
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    try:
+                        result = future.result()
+                    except (StoreError, BrokenProcessPool):
+                        raise
+                    except Exception as error:
+                        failures.append(error)
+                        continue
+                    yield result
+        except BrokenProcessPool as error:
+            raise WorkerError(
+                "a worker process died: killed, or out of memory. What was finished stays; run again, with fewer "
+                "[executor] workers if memory was short"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if failures:
+        raise failures[0]
+
+
+def _live_as_long_as_the_parent() -> None:
+    """Leave interrupts to the parent, and end when it is gone: a killed build must not leave workers behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

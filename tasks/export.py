@@ -1,0 +1,309 @@
+"""The export stage: triplet folders, and the manifest where users look for it, kept in step with the store.
+
+An export is a view: it can be deleted at any time. Its ledger says which files it holds and what each was made from, so that
+only changed files are written and nothing stale stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tasks import settings
+from tasks.base import MANIFEST
+from tasks.progress import progress
+from tasks.stages import AnnotationFile, Manifest, artifact_locations
+from tasks.store import Run, StoreError, content_digest, digest, file_digest, parquet_bytes, write_atomic
+
+if TYPE_CHECKING:
+    from tasks.base import StageTask
+    from tasks.progress import Advance
+
+LEDGERS = ".spctrl"
+IMAGE, HEATMAPS = "image", "heatmaps"
+DISPLAY_EVERY = 256
+
+
+class Entry(NamedTuple):
+    """A file of an export: what it was made from, and its SHA-256."""
+
+    made_from: str
+    digest: str
+
+
+@dataclass
+class Ledger:
+    """The files that one split wrote into an export folder.
+
+    Attributes:
+        path: the ledger's own JSON file; beside it, with the suffix ``.parquet``, lies the list of files.
+        fingerprint: of the export run that they belong to; empty while it is under way.
+        files: by path below the export folder.
+    """
+
+    path: Path
+    fingerprint: str = ""
+    files: dict[str, Entry] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """The ledger at ``path``; an empty one where there is none, or half of one."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            columns = pq.read_table(path.with_suffix(".parquet"), partitioning=None).to_pydict()
+        except (OSError, pa.ArrowException):
+            return cls(path)
+        entries = map(Entry, columns["made_from"], columns["digest"])
+        return cls(path, fingerprint_at(path), dict(zip(columns["path"], entries, strict=True)))
+
+    def write(self) -> None:
+        """The list first, so that a fingerprint never speaks for files that are not listed."""
+        import pyarrow as pa
+
+        columns = [list(self.files), *([entry[i] for entry in self.files.values()] for i in range(len(Entry._fields)))]
+        schema = pa.schema([(name, pa.string()) for name in ("path", *Entry._fields)])
+        if not self.fingerprint:
+            self._write_fingerprint()
+        write_atomic(self.path.with_suffix(".parquet"), parquet_bytes(pa.table(columns, schema=schema)))
+        self._write_fingerprint()
+
+    def _write_fingerprint(self) -> None:
+        write_atomic(self.path, json.dumps({"fingerprint": self.fingerprint}).encode())
+
+
+def fingerprint_at(ledger: Path) -> str:
+    """The fingerprint of a ledger alone, without loading anything heavy."""
+    try:
+        return str(json.loads(ledger.read_bytes())["fingerprint"])
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+class Wanted(NamedTuple):
+    """A file that the export should hold for an image."""
+
+    path: str
+    made_from: str
+    kind: str
+    image_id: int
+    file_name: str
+
+
+class Export(Manifest):
+    """The split's triplet folder: conditions, linked images, JSON lines, manifest."""
+
+    stage = "export"
+    function = "spctrl.export:record_lines"
+    also_reaches = (
+        "spctrl.export:categories_json",
+        "spctrl.export:heatmaps_npy",
+        "spctrl.export:link_file",
+        "spctrl.layout:Layout",
+        "spctrl.datasets:DATASETS",
+    )
+
+    def requires(self) -> list[StageTask]:
+        return [self.clone(Manifest)]
+
+    def parameters(self) -> dict[str, Any]:
+        return {
+            **super().parameters(),
+            "folder": str(self.folder.absolute()),
+            "link": settings.export().link,
+            "heatmaps": self.has_heatmaps,
+        }
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        return Path(settings.paths().export) / self.layout.folder
+
+    @functools.cached_property
+    def has_heatmaps(self) -> bool:
+        section = settings.export()
+        return section.heatmaps == "yes" or (section.heatmaps == "auto" and section.names == "released")
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.folder / LEDGERS / f"{self.layout.split_name}.json"
+
+    def is_up_to_date(self) -> bool:
+        run = self.current_run()
+        if run is None or not super().is_up_to_date() or fingerprint_at(self.ledger_path) != run.fingerprint:
+            return False
+        layout = self.layout
+        return all((self.folder / name).exists() for name in (layout.records, layout.categories, layout.manifest))
+
+    def make(self, run: Run) -> dict[str, int]:
+        source = self.clone(Manifest).finished_run()
+        old = Ledger.read(self.ledger_path)
+        wanted = {each.path: each for each in self._wanted(source)}
+        changed = [each for each in wanted.values() if old.files.get(each.path, ("",))[0] != each.made_from]
+        # From here on the folder is neither the old export nor the new one; a killed build must not pass for either.
+        ledger = Ledger(self.ledger_path, "", dict(old.files))
+        for each in changed:
+            ledger.files.pop(each.path, None)
+        ledger.write()
+        with progress(f"{self.stage} {self.part}", len(changed), self.set_progress_percentage) as advance:
+            self._write_changed(changed, ledger, advance)
+        texts = {path: self._put_text(path, data, ledger) for path, data in self._texts(source)}
+        stale = ledger.files.keys() - wanted.keys() - texts.keys()
+        others = [Ledger.read(path) for path in self.ledger_path.parent.glob("*.json") if path != self.ledger_path]
+        for path in stale:
+            del ledger.files[path]
+        self._remove(stale - {path for other in others for path in other.files})
+        for other in others:
+            if any(ledger.files.get(path, entry) != entry for path, entry in other.files.items()):
+                other.fingerprint = ""  # this split changed a file that it had written: its own next build looks again
+                other.write()
+        ledger.fingerprint = run.fingerprint
+        ledger.write()
+        return {
+            "records": len(wanted) + len(texts),
+            "made": len(changed) + sum(texts.values()),
+            "found": len(wanted) - len(changed) + len(texts) - sum(texts.values()),
+            "removed": len(stale),
+        }
+
+    def _wanted(self, source: Run) -> Iterator[Wanted]:
+        """Every file that belongs to one image."""
+        import pyarrow.parquet as pq
+
+        link = settings.export().link
+        code = digest(json.dumps(self.code_and_parameters()["code"]))
+        drawings = self._drawing_digests() if self.has_heatmaps else {}
+        columns = ["image_id", "file_name", "image_path", "image_digest"]
+        columns += [f"{name}_{what}" for name in self.conditions for what in ("path", "digest")]
+        for batch in pq.ParquetFile(source.path(MANIFEST)).iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                image_id, name = row["image_id"], row["file_name"]
+                if row["image_path"] is not None:
+                    yield Wanted(row["image_path"], f"{link} {row['image_digest']}", IMAGE, image_id, name)
+                for condition in self.conditions:
+                    made_from = row[f"{condition}_digest"]
+                    yield Wanted(row[f"{condition}_path"], made_from, condition, image_id, name)
+                if self.has_heatmaps:
+                    made_from = digest(code, drawings[image_id])
+                    yield Wanted(self.layout.heatmaps(name), made_from, HEATMAPS, image_id, name)
+
+    def _drawing_digests(self) -> dict[int, str]:
+        import pyarrow.parquet as pq
+
+        columns = ["image_id", "drawing_digest"]
+        table = pq.read_table(self.index_task().finished_run().path(MANIFEST), columns=columns, partitioning=None)
+        return dict(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
+
+    def _write_changed(self, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
+        from spctrl.export import link_file
+
+        locations = {name: artifact_locations(task.finished_run()) for name, task in self.condition_tasks().items()}
+        heatmaps = {each.image_id: each for each in changed if each.kind == HEATMAPS}
+        link = settings.export().link
+        for count, each in enumerate(changed, 1):
+            target = self.folder / each.path
+            if each.kind == IMAGE:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source = self.root / self.spec.image_path(each.file_name)
+                try:
+                    link_file(source, target, link)
+                except OSError as error:
+                    raise StoreError(
+                        f"cannot link {source} to {target} ({link}): {error.strerror}. "
+                        "[export] link = symbolic or copy may work here"
+                    ) from error
+                ledger.files[each.path] = Entry(each.made_from, each.made_from.split(" ")[1])
+            elif each.kind != HEATMAPS:
+                found = locations[each.kind][each.image_id]
+                _put(target, self.store.read(each.kind, found.pack, found.offset, found.size))
+                ledger.files[each.path] = Entry(each.made_from, found.digest)
+            if count % DISPLAY_EVERY == 0:
+                advance(DISPLAY_EVERY)
+        self._write_heatmaps(heatmaps, ledger)
+
+    def _write_heatmaps(self, wanted: dict[int, Wanted], ledger: Ledger) -> None:
+        if not wanted:
+            return
+        import pyarrow.parquet as pq
+
+        from spctrl.export import heatmaps_npy
+        from spctrl.records import records_from_table
+
+        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST))
+        with progress(f"{HEATMAPS} {self.part}", len(wanted), self.set_progress_percentage) as advance:
+            for batch in index.iter_batches(DISPLAY_EVERY):
+                records = [record for record in records_from_table(batch) if record.image_id in wanted]
+                for record in records:
+                    each, data = wanted[record.image_id], heatmaps_npy(record)
+                    _put(self.folder / each.path, data)
+                    ledger.files[each.path] = Entry(each.made_from, content_digest(data))
+                advance(len(records))
+
+    def _texts(self, source: Run) -> Iterator[tuple[str, bytes]]:
+        """JSON lines, categories, manifest and, for HumanArt, one JSON file an image and the annotation file itself."""
+        import pyarrow.parquet as pq
+
+        from spctrl.export import categories_json, record_lines
+
+        layout = self.layout
+        annotation_path = AnnotationFile(dataset=self.dataset, split=self.split).path
+        ids = pq.read_table(source.path(MANIFEST), columns=["image_id"], partitioning=None).column(0).to_pylist()
+        lines = []
+        for file_name, line in record_lines(annotation_path, layout, set(ids)):
+            lines.append(line)
+            if self.dataset == "humanart":
+                yield layout.pose(file_name), line
+        yield layout.records, b"".join(line + b"\n" for line in lines)
+        yield layout.categories, categories_json(annotation_path)
+        yield layout.manifest, source.path(MANIFEST).read_bytes()
+        if self.dataset == "humanart":
+            yield f"annotations/{annotation_path.name}", annotation_path.read_bytes()
+
+    def _put_text(self, path: str, data: bytes, ledger: Ledger) -> bool:
+        """Write a file unless it holds these bytes already; says whether it did."""
+        found = content_digest(data)
+        target = self.folder / path
+        if ledger.files.get(path) == (found, found) and target.exists():
+            return False
+        ledger.files[path] = Entry(found, found)
+        _put(target, data)
+        return True
+
+    def _remove(self, paths: set[str]) -> None:
+        folders = set()
+        for path in paths:
+            target = self.folder / path
+            target.unlink(missing_ok=True)
+            folders |= {parent for parent in target.parents if self.folder in parent.parents}
+        for folder in sorted(folders, key=lambda each: len(each.parts), reverse=True):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def damaged_files(ledger: Ledger, folder: Path) -> list[str]:
+    """Paths, below an export folder, that are missing or do not hold what the ledger says."""
+
+    def is_damaged(path: str, entry: Entry) -> bool:
+        try:
+            return file_digest(folder / path) != entry.digest
+        except OSError:
+            return True
+
+    return [path for path, entry in ledger.files.items() if is_damaged(path, entry)]
+
+
+def _put(target: Path, data: bytes) -> None:
+    """Write a file of an export. What is there already is replaced, never written into: it may be a link to a source."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            file.write(data)
+    except FileExistsError:
+        write_atomic(target, data)
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror}. Make room or fix the permissions, then run again") from error

@@ -1,0 +1,146 @@
+"""Telling input files apart by content, at the price of a stat.
+
+A file's digest is kept under its path, size, modification time and inode; a list of files' digest under all of theirs. A file
+changed so recently that its time stamp might not move with the next change is read again (git calls such entries racy).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tasks.store import digest, file_digest
+
+RACY_NS = 2_000_000_000
+HASHING_THREADS = 8
+MISSING = "missing"
+
+Stat = tuple[int, int, int]
+"""Size in bytes, modification time in nanoseconds, inode."""
+
+
+class DigestCache:
+    """Digests of files and other facts, in an SQLite file that several processes may share.
+
+    A cache that cannot be opened or written (read-only disk) is done without.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._database: sqlite3.Connection | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._database.execute("PRAGMA synchronous = OFF")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INT, mtime_ns INT, inode INT, digest TEXT)"
+            )
+            self._database.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT)")
+        except (OSError, sqlite3.Error):
+            self._database = None
+
+    def fact(self, key: str) -> Any:
+        """A JSON value kept earlier, or None."""
+        rows = self._execute("SELECT value FROM facts WHERE key = ?", [(key,)])
+        return json.loads(rows[0][0]) if rows else None
+
+    def keep_fact(self, key: str, value: Any) -> None:
+        self._execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [(key, json.dumps(value))])
+
+    def file_digest(self, path: Path) -> str:
+        """SHA-256 of a file, read only when its stat changed."""
+        return self.file_digests([str(path)])[0]
+
+    def file_digests(self, paths: Sequence[str]) -> list[str]:
+        """SHA-256 of each file, ``"missing"`` where there is none; changed ones are read by a few threads."""
+        return self._digests(paths, [_stat(path) for path in paths]) or []
+
+    def list_digest(self, root: str, names: Sequence[str], max_read_bytes: int | None = None) -> str | None:
+        """One digest for a list of files below a folder: their names and contents, and which are missing.
+
+        Costs one stat a file while nothing changes. Where more than ``max_read_bytes`` would have to be read, gives None.
+        """
+        paths = [f"{root}/{name}" for name in names]
+        stats = [_stat(path) for path in paths]
+        state = hashlib.blake2b(f"{root}\0".encode(), digest_size=16)
+        state.update("\0".join(names).encode())
+        state.update(repr(stats).encode())
+        key = f"list {state.hexdigest()}"
+        if (known := self.fact(key)) is not None:
+            return str(known)
+        digests = self._digests(paths, stats, max_read_bytes)
+        if digests is None:
+            return None
+        found = digest(*names, *digests)
+        if not any(each is not None and _is_racy(each) for each in stats):
+            self.keep_fact(key, found)
+        return found
+
+    def _digests(
+        self, paths: Sequence[str], stats: Sequence[Stat | None], max_read_bytes: int | None = None
+    ) -> list[str] | None:
+        known = self._known(paths)
+        wanted = [
+            (path, each)
+            for path, each in zip(paths, stats, strict=True)
+            if each is not None and known.get(path, (None,))[0] != each
+        ]
+        if max_read_bytes is not None and sum(each[0] for _, each in wanted) > max_read_bytes:
+            return None
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            fresh = dict(zip((path for path, _ in wanted), pool.map(_digest_or_missing, wanted), strict=True))
+        self._execute(
+            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
+            [(path, *each, fresh[path]) for path, each in wanted if fresh[path] != MISSING and not _is_racy(each)],
+        )
+        return [
+            MISSING if each is None else fresh[path] if path in fresh else known[path][1]
+            for path, each in zip(paths, stats, strict=True)
+        ]
+
+    def _known(self, paths: Sequence[str]) -> dict[str, tuple[Stat, str]]:
+        """All rows when many are asked for, since one scan is cheaper than many look-ups."""
+        if len(paths) > 500:
+            rows = self._execute("SELECT * FROM files", [()])
+        else:
+            rows = self._execute("SELECT * FROM files WHERE path = ?", [(path,) for path in paths])
+        return {path: ((size, mtime_ns, inode), kept) for path, size, mtime_ns, inode, kept in rows}
+
+    def _execute(self, statement: str, parameters: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        if self._database is None:
+            return []
+        try:
+            if statement.startswith("INSERT"):
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.executemany(statement, parameters)
+                self._database.execute("COMMIT")
+                return []
+            return [row for each in parameters for row in self._database.execute(statement, each)]
+        except sqlite3.Error:
+            return []
+
+
+def _stat(path: str) -> Stat | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116: a Path for each of 60,000 files would cost more than the stat
+    except (OSError, ValueError):
+        return None
+    return (found.st_size, found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+
+
+def _is_racy(found: Stat) -> bool:
+    return time.time_ns() - found[1] < RACY_NS
+
+
+def _digest_or_missing(wanted: tuple[str, Stat]) -> str:
+    try:
+        return file_digest(Path(wanted[0]))
+    except OSError:
+        return MISSING

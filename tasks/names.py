@@ -1,0 +1,31 @@
+"""A Luigi parameter for lists of names, as people type them: ``train,val``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import luigi
+
+
+class NamesParameter(luigi.Parameter):
+    """Names out of a fixed set, separated by commas, or a JSON list."""
+
+    def __init__(self, *args: Any, choices: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._choices = choices
+        self.description = f"{self.description or ''} (comma-separated: {', '.join(choices)})".strip()
+
+    def parse(self, x: str) -> tuple[str, ...]:
+        names = json.loads(x) if x.lstrip().startswith("[") else [name.strip() for name in x.split(",") if name.strip()]
+        unknown = [str(name) for name in names if name not in self._choices]
+        if unknown or not names:
+            raise ValueError(f"expected names among {', '.join(self._choices)}, found {', '.join(unknown) or 'none'}")
+        return tuple(dict.fromkeys(names))
+
+    def serialize(self, x: Sequence[str]) -> str:
+        return ",".join(x)
+
+    def normalize(self, x: Sequence[str]) -> tuple[str, ...]:
+        return tuple(x)

@@ -1,0 +1,144 @@
+"""The report stage: the audit of everything built, as one HTML page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import luigi
+
+from tasks import settings
+from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
+from tasks.export import Export
+from tasks.names import NamesParameter
+from tasks.progress import progress
+from tasks.stages import CONDITIONS, Manifest, artifact_locations
+from tasks.store import Run, write_atomic
+
+if TYPE_CHECKING:
+    from spctrl.audit import SplitTables
+
+PAGE = "report.html"
+
+
+class Report(StageTask):
+    """Counts, visibility, sizes, rejects, leakage between splits and a gallery, over all datasets and splits."""
+
+    stage = "report"
+    function = "spctrl.report:render_report"
+    also_reaches = ("spctrl.audit:audit_split",)
+    libraries = ("jinja2", "opencv-python-headless")
+
+    dataset: tuple[str, ...] = NamesParameter(choices=("ap10k", "humanart"))
+    split: tuple[str, ...] = NamesParameter(choices=("train", "val", "test"))
+    images: str = luigi.ChoiceParameter(default="required", choices=["required", "optional"])
+    conditions: tuple[str, ...] = NamesParameter(default=("spatext", "openpose"), choices=tuple(CONDITIONS))
+
+    @property
+    def part(self) -> str:
+        return "all"
+
+    @property
+    def page_path(self) -> Path:
+        """Where users look for it."""
+        return Path(settings.paths().export) / PAGE
+
+    def requires(self) -> list[Manifest]:
+        return [
+            self.clone(Manifest, dataset=dataset, split=split)
+            for dataset in self.dataset
+            for split in self.split
+            if split in settings.dataset_of(dataset).split_words
+        ]
+
+    def inputs(self) -> dict[str, str] | None:
+        found = {}
+        for task in self.requires():
+            if (ingredients := task.ingredients()) is None:
+                return None
+            found[f"{task.stage} {task.part}"] = ingredients.fingerprint
+        return found
+
+    def is_up_to_date(self) -> bool:
+        if not super().is_up_to_date():
+            return False
+        run = self.current_run()
+        assert run is not None
+        page = run.provenance()["files"][PAGE]
+        return digest_cache(self.store.root).file_digest(self.page_path) == page["digest"]
+
+    def make(self, run: Run) -> dict[str, int]:
+        from spctrl.audit import audit_split
+        from spctrl.report import render_report
+
+        tasks = self.requires()
+        with progress(self.stage, len(tasks), self.set_progress_percentage) as advance:
+            splits = []
+            for task in tasks:
+                splits.append(audit_split(split_tables(task)))
+                advance(1)
+            written_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+            page = render_report(splits, title="Pose dataset report", generated_at=written_at).encode()
+        run.write(PAGE, page)
+        write_atomic(self.page_path, page)
+        return {"records": 1, "made": 1}
+
+
+def split_tables(task: Manifest) -> SplitTables:
+    """What the audit reads of one split."""
+    import pyarrow.parquet as pq
+
+    from spctrl.audit import SplitTables
+
+    run, store = task.finished_run(), task.store
+    manifest = pq.read_table(run.path(MANIFEST), partitioning=None)
+    ids = manifest.column("image_id").to_pylist()
+    locations = {name: artifact_locations(each.finished_run()) for name, each in task.condition_tasks().items()}
+    image_paths = manifest.column("image_path").to_pylist()
+
+    def read_image(row: int) -> bytes | None:
+        if image_paths[row] is None:
+            return None
+        try:
+            return (task.root / image_paths[row]).read_bytes()
+        except OSError:
+            return None  # gone since the build looked: the page says that there is no image
+
+    def read_condition(row: int, condition: str) -> bytes | None:
+        found = locations[condition].get(ids[row])
+        return None if found is None else store.read(condition, found.pack, found.offset, found.size)
+
+    return SplitTables(
+        dataset=task.dataset,
+        title=task.spec.title,
+        split=task.split,
+        manifest=manifest,
+        rejects=pq.read_table(run.path(REJECTS), partitioning=None),
+        conditions=task.conditions,
+        read_image=read_image,
+        read_condition=read_condition,
+    )
+
+
+def print_summary(exports: Iterable[Export]) -> None:
+    """A table of what is there now, and where to look."""
+    from rich.console import Console
+    from rich.table import Table
+
+    tasks = list(exports)
+    table = Table(title="Built", title_justify="left")
+    for column in ("dataset", "split"):
+        table.add_column(column)
+    for column in ("images", "instances", "on disk", "rejected"):
+        table.add_column(column, justify="right")
+    table.add_column("folder", overflow="fold")
+    for task in tasks:
+        counts = task.clone(Manifest).finished_run().provenance()["counts"]
+        numbers = (counts["made"], counts["instances"], counts["images_on_disk"], counts["rejected"])
+        table.add_row(task.spec.title, task.split, *(f"{number:,}" for number in numbers), str(task.folder))
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(f"Report: {Path(settings.paths().export) / PAGE}")
+

@@ -1,0 +1,116 @@
+"""Settings: where and how. Sections of luigi.cfg; each can be given on the command line as ``--<section>-<name>``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import luigi
+
+if TYPE_CHECKING:
+    from spctrl.datasets import Dataset
+
+
+class paths(luigi.Config):  # noqa: N801: Luigi names a section after its class
+    """Folders; relative ones are below the folder that the command runs in."""
+
+    data = luigi.Parameter(default="data", description="folder of the raw datasets")
+    store = luigi.Parameter(default="store", description="folder of everything computed")
+    export = luigi.Parameter(default="exports", description="folder of the triplet datasets, manifests and the report")
+
+
+class ap10k(luigi.Config):  # noqa: N801
+    root = luigi.Parameter(default="{data}/AP-10K", description="folder with annotations/ and data/")
+    split_id = luigi.ChoiceParameter(default="1", choices=["1", "2", "3"], description="which of AP-10K's three splits")
+
+
+class humanart(luigi.Config):  # noqa: N801
+    root = luigi.Parameter(default="{data}/HumanArt", description="folder with annotations/ and images/")
+    subset = luigi.Parameter(
+        default="humanart", description="annotation files {training,validation}_<subset>.json, such as humanart_coco"
+    )
+
+
+class executor(luigi.Config):  # noqa: N801
+    kind = luigi.ChoiceParameter(default="local", choices=["local"], description="where record batches are worked on")
+    workers = luigi.IntParameter(default=0, description="worker processes; 0: one for each core")
+
+
+class index(luigi.Config):  # noqa: N801
+    max_pixels = luigi.IntParameter(default=100_000_000, description="largest image that is accepted, in pixels")
+
+
+class spatext(luigi.Config):  # noqa: N801
+    keypoint_radius_px = luigi.IntParameter(default=4, description="radius of a keypoint's disc")
+    link_half_width_px = luigi.IntParameter(default=4, description="half the width of a link's ellipse")
+
+
+class openpose(luigi.Config):  # noqa: N801
+    style = luigi.ChoiceParameter(
+        default="openpose", choices=["openpose", "keypoints", "coco", "mmpose"], description="colours of the render"
+    )
+    keypoint_radius_px = luigi.IntParameter(default=4, description="radius of a keypoint's disc")
+    link_half_width_px = luigi.IntParameter(default=4, description="half the width of a link's ellipse")
+
+
+class mask(luigi.Config):  # noqa: N801
+    folder = luigi.Parameter(default="{root}/mask", description="8-bit PNG masks, 0 or 255, in the images' layout")
+
+
+class depth(luigi.Config):  # noqa: N801
+    folder = luigi.Parameter(default="{root}/depth", description="8-bit PNG depth maps, near is bright, likewise")
+
+
+class export(luigi.Config):  # noqa: N801
+    names = luigi.ChoiceParameter(
+        default="readme", choices=["readme", "released"], description="file names of SP-Ctrl's README or of its loaders"
+    )
+    link = luigi.ChoiceParameter(
+        default="auto",
+        choices=["auto", "hard", "symbolic", "copy"],
+        description="how source images get into an export; auto: hard link, else symbolic link, else copy",
+    )
+    heatmaps = luigi.ChoiceParameter(
+        default="auto",
+        choices=["auto", "yes", "no"],
+        description="keypoint heatmaps as .npy, 0.56 MB an image; auto: with the released names",
+    )
+
+
+SECTIONS = (paths, ap10k, humanart, executor, index, spatext, openpose, mask, depth, export)
+
+
+def dataset_of(name: str) -> Dataset:
+    """The dataset of a name.
+
+    Raises:
+        ValueError: there is none; names those there are.
+    """
+    from spctrl.datasets import DATASETS
+
+    if name not in DATASETS:
+        raise ValueError(f"expected a dataset among {', '.join(DATASETS)}, found {name!r} ([build] datasets)")
+    return DATASETS[name]
+
+
+def dataset_root(name: str) -> Path:
+    """Folder of a raw dataset."""
+    section = ap10k if name == "ap10k" else humanart
+    return Path(section().root.format(data=paths().data))
+
+
+def dataset_variant(name: str) -> str:
+    """What tells a dataset's annotation files apart: AP-10K's split id or HumanArt's subset."""
+    return str(ap10k().split_id if name == "ap10k" else humanart().subset)
+
+
+def split_id(name: str) -> str:
+    """The number in ``<split>_split<n>``; HumanArt has one split."""
+    return str(ap10k().split_id) if name == "ap10k" else "1"
+
+
+def settings_text() -> str:
+    """Every setting as one text, to tell builds with different settings apart."""
+    values = {section.__name__: dict(section().to_str_params()) for section in SECTIONS if section is not executor}
+    return json.dumps(values, sort_keys=True)

@@ -1,3 +1,220 @@
-"""The ``spctrl`` command."""
+"""The ``spctrl`` command: looking at the store, keeping it, and drawing a sample. Building is Luigi's."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import luigi
 import typer
-app = typer.Typer()
+from rich.console import Console
+from rich.table import Table
+
+from pipelines import BuildDataset
+from tasks import settings
+from tasks.progress import progress
+from tasks.stages import AnnotationFile
+from tasks.store import Store
+
+if TYPE_CHECKING:
+    from tasks.base import StageTask
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Look at what is built and why it would be built again, check and clean the store, draw a sample. "
+    "Settings come from luigi.cfg and LUIGI_CONFIG_PATH, as for luigi itself.",
+)
+console = Console()
+
+FOUND_SOMETHING = 1
+
+Names = Annotated[str | None, typer.Option(help="comma-separated; default: luigi.cfg")]
+
+
+def _build(dataset: str | None, split: str | None, conditions: str | None, images: str | None) -> BuildDataset:
+    """The build that the settings describe, with what the command line says otherwise."""
+    given = {"dataset": dataset, "split": split, "conditions": conditions, "images": images}
+    parameters = dict(BuildDataset.get_params())
+    try:
+        return BuildDataset(**{name: parameters[name].parse(value) for name, value in given.items() if value is not None})
+    except (ValueError, luigi.parameter.ParameterException) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _store() -> Store:
+    return Store(settings.paths().store)
+
+
+@app.command()
+def status(dataset: Names = None, split: Names = None, conditions: Names = None, images: Names = None) -> None:
+    """Which stages a build would run, and why. Runs nothing, exits with 0 whatever it finds."""
+    from tasks.status import statuses
+
+    table = Table("stage", "of", "would run because", box=None, pad_edge=False)
+    table.add_column("to make", justify="right")
+    table.add_column("took last time", justify="right")
+    count = 0
+    for each in statuses(_build(dataset, split, conditions, images)):
+        count += bool(each.reasons)
+        table.add_row(
+            each.task.stage,
+            each.task.part,
+            "\n".join(each.reasons) or "[dim]up to date[/dim]",
+            "" if each.to_make is None else f"{each.to_make:,}",
+            "" if each.last_duration_s is None else f"{each.last_duration_s:,.1f} s",
+        )
+    console.print(table)
+    console.print(f"{count} stages would run." if count else "Everything is up to date.")
+
+
+@app.command()
+def verify(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only report; leave the store as it is")] = False,
+) -> None:
+    """Read all artifacts and exported files again and compare them with their digests.
+
+    What is damaged is struck out, so that the next build makes it again. Exits with 1 when anything is damaged.
+    """
+    from tasks.upkeep import verify as verify_store
+
+    store, exports = _store(), Path(settings.paths().export)
+    total = len(list(store.root.glob("packs/*/*.parquet"))) + len(store.runs()) + len(list(exports.glob("*/.spctrl/*.json")))
+    with progress("verify", total, lambda percentage: None) as advance:
+        damages = verify_store(store, exports, repair=not dry_run, advance=advance)
+    for damage in damages:
+        console.print(f"{damage.place}: {damage.fault}", soft_wrap=True, markup=False, highlight=False)
+    if not damages:
+        console.print(f"Nothing is damaged ({total:,} packs, runs and exports).")
+        return
+    what_next = "Left as it is (--dry-run)." if dry_run else "The next build makes it again."
+    console.print(f"{len(damages):,} damaged. {what_next}")
+    raise typer.Exit(FOUND_SOMETHING)
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    keep: Annotated[int, typer.Option(min=0, help="latest runs to keep of each stage and split")] = 3,
+    grace_hours: Annotated[float, typer.Option(min=0, help="keep whatever is younger, for builds under way")] = 24.0,
+    dataset: Names = None,
+    split: Names = None,
+    conditions: Names = None,
+    images: Names = None,
+) -> None:
+    """Remove runs that are neither current nor among the latest, and artifacts that only those used."""
+    from tasks.status import stages_in_order
+    from tasks.upkeep import collect
+
+    current = [run for task in stages_in_order(_build(dataset, split, conditions, images)) if (run := task.current_run())]
+    waste = collect(_store(), current, keep=keep, grace_s=grace_hours * 3600, dry_run=dry_run)
+    for run in waste.runs:
+        console.print(f"run {run.stage} {run.part} {run.fingerprint}")
+    console.print(
+        f"{'Would remove' if dry_run else 'Removed'} {len(waste.runs):,} runs, {len(waste.packs):,} packs and "
+        f"{len(waste.temporaries):,} left-over files, {'would rewrite' if dry_run else 'rewrote'} {len(waste.repacked):,} "
+        f"packs: {waste.freed_bytes / 1e6:,.1f} MB.",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def accept(
+    stages: Annotated[list[str], typer.Argument(help="stages whose code changed without changing what they make")],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Take the outputs of earlier code as current, after a change of code or libraries that you know to be harmless."""
+    from tasks.status import stages_in_order
+
+    tasks: dict[str, StageTask] = {task.stage: task for task in stages_in_order(_build(None, None, None, None))}
+    for stage in stages:
+        if stage not in tasks:
+            raise typer.BadParameter(f"expected stages among {', '.join(tasks)}, found {stage!r}")
+        task = tasks[stage]
+        runs = task.store.runs(stage)
+        if not runs:
+            raise typer.BadParameter(f"{stage} was never built: there is no earlier output to accept")
+        now, before = task.code_and_parameters(), runs[0].provenance()
+        if now["code_version"] == before["code_version"]:
+            console.print(f"{stage}: the code is that of the latest run already.")
+            continue
+        for kind in ("code", "libraries"):
+            for name in {**now[kind], **before[kind]}:
+                if now[kind].get(name) != before[kind].get(name):
+                    console.print(f"{stage}: {kind} {name} changed", highlight=False)
+        if not yes:
+            typer.confirm(f"Keep what {stage} made before these changes?", abort=True)
+        task.store.accept(now["code_version"], before["code_version"])
+        console.print(f"{stage}: outputs of the earlier code count as current.")
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(help="where AP-10K/ and HumanArt/ go")],
+    images_per_split: Annotated[int, typer.Option(min=1, help="images of each dataset's train and val")] = 12,
+    seed: Annotated[int, typer.Option(help="another seed draws other scenes")] = 0,
+) -> None:
+    """Draw a small dataset in both raw formats, with exact masks and depth maps beside the images."""
+    from spctrl.sample import write_sample
+
+    write_sample(folder, images_per_split=images_per_split, seed=seed)
+    console.print(f"Drew {4 * images_per_split} images into {folder}/AP-10K and {folder}/HumanArt.")
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, found and writable, and which datasets can be built. Exits with 1 when none can."""
+    versions = Table("package", "version", box=None, pad_edge=False)
+    versions.add_row("python", platform.python_version())
+    for name in ("luigi", "numpy", "opencv-python-headless", "pyarrow", "torch", "ray"):
+        versions.add_row(name, _version_or_none(name) or "[dim]not installed[/dim]")
+    console.print(versions)
+    console.print(f"\ncores: {len(os.sched_getaffinity(0))}; devices: {_devices()}")
+    for name in ("store", "export"):
+        folder = Path(getattr(settings.paths(), name))
+        console.print(f"\\[paths] {name} = {folder}: {_writable(folder)}", highlight=False, soft_wrap=True)
+    build = _build(None, None, None, None)
+    possible = False
+    found = Table("dataset", "split", "annotations", box=None, pad_edge=False)
+    for task in build.exports():
+        path = AnnotationFile(dataset=task.dataset, split=task.split).path
+        possible |= path.is_file()
+        found.add_row(task.spec.title, task.split, f"{path}" if path.is_file() else f"[red]missing: {path}[/red]")
+    console.print()
+    console.print(found)
+    console.print(f"\nconditions of the settings: {', '.join(build.conditions)}", highlight=False)
+    if not possible:
+        console.print("No dataset can be built: say where one is in luigi.cfg, or try `spctrl sample`.")
+        raise typer.Exit(FOUND_SOMETHING)
+
+
+def _version_or_none(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "cpu (torch is not installed)"
+    torch: Any = importlib.import_module("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(["cpu", *gpus])
+
+
+def _writable(folder: Path) -> str:
+    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not os.access(existing, os.W_OK):
+        return f"[red]cannot be written ({existing})[/red]"
+    return f"writable, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free"
+
+
+if __name__ == "__main__":
+    sys.exit(app())

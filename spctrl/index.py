@@ -81,11 +81,16 @@ def index_batches(
             "captions": pa.array([_captions(image) for image in images], pa.list_(pa.string())),
             "instances": instances,
             "licence": pa.repeat(dataset.licence, stop - start),
-            "source_url": pa.array([image.page_url or dataset.source_url for image in images]),
-            "author": pa.array([image.author for image in images], pa.string()),
+            "source_url": pa.array([_known(image.page_url) or dataset.source_url for image in images]),
+            "author": pa.array([_known(image.author) for image in images], pa.string()),
             "drawing_digest": pa.array(_drawing_digests(images, offsets, annotations.keypoints[rows])),
         }
         yield pa.RecordBatch.from_arrays([columns[name] for name in INDEX_SCHEMA.names], schema=INDEX_SCHEMA)
+
+
+def _known(text: str | None) -> str | None:
+    """HumanArt writes "None" where a picture's page or author is unknown."""
+    return None if text in (None, "", "None") else text
 
 
 def _captions(image: ImageEntry) -> list[str]:

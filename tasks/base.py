@@ -146,7 +146,7 @@ class StageTask(luigi.Task):
 
     def is_up_to_date(self) -> bool:
         run = self.current_run()
-        return run is not None and run.is_whole() and self._reject_fault(run.provenance()["counts"]) is None
+        return run is not None and run.is_whole() and self.reject_fault(run.provenance()["counts"]) is None
 
     def current_run(self) -> Run | None:
         """Where the result belongs, whether or not it is there; None while the inputs cannot be known."""
@@ -189,7 +189,7 @@ class StageTask(luigi.Task):
             raise RuntimeError(f"the inputs of {self.stage} for {self.part} are not there; build with its upstream stages")
         started = time.time()
         counts = self.make(run)
-        if (fault := self._reject_fault(counts)) is not None:
+        if (fault := self.reject_fault(counts)) is not None:
             raise TooManyRejectsError(f"{self.stage} for {self.part}: {fault}{_reasons(run)}")
         self.commit(run, counts, started)
 
@@ -217,7 +217,7 @@ class StageTask(luigi.Task):
         """Names of the packs that the run refers to."""
         return ()
 
-    def _reject_fault(self, counts: Mapping[str, int]) -> str | None:
+    def reject_fault(self, counts: Mapping[str, int]) -> str | None:
         """Why the rejects are too many, or None. Asked of finished runs too: a stricter setting counts at once."""
         rejected, records = counts.get("rejected", 0), counts.get("records", 0)
         if rejected and self.on_bad_record == "fail":

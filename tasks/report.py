@@ -133,12 +133,12 @@ def print_summary(exports: Iterable[Export]) -> None:
         table.add_column(column)
     for column in ("images", "instances", "on disk", "rejected"):
         table.add_column(column, justify="right")
-    table.add_column("folder", overflow="fold")
     for task in tasks:
         counts = task.clone(Manifest).finished_run().provenance()["counts"]
         numbers = (counts["made"], counts["instances"], counts["images_on_disk"], counts["rejected"])
-        table.add_row(task.spec.title, task.split, *(f"{number:,}" for number in numbers), str(task.folder))
+        table.add_row(task.spec.title, task.split, *(f"{number:,}" for number in numbers))
     console = Console(stderr=True)
     console.print(table)
-    console.print(f"Report: {Path(settings.paths().export) / PAGE}")
+    for place in (*dict.fromkeys(task.folder for task in tasks), Path(settings.paths().export) / PAGE):
+        console.print(str(place), soft_wrap=True, markup=False, highlight=False)
 

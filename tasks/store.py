@@ -56,7 +56,7 @@ def digest(*parts: str | bytes) -> str:
     return state.hexdigest()
 
 
-def content_digest(data: bytes) -> str:
+def content_digest(data: bytes | memoryview) -> str:
     """SHA-256 in hex, as ``sha256sum`` prints it."""
     return hashlib.sha256(data).hexdigest()
 
@@ -171,6 +171,12 @@ class Store:
             return {}
         rows = zip(*(columns[name] for name in ("offset", "size", "digest", "code", "message")), strict=True)
         return {key: Location(pack, *row) for key, row in zip(columns["key"], rows, strict=True)}
+
+    def pack_suffix(self, stage: str, pack: str) -> str:
+        """Suffix of a pack's members, empty where it has none."""
+        with tarfile.open(self.pack_path(stage, pack)) as tar:
+            member = tar.next()
+        return Path(member.name).suffix if member else ""
 
     def read(self, stage: str, pack: str, offset: int, size: int) -> bytes:
         """An artifact's bytes."""

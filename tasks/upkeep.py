@@ -1,0 +1,264 @@
+"""Keeping the store sound and small: re-reading artifacts, and removing what no kept run refers to."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.base import MANIFEST, REJECTS, artifact_schema
+from tasks.export import LEDGERS, Ledger, damaged_files
+from tasks.store import Location, Run, Store, content_digest, file_digest, parquet_bytes, stale_temporaries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pyarrow as pa
+
+MOSTLY_DEAD = 0.5
+"""Packs with a smaller share of live bytes are written anew."""
+RECORDS_PER_REPACK = 4096
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is not what it was when it was written.
+
+    Attributes:
+        place: the file, with the key of the artifact in it.
+        fault: what is wrong, in words.
+    """
+
+    place: str
+    fault: str
+
+
+def verify(store: Store, exports: Path, *, repair: bool, advance: Callable[[int], None] = lambda count: None) -> list[Damage]:
+    """Read every artifact, run and exported file again and compare it with its digest.
+
+    Args:
+        store: to check.
+        exports: ``[paths] export``; the exports below it are checked too.
+        repair: strike what is damaged from the indices and take back the runs and exports that name it, so that the next
+            build makes it again.
+        advance: told the number of packs, runs and exports that were checked since.
+    """
+    found: list[Damage] = []
+    bad_keys: dict[str, set[str]] = defaultdict(set)
+    for stage in store.stages():
+        for index_path in sorted(store.packs_folder(stage).glob("*.parquet")):
+            for key, fault in _damaged_members(store, stage, index_path.stem, repair=repair):
+                bad_keys[stage].add(key)
+                found.append(Damage(f"{store.pack_path(stage, index_path.stem)}: {key}", fault))
+            advance(1)
+    for run in store.runs():
+        faults = _run_faults(store, run, bad_keys[run.stage])
+        found += [Damage(str(run.folder), fault) for fault in faults]
+        if repair and (faults or _names(run, bad_keys[run.stage])):
+            run.uncommit()
+        advance(1)
+    for path in sorted(exports.glob(f"*/{LEDGERS}/*.json")):
+        ledger, folder = Ledger.read(path), path.parent.parent
+        damaged = damaged_files(ledger, folder)
+        found += [Damage(str(folder / name), "the exported file is missing or changed") for name in damaged]
+        if repair and damaged:
+            ledger.fingerprint = ""
+            ledger.files = {name: entry for name, entry in ledger.files.items() if name not in set(damaged)}
+            ledger.write()
+        advance(1)
+    return found
+
+
+def _damaged_members(store: Store, stage: str, pack: str, *, repair: bool) -> Iterator[tuple[str, str]]:
+    locations = store.pack_locations(stage, pack)
+    try:
+        data = memoryview(store.pack_path(stage, pack).read_bytes())
+    except OSError:
+        data = memoryview(b"")
+    faults = {key: fault for key, location in locations.items() if (fault := _fault(data, location))}
+    yield from faults.items()
+    if repair and faults:
+        store.write_pack_index(stage, pack, {key: each for key, each in locations.items() if key not in faults})
+
+
+def _fault(data: memoryview, location: Location) -> str | None:
+    if location.code is not None:
+        return None
+    found = data[location.offset : location.offset + location.size]
+    if len(found) < location.size:
+        return f"expected {location.size} bytes, found {len(found)}"
+    return None if content_digest(found) == location.digest else "its bytes do not have the digest they were written with"
+
+
+def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
+    """What is wrong with a run besides damaged artifacts, which are reported once, at their pack."""
+    provenance = run.provenance()
+    faults = []
+    for name, entry in provenance["files"].items():
+        path = run.path(name)
+        if not path.is_file() or file_digest(path) != entry["digest"]:
+            faults.append(f"{name} is missing or changed")
+    for pack in provenance["packs"]:
+        if not store.pack_path(run.stage, pack).is_file():
+            faults.append(f"pack {store.pack_path(run.stage, pack)} is missing")
+    return faults
+
+
+def _names(run: Run, keys: set[str]) -> bool:
+    return bool(keys) and not keys.isdisjoint(_keys(run))
+
+
+def _keys(run: Run) -> set[str]:
+    """Keys of the artifacts and rejects that a run refers to; none where it has no records."""
+    import pyarrow.parquet as pq
+
+    found: set[str] = set()
+    for name in (MANIFEST, REJECTS):
+        path = run.path(name)
+        if path.is_file() and "key" in pq.read_schema(path).names:
+            found |= set(pq.read_table(path, columns=["key"], partitioning=None).column(0).to_pylist())
+    return found - {None}
+
+
+@dataclass
+class Waste:
+    """What gc removes, or would.
+
+    Attributes:
+        runs: no longer kept.
+        packs: (stage, pack) without a live artifact.
+        repacked: (stage, pack) of which little is live; that is written into new packs.
+        temporaries: left behind by killed writers.
+        freed_bytes: by all of it together.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    packs: list[tuple[str, str]] = field(default_factory=list)
+    repacked: list[tuple[str, str]] = field(default_factory=list)
+    temporaries: list[Path] = field(default_factory=list)
+    freed_bytes: int = 0
+
+
+def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, dry_run: bool) -> Waste:
+    """Remove runs beyond the kept ones, and what only they referred to.
+
+    Kept are the runs of the present settings, the latest few of every stage and part, and every run that a kept one was made
+    from. Whatever is younger than the grace time stays: a build under way may have just made it.
+    """
+    runs = store.runs()
+    kept = _kept_runs(runs, {run.fingerprint for run in current}, keep, grace_s)
+    waste = Waste(runs=[run for run in runs if run not in kept])
+    live: dict[str, set[str]] = defaultdict(set)
+    for run in kept:
+        live[run.stage] |= _keys(run)
+    now = time.time()
+    for stage in store.stages():
+        for index_path in sorted(store.packs_folder(stage).glob("*.parquet")):
+            if now - index_path.stat().st_mtime < grace_s:
+                continue
+            share, size = _live_share(store, stage, index_path.stem, live[stage])
+            if share >= MOSTLY_DEAD:
+                continue
+            (waste.repacked if share > 0 else waste.packs).append((stage, index_path.stem))
+            waste.freed_bytes += int(size * (1 - share))
+    waste.temporaries = list(stale_temporaries(store.root, grace_s))
+    waste.freed_bytes += sum(path.stat().st_size for path in waste.temporaries)
+    waste.freed_bytes += sum(path.stat().st_size for run in waste.runs for path in run.folder.iterdir())
+    if not dry_run:
+        _remove(store, waste, kept, live)
+    return waste
+
+
+def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float) -> list[Run]:
+    """The runs to keep, and all that those were made from; ``runs`` are latest first."""
+    seen: dict[tuple[str, str], int] = defaultdict(int)
+    waiting = []
+    for run in runs:
+        seen[run.stage, run.part] += 1
+        is_young = time.time() - run.path("provenance.json").stat().st_mtime < grace_s
+        if seen[run.stage, run.part] <= keep or run.fingerprint in current or is_young:
+            waiting.append(run)
+    by_fingerprint = {run.fingerprint: run for run in runs}
+    kept: dict[str, Run] = {}
+    while waiting:
+        run = waiting.pop()
+        if run.fingerprint not in kept:
+            kept[run.fingerprint] = run
+            waiting += [by_fingerprint[each] for each in run.provenance()["inputs"].values() if each in by_fingerprint]
+    return [run for run in runs if run.fingerprint in kept]
+
+
+def _live_share(store: Store, stage: str, pack: str, live: set[str]) -> tuple[float, int]:
+    """Share of a pack's artifact bytes that kept runs refer to, and the pack's size."""
+    locations = store.pack_locations(stage, pack)
+    path = store.pack_path(stage, pack)
+    size = path.stat().st_size if path.is_file() else 0
+    if any(location.code is not None and key in live for key, location in locations.items()):
+        return 1.0, size  # it holds the reason of a record that a kept run rejected
+    total = sum(location.size for location in locations.values())
+    kept = sum(location.size for key, location in locations.items() if key in live)
+    return (kept / total if total else 0.0), size
+
+
+def _remove(store: Store, waste: Waste, kept: Sequence[Run], live: dict[str, set[str]]) -> None:
+    """New packs first, then the runs that name the old ones, then the old ones: killed anywhere, nothing kept is lost."""
+    moved = _repack(store, waste.repacked, live)
+    for run in kept:
+        if run.stage in moved:
+            _follow(run, moved[run.stage])
+    for run in waste.runs:
+        run.remove()
+    for stage, pack in (*waste.packs, *waste.repacked):
+        store.pack_index_path(stage, pack).unlink(missing_ok=True)
+        store.pack_path(stage, pack).unlink(missing_ok=True)
+    for path in waste.temporaries:
+        path.unlink(missing_ok=True)
+
+
+def _repack(
+    store: Store, packs: Sequence[tuple[str, str]], live: dict[str, set[str]]
+) -> dict[str, dict[tuple[str, str], Location]]:
+    """Write live artifacts of old packs into new ones; gives (old pack, key) -> new place, by stage."""
+    moved: dict[str, dict[tuple[str, str], Location]] = defaultdict(dict)
+    waiting: dict[tuple[str, str], list[tuple[str, str, bytes]]] = defaultdict(list)
+
+    def flush(stage: str, suffix: str) -> None:
+        batch = waiting.pop((stage, suffix), [])
+        unique = {key: data for _, key, data in batch}
+        places = store.write_pack(stage, suffix, list(unique.items())) if unique else {}
+        moved[stage] |= {(pack, key): places[key] for pack, key, _ in batch}
+
+    for stage, pack in packs:
+        suffix = store.pack_suffix(stage, pack)
+        for key, location in store.pack_locations(stage, pack).items():
+            if key in live[stage] and location.code is None:
+                data = store.read(stage, pack, location.offset, location.size)
+                waiting[stage, suffix].append((pack, key, data))
+        if len(waiting[stage, suffix]) >= RECORDS_PER_REPACK:
+            flush(stage, suffix)
+    for stage, suffix in list(waiting):
+        flush(stage, suffix)
+    return moved
+
+
+def _follow(run: Run, moved: dict[tuple[str, str], Location]) -> None:
+    """Let a run name the new places of its artifacts."""
+    import pyarrow.parquet as pq
+
+    table: pa.Table = pq.read_table(run.path(MANIFEST), partitioning=None)
+    rows = table.to_pylist()
+    if not any((row["pack"], row["key"]) in moved for row in rows):
+        return
+    for row in rows:
+        if (place := moved.get((row["pack"], row["key"]))) is not None:
+            row |= {"pack": place.pack, "offset": place.offset}
+    import pyarrow as pa
+
+    run.write(MANIFEST, parquet_bytes(pa.Table.from_pylist(rows, schema=artifact_schema())))
+    provenance = run.provenance()
+    names = list(provenance.pop("files"))
+    provenance.pop("packs")
+    run.commit(names, {row["pack"] for row in rows}, provenance)

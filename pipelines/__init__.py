@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import luigi
 
 from tasks import settings
+from tasks.conditions import CONDITIONS
 from tasks.export import Export
 from tasks.names import NamesParameter
 from tasks.report import Report, print_summary
-from tasks.stages import CONDITIONS
 
 
 class BuildDataset(luigi.WrapperTask):
@@ -20,37 +20,37 @@ class BuildDataset(luigi.WrapperTask):
     ``luigi --module pipelines BuildDataset --local-scheduler``
     """
 
-    dataset: tuple[str, ...] = NamesParameter(
+    dataset = NamesParameter(
         default=("ap10k", "humanart"),
         choices=("ap10k", "humanart"),
         config_path={"section": "build", "name": "datasets"},
         description="datasets to build",
     )
-    split: tuple[str, ...] = NamesParameter(
+    split = NamesParameter(
         default=("train", "val"),
         choices=("train", "val", "test"),
         config_path={"section": "build", "name": "splits"},
         description="splits to build",
     )
-    conditions: tuple[str, ...] = NamesParameter(
+    conditions = NamesParameter(
         default=("spatext", "openpose"),
         choices=tuple(CONDITIONS),
         config_path={"section": "build", "name": "conditions"},
         description="conditioning images to make",
     )
-    images: str = luigi.ChoiceParameter(
+    images = luigi.ChoiceParameter(
         default="required",
         choices=["required", "optional"],
         config_path={"section": "build", "name": "images"},
         description="optional: records without an image file are built all the same",
     )
-    on_bad_record: str = luigi.ChoiceParameter(
+    on_bad_record = luigi.ChoiceParameter(
         default="quarantine",
         choices=["quarantine", "fail"],
         config_path={"section": "build", "name": "on_bad_record"},
         description="quarantine: set bad records aside; fail: stop the build",
     )
-    max_reject_share: float = luigi.FloatParameter(
+    max_reject_share = luigi.FloatParameter(
         default=0.05,
         config_path={"section": "build", "name": "max_reject_share"},
         description="share of bad records above which the build fails",
@@ -66,7 +66,9 @@ class BuildDataset(luigi.WrapperTask):
     def requires(self) -> list[luigi.Task]:
         exports = list(self.exports())
         if not exports:
-            raise ValueError(f"expected a split that {' or '.join(self.dataset)} has, found {', '.join(self.split)}")
+            raise ValueError(
+                f"expected a split that {' or '.join(self.dataset)} has, found {', '.join(self.split)}"
+            )
         return [*exports, self.clone(Report)]
 
     def run(self) -> None:

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from pipelines import BuildDataset
 from tasks import settings
+from tasks.index import AnnotationFile
 from tasks.progress import progress
-from tasks.stages import AnnotationFile
 from tasks.store import Store
 
 if TYPE_CHECKING:
@@ -38,12 +38,16 @@ FOUND_SOMETHING = 1
 Names = Annotated[str | None, typer.Option(help="comma-separated; default: luigi.cfg")]
 
 
-def _build(dataset: str | None, split: str | None, conditions: str | None, images: str | None) -> BuildDataset:
+def _build(
+    dataset: str | None, split: str | None, conditions: str | None, images: str | None
+) -> BuildDataset:
     """The build that the settings describe, with what the command line says otherwise."""
     given = {"dataset": dataset, "split": split, "conditions": conditions, "images": images}
     parameters = dict(BuildDataset.get_params())
     try:
-        return BuildDataset(**{name: parameters[name].parse(value) for name, value in given.items() if value is not None})
+        return BuildDataset(
+            **{name: parameters[name].parse(value) for name, value in given.items() if value is not None}
+        )
     except (ValueError, luigi.parameter.ParameterException) as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -53,7 +57,9 @@ def _store() -> Store:
 
 
 @app.command()
-def status(dataset: Names = None, split: Names = None, conditions: Names = None, images: Names = None) -> None:
+def status(
+    dataset: Names = None, split: Names = None, conditions: Names = None, images: Names = None
+) -> None:
     """Which stages a build would run, and why. Runs nothing, exits with 0 whatever it finds."""
     from tasks.status import statuses
 
@@ -80,12 +86,17 @@ def verify(
 ) -> None:
     """Read all artifacts and exported files again and compare them with their digests.
 
-    What is damaged is struck out, so that the next build makes it again. Exits with 1 when anything is damaged.
+    What is damaged is struck out, so that the next build makes it again. Exits with 1 when anything is
+    damaged.
     """
     from tasks.upkeep import verify as verify_store
 
     store, exports = _store(), Path(settings.paths().export)
-    total = len(list(store.root.glob("packs/*/*.parquet"))) + len(store.runs()) + len(list(exports.glob("*/.spctrl/*.json")))
+    total = (
+        len(list(store.root.glob("packs/*/*.parquet")))
+        + len(store.runs())
+        + len(list(exports.glob("*/.spctrl/*.json")))
+    )
     with progress("verify", total, lambda percentage: None) as advance:
         damages = verify_store(store, exports, repair=not dry_run, advance=advance)
     for damage in damages:
@@ -102,7 +113,9 @@ def verify(
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
     keep: Annotated[int, typer.Option(min=0, help="latest runs to keep of each stage and split")] = 3,
-    grace_hours: Annotated[float, typer.Option(min=0, help="keep whatever is younger, for builds under way")] = 24.0,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="keep whatever is younger, for builds under way")
+    ] = 24.0,
     dataset: Names = None,
     split: Names = None,
     conditions: Names = None,
@@ -112,27 +125,35 @@ def gc(
     from tasks.status import stages_in_order
     from tasks.upkeep import collect
 
-    current = [run for task in stages_in_order(_build(dataset, split, conditions, images)) if (run := task.current_run())]
+    current = [
+        run
+        for task in stages_in_order(_build(dataset, split, conditions, images))
+        if (run := task.current_run())
+    ]
     waste = collect(_store(), current, keep=keep, grace_s=grace_hours * 3600, dry_run=dry_run)
     for run in waste.runs:
         console.print(f"run {run.stage} {run.part} {run.fingerprint}")
     console.print(
         f"{'Would remove' if dry_run else 'Removed'} {len(waste.runs):,} runs, {len(waste.packs):,} packs and "
-        f"{len(waste.temporaries):,} left-over files, {'would rewrite' if dry_run else 'rewrote'} {len(waste.repacked):,} "
-        f"packs: {waste.freed_bytes / 1e6:,.1f} MB.",
+        f"{len(waste.temporaries):,} left-over files, {'would rewrite' if dry_run else 'rewrote'} "
+        f"{len(waste.repacked):,} packs: {waste.freed_bytes / 1e6:,.1f} MB.",
         soft_wrap=True,
     )
 
 
 @app.command()
 def accept(
-    stages: Annotated[list[str], typer.Argument(help="stages whose code changed without changing what they make")],
+    stages: Annotated[
+        list[str], typer.Argument(help="stages whose code changed without changing what they make")
+    ],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
     """Take the outputs of earlier code as current, after a change of code or libraries that you know to be harmless."""
     from tasks.status import stages_in_order
 
-    tasks: dict[str, StageTask] = {task.stage: task for task in stages_in_order(_build(None, None, None, None))}
+    tasks: dict[str, StageTask] = {
+        task.stage: task for task in stages_in_order(_build(None, None, None, None))
+    }
     for stage in stages:
         if stage not in tasks:
             raise typer.BadParameter(f"expected stages among {', '.join(tasks)}, found {stage!r}")
@@ -185,7 +206,9 @@ def doctor() -> None:
     for task in build.exports():
         path = AnnotationFile(dataset=task.dataset, split=task.split).path
         possible |= path.is_file()
-        found.add_row(task.spec.title, task.split, f"{path}" if path.is_file() else f"[red]missing: {path}[/red]")
+        found.add_row(
+            task.spec.title, task.split, f"{path}" if path.is_file() else f"[red]missing: {path}[/red]"
+        )
     console.print()
     console.print(found)
     console.print(f"\nconditions of the settings: {', '.join(build.conditions)}", highlight=False)

@@ -1,14 +1,14 @@
 """Reading annotation files in COCO keypoint format: AP-10K's and HumanArt's.
 
-A file of HumanArt's size holds 200 MB of JSON. It is cut into its entries once, without decoding them; each entry is then
-decoded on its own and flattened into arrays, so that one broken entry costs one record and memory holds no object per number.
+A file of HumanArt's size holds 200 MB of JSON. It is cut into its entries once, without decoding them; each
+entry is then decoded on its own and flattened into arrays, so that one broken entry costs one record and
+memory holds no object per number.
 
 Legend: R images, M annotations of the whole file, K keypoints (17).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections import Counter
@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 
     from spctrl.datasets import Dataset
 
-MAX_FILE_NAME_BYTES = 255
+MAX_FILE_NAME_BYTES = 230
+"""Leaves room, in the 255 of common file systems, for a condition's suffix and a temporary file's prefix."""
+MAX_PATH_CHARACTERS = 512
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
+_STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_INT32 = range(-(2**31), 2**31)
 FAR_AWAY_IN_SIZES = 1.0
 """How far outside the image a labelled keypoint may lie, in image widths and heights."""
 
@@ -124,39 +129,70 @@ def read_document(path: Path) -> Document:
     Raises:
         AnnotationFileError: the file is not JSON or lacks a section; names the file and the place.
     """
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise AnnotationFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     try:
         return msgspec.json.decode(data, type=Document)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, msgspec.ValidationError):
             raise AnnotationFileError(_wrong_section(path, error)) from None
         if not (b"NaN" in data or b"Infinity" in data):
             raise AnnotationFileError(_not_json(path, data, error)) from None
-    # Python's json writes NaN and Infinity although JSON has neither. Read the file its way: such numbers become null, and
-    # the entries that hold them are rejected one by one.
+    data = _finite(data)
     try:
-        return msgspec.json.decode(msgspec.json.encode(json.loads(data)), type=Document)
+        return msgspec.json.decode(data, type=Document)
     except msgspec.ValidationError as error:
         raise AnnotationFileError(_wrong_section(path, error)) from None
-    except (ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise AnnotationFileError(_not_json(path, data, error)) from None
+
+
+def _finite(data: bytes) -> bytes:
+    """The text with null for NaN and Infinity, which Python's json writes although JSON has neither.
+
+    So the entries that hold them are rejected one by one.
+    """
+    pieces, start = [], 0
+    for match in _STRING_OR_NOT_FINITE.finditer(data):
+        if data[match.start()] != ord('"'):
+            pieces += [data[start : match.start()], b"null"]
+            start = match.end()
+    return b"".join([*pieces, data[start:]])
 
 
 def _wrong_section(path: Path, error: Exception) -> str:
     return (
-        f"{path}: expected an object with the lists images, annotations and categories (COCO keypoint format): {error}. "
-        "Is this one of the dataset's own annotation files, complete?"
+        f"{path}: expected an object with the lists images, annotations and categories (COCO keypoint format): "
+        f"{error}. Is this one of the dataset's own annotation files, complete?"
     )
 
 
 def _not_json(path: Path, data: bytes, error: Exception) -> str:
     message = str(error)
     place = f"after its last byte ({len(data):,} bytes)"
-    if "(byte " in message:
+    position = None
+    if isinstance(error, RecursionError):
+        place = "(too many brackets inside each other)"
+    elif isinstance(error, UnicodeDecodeError):
+        position = _first_bad_byte(data)
+    elif "(byte " in message:
         position = int(message.rsplit("(byte ", 1)[1].rstrip(")"))
+    if position is not None:
         line = data.count(b"\n", 0, position) + 1
         place = f"line {line}, byte {position}, near {data[max(0, position - 20) : position + 20]!r}"
-    return f"{path}: expected JSON, found a fault {place}: {message}. Was the file copied or downloaded whole?"
+    return (
+        f"{path}: expected JSON, found a fault {place}: {message}. Was the file copied or downloaded whole?"
+    )
+
+
+def _first_bad_byte(data: bytes) -> int | None:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
 
 
 def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annotations:
@@ -193,7 +229,9 @@ class _Rejects:
         self.rows: list[dict[str, Any]] = []
         self.image_ids: set[int] = set()
 
-    def add(self, code: str, message: str, image: ImageEntry | int | None, annotation_id: int | None = None) -> None:
+    def add(
+        self, code: str, message: str, image: ImageEntry | int | None, annotation_id: int | None = None
+    ) -> None:
         image_id = image.id if isinstance(image, ImageEntry) else image
         self.rows.append(
             {
@@ -217,11 +255,12 @@ def _decode_images(
     for position, entry in enumerate(entries):
         try:
             image = decoder.decode(entry)
-        except (msgspec.DecodeError, RecursionError) as error:
-            rejects.add("bad_image_entry", f"images[{position}]: {error}", None)
+        except _UNREADABLE as error:
+            rejects.add("bad_image_entry", f"images[{position}]: {error}", _whole_number_in(entry, "id"))
             continue
-        if not _fits_int64(image.id):
-            rejects.add("bad_image_entry", f"images[{position}]: id {image.id} does not fit 64 bits", None)
+        if not all(map(_fits_int64, (image.id, image.width, image.height))):
+            message = f"images[{position}] holds a whole number that is out of range"
+            rejects.add("bad_image_entry", message, _int64_or_none(image.id))
             continue
         images.append(image)
         if fault := _image_fault(image, dataset, max_pixels):
@@ -235,21 +274,27 @@ def _decode_images(
             continue
         for image, value in zip(images, values, strict=True):
             if counts[value] > 1:
-                rejects.add(f"duplicate_image_{kind}", f"{counts[value]} images share the {kind} {value!r}", image)
+                rejects.add(
+                    f"duplicate_image_{kind}", f"{counts[value]} images share the {kind} {value!r}", image
+                )
     return images
 
 
 def _image_fault(image: ImageEntry, dataset: Dataset, max_pixels: int) -> tuple[str, str] | None:
-    if fault := unsafe_path(dataset.image_path(image.file_name)):
+    path = dataset.image_path(image.file_name)
+    if fault := unsafe_path(image.file_name) or unsafe_path(path):
         return "unsafe_path", f"file_name {image.file_name!r} {fault}"
-    if image.width <= 0 or image.height <= 0 or image.width * image.height > max_pixels:
+    if not path.startswith(f"{dataset.image_folder}/"):
+        return "unsafe_path", f"file_name {image.file_name!r} lies outside the folder {dataset.image_folder}"
+    width, height = image.width, image.height
+    if not (0 < width in _INT32 and 0 < height in _INT32 and width * height <= max_pixels):
         return (
             "bad_size",
-            f"expected a width and height above 0 and at most {max_pixels:,} pixels in all (setting [index] max_pixels), "
-            f"found {image.width} x {image.height}",
+            f"expected a width and height above 0 and at most {max_pixels:,} pixels in all "
+            f"(setting [index] max_pixels), found {width} x {height}",
         )
-    if image.background is not None and dataset.backgrounds and image.background not in dataset.backgrounds:
-        known = ", ".join(map(str, dataset.backgrounds))
+    if image.background is not None and image.background not in (dataset.backgrounds or _INT32):
+        known = ", ".join(map(str, dataset.backgrounds)) or "whole numbers of 32 bits"
         return "unknown_background", f"expected a background id among {known}, found {image.background}"
     return None
 
@@ -265,12 +310,13 @@ def unsafe_path(path: str) -> str | None:
         return "names no file"
     if _UNPRINTABLE.search(path):
         return "holds a backslash or a control character"
-    if not path.isascii():
-        try:
-            parts = [part.encode() for part in parts]
-        except UnicodeEncodeError:
-            return "is not valid Unicode"
-    return f"has a part longer than {MAX_FILE_NAME_BYTES} bytes" if max(map(len, parts)) > MAX_FILE_NAME_BYTES else None
+    try:
+        longest = max(map(len, parts)) if path.isascii() else max(len(part.encode()) for part in parts)
+    except UnicodeEncodeError:
+        return "is not valid Unicode"
+    if longest > MAX_FILE_NAME_BYTES:
+        return f"has a part longer than {MAX_FILE_NAME_BYTES} bytes"
+    return f"is longer than {MAX_PATH_CHARACTERS} characters" if len(path) > MAX_PATH_CHARACTERS else None
 
 
 def _decode_annotations(
@@ -289,10 +335,12 @@ def _decode_annotations(
     for position, entry in enumerate(entries):
         try:
             each = decoder.decode(entry)
-        except (msgspec.DecodeError, RecursionError) as error:
-            image_id, annotation_id = _ids_of_broken(entry)
+        except _UNREADABLE as error:
+            image_id, annotation_id = _whole_number_in(entry, "image_id"), _whole_number_in(entry, "id")
             image = known_images.get(image_id) if image_id is not None else None
-            rejects.add("bad_annotation_entry", f"annotations[{position}]: {error}", image or image_id, annotation_id)
+            rejects.add(
+                "bad_annotation_entry", f"annotations[{position}]: {error}", image or image_id, annotation_id
+            )
             continue
         image = known_images.get(each.image_id)
         if fault := _annotation_fault(each, image, numbers, categories):
@@ -324,18 +372,17 @@ def _decode_annotations(
     )
 
 
-def _ids_of_broken(entry: msgspec.Raw) -> tuple[int | None, int | None]:
-    """The image id and annotation id of an entry that does not decode as a whole, as far as they can be read."""
+def _whole_number_in(entry: msgspec.Raw, name: str) -> int | None:
+    """A field of an entry that does not decode as a whole, if this one does."""
     try:
-        fields = msgspec.json.decode(entry)
-    except (msgspec.DecodeError, RecursionError):
-        return None, None
-    fields = fields if isinstance(fields, dict) else {}
-    return _int64_or_none(fields.get("image_id")), _int64_or_none(fields.get("id"))
+        fields = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])
+        return _int64_or_none(msgspec.json.decode(fields[name], type=int))
+    except (*_UNREADABLE, KeyError):
+        return None
 
 
-def _int64_or_none(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and _fits_int64(value) else None
+def _int64_or_none(value: int) -> int | None:
+    return value if _fits_int64(value) else None
 
 
 def _fits_int64(value: int) -> bool:
@@ -346,7 +393,10 @@ def _annotation_fault(
     each: AnnotationEntry, image: ImageEntry | None, numbers: int, categories: dict[int, Category]
 ) -> tuple[str, str] | None:
     if image is None:
-        return "unknown_image", f"annotation {each.id} belongs to image {each.image_id}, which the file does not list"
+        return (
+            "unknown_image",
+            f"annotation {each.id} belongs to image {each.image_id}, which the file does not list or not readably",
+        )
     if len(each.keypoints) != numbers:
         return (
             "keypoint_count",
@@ -360,8 +410,12 @@ def _annotation_fault(
     if len(each.bbox) != 4:
         return "bad_bbox", f"expected x, y, width, height in bbox of annotation {each.id}, found {each.bbox}"
     if each.category_id not in categories:
-        return "unknown_category", f"annotation {each.id} has category {each.category_id}, which the file does not list"
-    if not (_fits_int64(each.id) and 0 <= each.num_keypoints < 2**31 and _fits_int64(each.iscrowd)):
+        return (
+            "unknown_category",
+            f"annotation {each.id} has category {each.category_id}, which the file does not list",
+        )
+    whole_numbers = (each.id, each.category_id, each.iscrowd)
+    if not (all(map(_fits_int64, whole_numbers)) and 0 <= each.num_keypoints < 2**31):
         return "bad_annotation_entry", f"annotation {each.id} holds a whole number that is out of range"
     return None
 
@@ -381,7 +435,11 @@ def _check_numbers(flat: Annotations, rejects: _Rejects) -> None:
     checks = (
         ("duplicate_annotation_id", duplicated, "several annotations share the id"),
         ("bad_coordinate", ~finite, "expected finite numbers in keypoints and area of annotation"),
-        ("bad_visibility", ~((v == 0) | (v == 1) | (v == 2)).all(axis=1), "expected visibility 0, 1 or 2 in keypoints of annotation"),
+        (
+            "bad_visibility",
+            ~((v == 0) | (v == 1) | (v == 2)).all(axis=1),
+            "expected visibility 0, 1 or 2 in keypoints of annotation",
+        ),
         (
             "far_away_keypoint",
             ~(near.all(axis=2) | (v == 0)).all(axis=1),

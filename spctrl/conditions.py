@@ -19,12 +19,16 @@ def check_mask(record: Record, data: bytes) -> bytes:
     """A precomputed mask as an 8-bit single-channel PNG of 0 and 255.
 
     Raises:
-        RecordError: not an image (``bad_image``), of another size (``image_size``) or with other values (``bad_mask``).
+        RecordError: not an image (``bad_image``), of another size (``image_size``) or with other values
+            (``bad_mask``).
     """
     mask = _decode_gray(record, data, "mask")
     values = np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256))
     if not np.isin(values, (0, 255)).all():
-        raise RecordError("bad_mask", f"expected a mask of 0 and 255 only, found {len(values)} values from 0 to {values[-1]}")
+        raise RecordError(
+            "bad_mask",
+            f"expected a mask of 0 and 255 only, found {len(values)} values from 0 to {values[-1]}",
+        )
     return encode_png(mask)
 
 
@@ -43,7 +47,7 @@ def mask_depth(record: Record, depth_png: bytes, mask_png: bytes) -> bytes:
     return encode_png(cv2.merge([np.where(mask == 255, depth, np.uint8(0))] * 3))
 
 
-def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+def encode_png(pixels: cv2.typing.MatLike) -> bytes:
     """(H, W) or (H, W, 3) uint8 as a PNG file."""
     done, data = cv2.imencode(".png", pixels)
     if not done:

@@ -22,8 +22,9 @@ class Dataset:
         name: as in settings and file names.
         title: as people write it.
         skeleton: keypoints and drawn links.
-        annotation_pattern: path of an annotation file below the dataset's root; ``{split}`` is the dataset's own word for
-            the split and ``{variant}`` what tells its annotation files apart (AP-10K: split id, HumanArt: subset).
+        annotation_pattern: path of an annotation file below the dataset's root; ``{split}`` is the dataset's
+            own word for the split and ``{variant}`` what tells its annotation files apart (AP-10K: split id,
+            HumanArt: subset).
         split_words: our split names -> the dataset's.
         image_folder: below the root; no image may lie outside it.
         file_name_prefix: leading part of ``file_name`` that names the root itself.
@@ -48,13 +49,19 @@ class Dataset:
     def annotation_path(self, split: str, variant: str) -> str:
         """Path of the annotation file below the dataset's root."""
         if split not in self.split_words:
-            raise ValueError(f"expected a split of {self.title} among {', '.join(self.split_words)}, found {split!r}")
+            raise ValueError(
+                f"expected a split of {self.title} among {', '.join(self.split_words)}, found {split!r}"
+            )
         return self.annotation_pattern.format(split=self.split_words[split], variant=variant)
 
     def image_path(self, file_name: str) -> str:
         """Path of an image below the dataset's root, whether or not ``file_name`` starts with the root's own name."""
         path = file_name.removeprefix(self.file_name_prefix)
-        return path if path.startswith(f"{self.image_folder}/") or self.file_name_prefix else f"{self.image_folder}/{path}"
+        return (
+            path
+            if path.startswith(f"{self.image_folder}/") or self.file_name_prefix
+            else f"{self.image_folder}/{path}"
+        )
 
     def artifact_stem(self, file_name: str) -> str:
         """Path of the image's conditions in their folders, without suffix."""

@@ -15,7 +15,7 @@ from spctrl.annotations import read_document
 from spctrl.rendering.heatmaps import keypoint_heatmaps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from spctrl.annotations import Category
     from spctrl.layout import Layout
@@ -29,7 +29,7 @@ class _Owner(msgspec.Struct):
 
 
 def record_lines(annotation_path: Path, layout: Layout, image_ids: set[int]) -> Iterator[tuple[str, bytes]]:
-    """File name and JSON line of each wanted image, in file order; its annotation objects are unchanged, to the byte."""
+    """File name and JSON line of each wanted image, in file order, with its annotation objects to the byte."""
     document = read_document(annotation_path)
     decode_owner = msgspec.json.Decoder(_Owner).decode
     annotations: dict[int, list[msgspec.Raw]] = {}
@@ -66,7 +66,9 @@ def _record_line(image: dict[str, Any], annotations: list[msgspec.Raw], layout: 
 
 def categories_json(annotation_path: Path) -> bytes:
     """One JSON object, category id -> category, with spaces in the keypoints' names."""
-    return msgspec.json.encode({str(each.id): _category(each) for each in read_document(annotation_path).categories})
+    return msgspec.json.encode(
+        {str(each.id): _category(each) for each in read_document(annotation_path).categories}
+    )
 
 
 def _category(category: Category) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def link_file(source: Path, target: Path, way: str) -> None:
         OSError: the way does not work here (such as a hard link to another disk).
     """
     target.unlink(missing_ok=True)
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "hard": lambda: os.link(source.resolve(), target),
         "symbolic": lambda: target.symlink_to(source.resolve()),
         "copy": lambda: shutil.copyfile(source, target),

@@ -1,6 +1,6 @@
 """Looking at image files: real size, whether they can be decoded, and a perceptual hash."""
 
-# ruff: noqa: PTH: paths are checked for every image, and a Path object costs more than the check
+# ruff: noqa: PTH114, PTH120 - a Path for every image costs more than the check
 
 from __future__ import annotations
 
@@ -48,10 +48,13 @@ def probe_image(record: Record, data: bytes) -> bytes:
             if size_wh != record.size_wh:
                 raise RecordError(
                     "image_size",
-                    f"expected the annotated {record.size_wh[0]} x {record.size_wh[1]} pixels, found {size_wh[0]} x {size_wh[1]}",
+                    f"expected the annotated {record.size_wh[0]} x {record.size_wh[1]} pixels, "
+                    f"found {size_wh[0]} x {size_wh[1]}",
                 )
             image.draft("L", (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-            small = image.convert("L").resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+            small = image.convert("L").resize(
+                (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0
+            )
     except RecordError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -66,10 +69,11 @@ def probe_image(record: Record, data: bytes) -> bytes:
 
 
 def perceptual_hash(gray: NDArray[np.uint8]) -> str:
-    """64-bit hash of a (32, 32) uint8 grayscale image that small changes of size, quality and brightness leave nearly as is.
+    """64-bit hash of a (32, 32) uint8 grayscale image that small changes of size, quality and brightness
+    leave nearly as is.
 
-    Signs of the lowest frequencies of the cosine transform against their median (Zauner, "Implementation and benchmarking of
-    perceptual image hash functions", 2010). 16 hex digits.
+    Signs of the lowest frequencies of the cosine transform against their median (Zauner, "Implementation and
+    benchmarking of perceptual image hash functions", 2010). 16 hex digits.
     """
     frequencies = cv2.dct(gray.astype(np.float32))[:HASH_SIDE, :HASH_SIDE]
     bits = frequencies > np.median(frequencies)

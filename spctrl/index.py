@@ -76,7 +76,9 @@ def index_batches(
             "width": pa.array([image.width for image in images], pa.int32()),
             "height": pa.array([image.height for image in images], pa.int32()),
             "background": pa.array([image.background for image in images], pa.int32()),
-            "background_name": pa.array([dataset.backgrounds.get(image.background or 0) for image in images], pa.string()),
+            "background_name": pa.array(
+                [dataset.backgrounds.get(image.background or 0) for image in images], pa.string()
+            ),
             "category": pa.array([image.category for image in images], pa.string()),
             "captions": pa.array([_captions(image) for image in images], pa.list_(pa.string())),
             "instances": instances,
@@ -100,11 +102,14 @@ def _captions(image: ImageEntry) -> list[str]:
 def _drawing_digests(
     images: list[ImageEntry], offsets: NDArray[np.int32], keypoints: NDArray[np.float64]
 ) -> list[str]:
-    data = memoryview(np.ascontiguousarray(keypoints).reshape(-1)).cast("B")
+    data = memoryview(keypoints.tobytes())
     size = keypoints.itemsize * keypoints.shape[1] * keypoints.shape[2]
     return [
         blake2b(
-            data[first * size : last * size], digest_size=DIGEST_BYTES, person=b"drawing", salt=_size_salt(image)
+            data[first * size : last * size],
+            digest_size=DIGEST_BYTES,
+            person=b"drawing",
+            salt=_size_salt(image),
         ).hexdigest()
         for image, first, last in zip(images, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
     ]
@@ -144,4 +149,6 @@ def _keypoint_lists(keypoints: NDArray[np.float64], present: NDArray[np.bool_]) 
     lengths = np.where(present, keypoints.shape[1], 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     mask = None if present.all() else pa.array(~present)
-    return pa.ListArray.from_arrays(pa.array(offsets), _fixed_lists(keypoints, 3), type=KEYPOINTS_TYPE, mask=mask)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), _fixed_lists(keypoints, 3), type=KEYPOINTS_TYPE, mask=mask
+    )

@@ -14,7 +14,10 @@ _FOLDERS = {
     "humanart": {"spatext": "humanart_kptindex", "openpose": "humanart_openpose"},
 }
 _COMMON_FOLDERS = {"mask": "sam_hq_mask", "depth": "zeo_depth", "masked_depth": "zeo_depth_masked"}
-_RELEASED_JSONL = {("humanart", "train"): "humanart_training.jsonl", ("humanart", "val"): "humanart_validation.jsonl"}
+_RELEASED_JSONL = {
+    ("humanart", "train"): "humanart_training.jsonl",
+    ("humanart", "val"): "humanart_validation.jsonl",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

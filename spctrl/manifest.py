@@ -60,7 +60,9 @@ def manifest_batch(
     columns: dict[str, pa.Array] = {name: rows.column(name) for name in RECORD_SCHEMA.names}
     facts = [images.get(image_id) for image_id in ids]
     texts: dict[str, list[str | None]] = {
-        "image_path": [layout.image(name) if fact else None for name, fact in zip(file_names, facts, strict=True)],
+        "image_path": [
+            layout.image(name) if fact else None for name, fact in zip(file_names, facts, strict=True)
+        ],
         "image_digest": [fact.digest if fact else None for fact in facts],
         "image_phash": [fact.phash if fact else None for fact in facts],
     }

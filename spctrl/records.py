@@ -1,8 +1,8 @@
 """The record: one image with its annotated instances. One type goes through every stage.
 
 Legend: R records, N instances of one record, K keypoints (17), M instances of all records together.
-Coordinates are pixels of the annotated image, float64, exactly as the annotation file gives them: drawing truncates them
-to integers, and float32 would move some pixels.
+Coordinates are pixels of the annotated image, float64, exactly as the annotation file gives them: drawing
+truncates them to integers, and float32 would move some pixels.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def records_from_table(table: pa.Table | pa.RecordBatch) -> list[Record]:
             image_id=image_id,
             file_name=file_name,
             size_wh=(width, height),
-            keypoints=keypoints[per_instance[first] : per_instance[last]].reshape(last - first, num_keypoints, 3),
+            keypoints=keypoints[per_instance[first] : per_instance[last]].reshape(
+                last - first, num_keypoints, 3
+            ),
             bboxes_xywh=bboxes_xywh[first:last],
         )
         for image_id, file_name, width, height, first, last in zip(

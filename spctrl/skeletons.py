@@ -1,7 +1,7 @@
 """Skeletons as data: keypoint names, 0-based links, flip pairs and OKS sigmas.
 
-AP-10K and COCO define the keypoints; the links are those that SP-Ctrl's index maps draw, in drawing order. The HumanArt
-links are COCO's (19 over 17 points), not the 23 over 21 points of HumanArt's own category entry.
+AP-10K and COCO define the keypoints; the links are those that SP-Ctrl's index maps draw, in drawing order.
+The HumanArt links are COCO's (19 over 17 points), not the 23 over 21 points of HumanArt's own category entry.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ class Skeleton:
         keypoint_names: K names, in the order of the annotation's keypoint list.
         links: pairs of 0-based keypoint indices, in drawing order.
         flip_pairs: pairs of 0-based indices that change places when the image is mirrored.
-        oks_sigmas: K per-keypoint constants of the object keypoint similarity, relative to the object's scale.
+        oks_sigmas: K per-keypoint constants of the object keypoint similarity, relative to the object's
+            scale.
     """
 
     keypoint_names: tuple[str, ...]

@@ -1,8 +1,8 @@
 """The base of every stage: what it was made from decides where its result lies, and whether it has to run.
 
-A stage's fingerprint is a digest of its code, the libraries that decide its output, its parameters and its inputs. Its result
-is the run under that fingerprint. A stage that works record by record also gives each record a key, and works only on the keys
-that its packs do not hold yet.
+A stage's fingerprint is a digest of its code, the libraries that decide its output, its parameters and its
+inputs. Its result is the run under that fingerprint. A stage that works record by record also gives each
+record a key, and works only on the keys that its packs do not hold yet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,20 +24,14 @@ import luigi
 import spctrl
 from tasks import settings
 from tasks.code_version import PACKAGES, ROOT, code_components
-from tasks.executor import run_jobs, warm_up
 from tasks.inputs import DigestCache
-from tasks.progress import progress
-from tasks.store import PROVENANCE, TEMPORARY, Location, Run, Store, digest
+from tasks.store import PROVENANCE, TEMPORARY, Run, Store, digest
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from tasks.work import Batch, Source
+    pass
 
 MANIFEST = "manifest.parquet"
 REJECTS = "rejects.parquet"
-SMALLEST_PACK, LARGEST_PACK, PACKS_PER_SPLIT = 256, 8192, 32
-"""Records a pack: few packs for many records, and for few records enough of them to share out among workers."""
 
 
 class TooManyRejectsError(RuntimeError):
@@ -78,24 +72,26 @@ class RunTarget(luigi.Target):
 
 
 class StageTask(luigi.Task):
-    """One stage for one split of one dataset.
+    """One stage, for one part of the data.
 
-    Subclasses say what the stage is (the class attributes), what it depends on (``parameters``, ``inputs``, ``requires``) and
-    how it is made (``make``).
+    Subclasses say what the stage is (the class attributes), what it depends on (``parameters``, ``inputs``,
+    ``requires``) and how it is made (``make``).
     """
 
     stage: ClassVar[str]
     function: ClassVar[str]
-    also_reaches: ClassVar[tuple[str, ...]] = ()
+    also_reaches: ClassVar[Sequence[str]] = ()
     """Code that reaches the function through its arguments, which reading its source cannot show."""
-    libraries: ClassVar[tuple[str, ...]] = ()
+    libraries: ClassVar[Sequence[str]] = ()
 
-    dataset: str = luigi.Parameter(description="ap10k or humanart")
-    split: str = luigi.Parameter(description="train, val or test")
-    on_bad_record: str = luigi.ChoiceParameter(
-        default="quarantine", choices=["quarantine", "fail"], description="set a bad record aside, or stop the build"
+    on_bad_record = luigi.ChoiceParameter(
+        default="quarantine",
+        choices=["quarantine", "fail"],
+        description="set a bad record aside, or stop the build",
     )
-    max_reject_share: float = luigi.FloatParameter(default=0.05, description="share of bad records that fails the build")
+    max_reject_share = luigi.FloatParameter(
+        default=0.05, description="share of bad records that fails the build"
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -123,7 +119,8 @@ class StageTask(luigi.Task):
 
     @property
     def part(self) -> str:
-        return f"{self.dataset}-{self.split}"
+        """What the result covers: ``<dataset>-<split>``, or ``all``."""
+        raise NotImplementedError
 
     @property
     def input_name(self) -> str:
@@ -141,7 +138,7 @@ class StageTask(luigi.Task):
         return RunTarget(self)
 
     def complete(self) -> bool:
-        """Whether the result and all that it was made from are there. Deleted artifacts are noticed, wherever they lie."""
+        """Whether the result and all that it was made from are there, wherever in the graph they lie."""
         return self.is_up_to_date() and all(task.complete() for task in self.requires())
 
     def is_up_to_date(self) -> bool:
@@ -157,7 +154,9 @@ class StageTask(luigi.Task):
         """The result, for the stages that read it."""
         run = self.current_run()
         if run is None or not run.provenance():
-            raise RuntimeError(f"expected a finished run of {self.stage} for {self.part}, found none in {self.store.root}")
+            raise RuntimeError(
+                f"expected a finished run of {self.stage} for {self.part}, found none in {self.store.root}"
+            )
         return run
 
     def ingredients(self) -> Ingredients | None:
@@ -167,6 +166,13 @@ class StageTask(luigi.Task):
             known = Ingredients(inputs=inputs, **self.code_and_parameters())
             self._ingredients = known
         return known
+
+    def made_from(self) -> Ingredients:
+        """The ingredients of a stage that is running, whose inputs are therefore known."""
+        ingredients = self.ingredients()
+        if ingredients is None:
+            raise RuntimeError(f"the inputs of {self.stage} for {self.part} are not there yet")
+        return ingredients
 
     def code_and_parameters(self) -> dict[str, Any]:
         """All ingredients but the inputs."""
@@ -186,7 +192,9 @@ class StageTask(luigi.Task):
             return
         run = self.current_run()
         if run is None:
-            raise RuntimeError(f"the inputs of {self.stage} for {self.part} are not there; build with its upstream stages")
+            raise RuntimeError(
+                f"the inputs of {self.stage} for {self.part} are not there; build with its upstream stages"
+            )
         started = time.time()
         counts = self.make(run)
         if (fault := self.reject_fault(counts)) is not None:
@@ -209,7 +217,11 @@ class StageTask(luigi.Task):
             "started_at": _iso_time(started),
             "finished_at": _iso_time(time.time()),
             "duration_s": round(time.time() - started, 3),
-            "made_by": {"spctrl": spctrl.__version__, "python": platform.python_version(), "platform": platform.platform()},
+            "made_by": {
+                "spctrl": spctrl.__version__,
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+            },
         }
         run.commit([name for name in names if name != PROVENANCE], self.packs_of(run), provenance)
 
@@ -224,8 +236,8 @@ class StageTask(luigi.Task):
             return f"{rejected:,} of {records:,} records cannot be used, and on_bad_record = fail"
         if rejected > self.max_reject_share * records:
             return (
-                f"{rejected:,} of {records:,} records cannot be used, more than max_reject_share = {self.max_reject_share:g} "
-                "allows"
+                f"{rejected:,} of {records:,} records cannot be used, more than "
+                f"max_reject_share = {self.max_reject_share:g} allows"
             )
         return None
 
@@ -240,185 +252,15 @@ def _reasons(run: Run) -> str:
     return f". Reasons, with one example each:{''.join(lines)}\nAll of them: {run.path(REJECTS)}"
 
 
-class RecordStage(StageTask):
-    """A stage that makes one artifact for each record of its index.
-
-    Its function is ``function(record, *source bytes, **arguments) -> bytes``.
-    """
-
-    suffix: ClassVar[str] = ".png"
-    also_reaches = ("spctrl.records:records_from_table",)
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the function, which count in every record's key; by default all parameters."""
-        return self.parameters()
-
-    def salt(self) -> str:
-        """What the keys of all records share."""
-        ingredients = self.ingredients()
-        assert ingredients is not None
-        return digest(json.dumps([ingredients.code_version, self.arguments()], sort_keys=True))
-
-    def prepare(self, rows: pa.RecordBatch) -> list[tuple[str, tuple[Source, ...]] | tuple[None, tuple[str, str]]]:
-        """For each record what tells its inputs apart and the sources that the function reads.
-
-        A record that cannot be worked on gives None and a reject code with its sentence; one that has nothing to be made from
-        and need not have gives None and two empty texts.
-        """
-        raise NotImplementedError
-
-    def make(self, run: Run) -> dict[str, int]:
-        import pyarrow.parquet as pq
-
-        warm_up(settings.executor().workers)
-        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST))
-        total = index.metadata.num_rows
-        plan = _Plan(self, index, self.store.locations(self.stage))
-        jobs = plan.batches(min(max(total // PACKS_PER_SPLIT, SMALLEST_PACK), LARGEST_PACK))
-        from tasks.work import make_pack
-
-        made = 0
-        with progress(f"{self.stage} {self.part}", total, self.set_progress_percentage) as advance:
-            plan.advance = advance
-            for locations in run_jobs(make_pack, jobs, settings.executor().workers):
-                plan.known |= locations
-                made += sum(location.code is None for location in locations.values())
-                advance(len(locations))
-        rejected = plan.write_results(run)
-        return {"records": total, "made": made, "found": total - made - rejected, "rejected": rejected}
-
-    def missing_records(self) -> int | None:
-        """How many artifacts a run would have to make; None before there is an index."""
-        import pyarrow.parquet as pq
-
-        run = self.index_task().current_run()
-        if run is None or not run.provenance() or self.ingredients() is None:
-            return None
-        known, salt = self.store.locations(self.stage), self.salt()
-        index = pq.ParquetFile(run.path(MANIFEST))
-        identities = (identity for rows in index.iter_batches() for identity, _ in self.prepare(rows))
-        return len({digest(salt, identity) for identity in identities if identity is not None} - known.keys())
-
-    def packs_of(self, run: Run) -> Sequence[str]:
-        import pyarrow.parquet as pq
-
-        packs = pq.read_table(run.path(MANIFEST), columns=["pack"], partitioning=None).column(0)
-        return sorted(packs.unique().to_pylist())
-
-
-class _Plan:
-    """Which records are still to be worked on, and in the end what became of each."""
-
-    def __init__(self, task: RecordStage, index: Any, known: dict[str, Location]) -> None:
-        self.task = task
-        self.index = index
-        self.known = known
-        self.keys: list[str | None] = []
-        self.reasons: dict[int, tuple[str, str]] = {}
-        self.advance = lambda count: None
-
-    def batches(self, records_per_pack: int) -> Iterator[Batch]:
-        """Records without a known result, in packs.
-
-        A stretch of the index that is missing as a whole becomes one pack, so that an interrupted build, continued, makes
-        the packs of an undisturbed one. Scattered records are gathered.
-        """
-        import pyarrow as pa
-
-        scattered: list[tuple[str, Any, tuple[Source, ...]]] = []
-        planned: set[str] = set()
-        salt = self.task.salt()
-        for rows in self.index.iter_batches(records_per_pack):
-            wanted: list[int] = []
-            sources: list[tuple[Source, ...]] = []
-            for position, (identity, found) in enumerate(self.task.prepare(rows)):
-                if identity is None:
-                    self.reasons[len(self.keys)] = found
-                    self.keys.append(None)
-                    continue
-                key = digest(salt, identity)
-                self.keys.append(key)
-                if key not in self.known and key not in planned:
-                    planned.add(key)
-                    wanted.append(position)
-                    sources.append(found)
-            self.advance(len(rows) - len(wanted))
-            if not wanted:
-                continue
-            from spctrl.records import records_from_table
-
-            first = len(self.keys) - len(rows)
-            records = records_from_table(rows.take(pa.array(wanted)))
-            new = [(self.keys[first + position], record, each) for position, record, each in zip(wanted, records, sources, strict=True)]
-            if len(wanted) == len(rows):
-                yield self._batch(new)
-                continue
-            if len(scattered) + len(new) > records_per_pack:
-                yield self._batch(scattered)
-                scattered = []
-            scattered += new
-        if scattered:
-            yield self._batch(scattered)
-
-    def _batch(self, work: list[tuple[str, Any, tuple[Source, ...]]]) -> Batch:
-        from tasks.work import Batch
-
-        keys, records, sources = zip(*work, strict=True)
-        task = self.task
-        return Batch(task.function, task.arguments(), task.store.root, task.stage, task.suffix, keys, records, sources)
-
-    def write_results(self, run: Run) -> int:
-        """Write the run's manifest and rejects; returns the number of rejects."""
-        import pyarrow as pa
-
-        from spctrl.records import rejects_table
-        from tasks.store import parquet_bytes
-
-        names = self.index.read(columns=["image_id", "file_name"]).to_pydict()
-        rows: list[tuple[Any, ...]] = []
-        rejects: list[dict[str, Any]] = []
-        for position, (key, image_id, file_name) in enumerate(
-            zip(self.keys, names["image_id"], names["file_name"], strict=True)
-        ):
-            if key is None:
-                code, message = self.reasons[position]
-            else:
-                found = self.known[key]
-                code, message = found.code or "", found.message or ""
-                if not code:
-                    rows.append((image_id, key, found.pack, found.offset, found.size, found.digest))
-            if code:
-                reject = {"image_id": image_id, "file_name": file_name, "code": code, "message": message, "key": key}
-                rejects.append(reject)
-        columns = list(zip(*rows, strict=True)) or [()] * 6
-        run.write(MANIFEST, parquet_bytes(pa.table(columns, schema=artifact_schema())))
-        run.write(REJECTS, parquet_bytes(rejects_table(rejects)))
-        return len(rejects)
-
-
-def artifact_schema() -> pa.Schema:
-    """Columns of a record stage's manifest."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("image_id", pa.int64()),
-            ("key", pa.string()),
-            ("pack", pa.string()),
-            ("offset", pa.int64()),
-            ("size", pa.int64()),
-            ("digest", pa.string()),
-        ]
-    )
-
-
 def code_of(functions: Sequence[str], store_root: Path) -> dict[str, str]:
     """``code_components`` of several, kept for as long as no source file of the project changes."""
     cache = digest_cache(store_root)
     key = f"code {' '.join(functions)} {_sources_stamp()}"
     components: dict[str, str] | None = cache.fact(key)
     if components is None:
-        components = dict(sorted(item for function in functions for item in code_components(function).items()))
+        components = dict(
+            sorted(item for function in functions for item in code_components(function).items())
+        )
         cache.keep_fact(key, components)
     return components
 

@@ -1,7 +1,8 @@
 """What a stage's code is: the functions, classes and constants of this project that its function reaches.
 
-Found by reading syntax trees, so nothing heavy is imported. Comments, docstrings, annotations and formatting do not count,
-except annotations of class bodies, which decide what a dataclass or a decoder does. Where a reference cannot be resolved to
+Found by reading syntax trees, so nothing heavy is imported. Comments, docstrings, annotations and formatting
+do not count, except annotations of class bodies, which decide what a dataclass or a decoder does. Where a
+reference cannot be resolved to
 one definition, the whole module counts: rather one run too many than a stale result.
 """
 
@@ -84,7 +85,9 @@ class _Module:
                 self.effects.append(statement)
 
     def _sort_assignment(self, statement: ast.stmt) -> None:
-        names = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        names = {
+            n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
         for name in names:
             self.definitions.setdefault(name, []).append(statement)
         if not names:  # such as TABLE["x"] = 1, which changes what another statement defined
@@ -94,7 +97,10 @@ class _Module:
         """``{local name: (module, name in it)}``; the name is None where the module itself is bound."""
         if isinstance(statement, ast.Import):
             return {
-                alias.asname or alias.name.split(".")[0]: (alias.name if alias.asname else alias.name.split(".")[0], None)
+                alias.asname or alias.name.split(".")[0]: (
+                    alias.name if alias.asname else alias.name.split(".")[0],
+                    None,
+                )
                 for alias in statement.names
             }
         base = statement.module or ""
@@ -217,7 +223,13 @@ class _Normaliser(ast.NodeTransformer):
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
         outer, self.in_class_body = self.in_class_body, False
         node.returns = None
-        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg):
+        for argument in (
+            *node.args.posonlyargs,
+            *node.args.args,
+            *node.args.kwonlyargs,
+            node.args.vararg,
+            node.args.kwarg,
+        ):
             if argument is not None:
                 argument.annotation = None
         self.generic_visit(node)
@@ -234,9 +246,10 @@ def _drop_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 def _without_annotations(statement: ast.stmt) -> ast.AST:
     copy = ast.parse(ast.unparse(statement))
-    return _Normaliser().visit(copy)
+    normalised: ast.AST = _Normaliser().visit(copy)
+    return normalised
 
 
 def _normalised(statement: ast.stmt) -> str:
-    """The statement's text in one formatting; ``ast.unparse`` changes less between Python versions than ``ast.dump``."""
+    """The statement's text in one formatting; ``ast.unparse`` varies less with Python than ``ast.dump``."""
     return ast.unparse(ast.fix_missing_locations(_without_annotations(statement)))

@@ -28,8 +28,8 @@ class WorkerError(RuntimeError):
 
 
 def worker_count(setting: int) -> int:
-    """The number of worker processes that ``[executor] workers`` asks for; 0 means one for each core that we may use."""
-    return setting or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else setting or os.cpu_count() or 1
+    """The number of worker processes for ``[executor] workers``; 0 means one for each core that we may use."""
+    return setting or len(os.sched_getaffinity(0))
 
 
 def warm_up(workers: int) -> None:
@@ -42,8 +42,8 @@ def warm_up(workers: int) -> None:
 def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
     """Results of ``function`` for each job, in order of completion.
 
-    A job that fails stops no other; its error is raised after the last. Jobs are taken from ``jobs`` only a few ahead of the
-    work, so they may be many and large.
+    A job that fails stops no other; its error is raised after the last. Jobs are taken from ``jobs`` only a
+    few ahead of the work, so they may be many and large.
 
     Raises:
         WorkerError: a worker process was killed.
@@ -72,7 +72,9 @@ def _run_here(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterato
         raise failures[0]
 
 
-def _run_in_processes(function: Callable[[Job], Result], jobs: Iterator[Job], workers: int) -> Iterator[Result]:
+def _run_in_processes(
+    function: Callable[[Job], Result], jobs: Iterator[Job], workers: int
+) -> Iterator[Result]:
     failures: list[Exception] = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

@@ -1,23 +1,25 @@
 """The export stage: triplet folders, and the manifest where users look for it, kept in step with the store.
 
-An export is a view: it can be deleted at any time. Its ledger says which files it holds and what each was made from, so that
-only changed files are written and nothing stale stays.
+An export is a view: it can be deleted at any time. Its ledger says which files it holds and what each was
+made from, so that only changed files are written and nothing stale stays.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tasks import settings
 from tasks.base import MANIFEST
+from tasks.index import AnnotationFile
+from tasks.manifest import Manifest
 from tasks.progress import progress
-from tasks.stages import AnnotationFile, Manifest, artifact_locations
+from tasks.record_stage import artifact_locations
 from tasks.store import Run, StoreError, content_digest, digest, file_digest, parquet_bytes, write_atomic
 
 if TYPE_CHECKING:
@@ -67,7 +69,10 @@ class Ledger:
         """The list first, so that a fingerprint never speaks for files that are not listed."""
         import pyarrow as pa
 
-        columns = [list(self.files), *([entry[i] for entry in self.files.values()] for i in range(len(Entry._fields)))]
+        columns = [
+            list(self.files),
+            *([entry[i] for entry in self.files.values()] for i in range(len(Entry._fields))),
+        ]
         schema = pa.schema([(name, pa.string()) for name in ("path", *Entry._fields)])
         if not self.fingerprint:
             self._write_fingerprint()
@@ -101,13 +106,18 @@ class Export(Manifest):
 
     stage = "export"
     function = "spctrl.export:record_lines"
-    also_reaches = (
+    also_reaches: ClassVar[Sequence[str]] = (
         "spctrl.export:categories_json",
         "spctrl.export:heatmaps_npy",
         "spctrl.export:link_file",
         "spctrl.layout:Layout",
         "spctrl.datasets:DATASETS",
     )
+
+    @property
+    def resources(self) -> dict[str, int]:
+        """Splits of one dataset share its export folder, so Luigi's workers take turns at it."""
+        return {f"export {self.dataset}": 1}
 
     def requires(self) -> list[StageTask]:
         return [self.clone(Manifest)]
@@ -138,7 +148,9 @@ class Export(Manifest):
         if run is None or not super().is_up_to_date() or fingerprint_at(self.ledger_path) != run.fingerprint:
             return False
         layout = self.layout
-        return all((self.folder / name).exists() for name in (layout.records, layout.categories, layout.manifest))
+        return all(
+            (self.folder / name).exists() for name in (layout.records, layout.categories, layout.manifest)
+        )
 
     def make(self, run: Run) -> dict[str, int]:
         source = self.clone(Manifest).finished_run()
@@ -154,13 +166,17 @@ class Export(Manifest):
             self._write_changed(changed, ledger, advance)
         texts = {path: self._put_text(path, data, ledger) for path, data in self._texts(source)}
         stale = ledger.files.keys() - wanted.keys() - texts.keys()
-        others = [Ledger.read(path) for path in self.ledger_path.parent.glob("*.json") if path != self.ledger_path]
+        others = [
+            Ledger.read(path) for path in self.ledger_path.parent.glob("*.json") if path != self.ledger_path
+        ]
         for path in stale:
             del ledger.files[path]
         self._remove(stale - {path for other in others for path in other.files})
         for other in others:
             if any(ledger.files.get(path, entry) != entry for path, entry in other.files.items()):
-                other.fingerprint = ""  # this split changed a file that it had written: its own next build looks again
+                other.fingerprint = (
+                    ""  # this split changed a file that it had written: its own next build looks again
+                )
                 other.write()
         ledger.fingerprint = run.fingerprint
         ledger.write()
@@ -196,13 +212,17 @@ class Export(Manifest):
         import pyarrow.parquet as pq
 
         columns = ["image_id", "drawing_digest"]
-        table = pq.read_table(self.index_task().finished_run().path(MANIFEST), columns=columns, partitioning=None)
+        table = pq.read_table(
+            self.index_task().finished_run().path(MANIFEST), columns=columns, partitioning=None
+        )
         return dict(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
 
     def _write_changed(self, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
         from spctrl.export import link_file
 
-        locations = {name: artifact_locations(task.finished_run()) for name, task in self.condition_tasks().items()}
+        locations = {
+            name: artifact_locations(task.finished_run()) for name, task in self.condition_tasks().items()
+        }
         heatmaps = {each.image_id: each for each in changed if each.kind == HEATMAPS}
         link = settings.export().link
         for count, each in enumerate(changed, 1):
@@ -252,7 +272,11 @@ class Export(Manifest):
 
         layout = self.layout
         annotation_path = AnnotationFile(dataset=self.dataset, split=self.split).path
-        ids = pq.read_table(source.path(MANIFEST), columns=["image_id"], partitioning=None).column(0).to_pylist()
+        ids = (
+            pq.read_table(source.path(MANIFEST), columns=["image_id"], partitioning=None)
+            .column(0)
+            .to_pylist()
+        )
         lines = []
         for file_name, line in record_lines(annotation_path, layout, set(ids)):
             lines.append(line)
@@ -298,7 +322,7 @@ def damaged_files(ledger: Ledger, folder: Path) -> list[str]:
 
 
 def _put(target: Path, data: bytes) -> None:
-    """Write a file of an export. What is there already is replaced, never written into: it may be a link to a source."""
+    """Write a file of an export. What is there is replaced, never written into: it may link to a source."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
@@ -306,4 +330,6 @@ def _put(target: Path, data: bytes) -> None:
     except FileExistsError:
         write_atomic(target, data)
     except OSError as error:
-        raise StoreError(f"cannot write {target}: {error.strerror}. Make room or fix the permissions, then run again") from error
+        raise StoreError(
+            f"cannot write {target}: {error.strerror}. Make room or fix the permissions, then run again"
+        ) from error

@@ -1,7 +1,8 @@
 """Telling input files apart by content, at the price of a stat.
 
-A file's digest is kept under its path, size, modification time and inode; a list of files' digest under all of theirs. A file
-changed so recently that its time stamp might not move with the next change is read again (git calls such entries racy).
+A file's digest is kept under its path, size, modification time and inode; a list of files' digest under all
+of theirs. A file changed so recently that its time stamp might not move with the next change is read again
+(git calls such entries racy).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class DigestCache:
             self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._database.execute("PRAGMA synchronous = OFF")
             self._database.execute(
-                "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INT, mtime_ns INT, inode INT, digest TEXT)"
+                "CREATE TABLE IF NOT EXISTS files "
+                "(path TEXT PRIMARY KEY, size INT, mtime_ns INT, inode INT, digest TEXT)"
             )
             self._database.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT)")
         except (OSError, sqlite3.Error):
@@ -65,7 +67,8 @@ class DigestCache:
     def list_digest(self, root: str, names: Sequence[str], max_read_bytes: int | None = None) -> str | None:
         """One digest for a list of files below a folder: their names and contents, and which are missing.
 
-        Costs one stat a file while nothing changes. Where more than ``max_read_bytes`` would have to be read, gives None.
+        Costs one stat a file while nothing changes. Where more than ``max_read_bytes`` would have to be read,
+        gives None.
         """
         paths = [f"{root}/{name}" for name in names]
         stats = [_stat(path) for path in paths]
@@ -98,7 +101,11 @@ class DigestCache:
             fresh = dict(zip((path for path, _ in wanted), pool.map(_digest_or_missing, wanted), strict=True))
         self._execute(
             "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
-            [(path, *each, fresh[path]) for path, each in wanted if fresh[path] != MISSING and not _is_racy(each)],
+            [
+                (path, *each, fresh[path])
+                for path, each in wanted
+                if fresh[path] != MISSING and not _is_racy(each)
+            ],
         )
         return [
             MISSING if each is None else fresh[path] if path in fresh else known[path][1]
@@ -129,7 +136,7 @@ class DigestCache:
 
 def _stat(path: str) -> Stat | None:
     try:
-        found = os.stat(path)  # noqa: PTH116: a Path for each of 60,000 files would cost more than the stat
+        found = os.stat(path)  # noqa: PTH116 - a Path for each of 60,000 files costs more than the stat
     except (OSError, ValueError):
         return None
     return (found.st_size, found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None

@@ -9,7 +9,7 @@ from typing import Any
 import luigi
 
 
-class NamesParameter(luigi.Parameter):
+class NamesParameter(luigi.Parameter[tuple[str, ...]]):
     """Names out of a fixed set, separated by commas, or a JSON list."""
 
     def __init__(self, *args: Any, choices: Sequence[str], **kwargs: Any) -> None:
@@ -18,10 +18,16 @@ class NamesParameter(luigi.Parameter):
         self.description = f"{self.description or ''} (comma-separated: {', '.join(choices)})".strip()
 
     def parse(self, x: str) -> tuple[str, ...]:
-        names = json.loads(x) if x.lstrip().startswith("[") else [name.strip() for name in x.split(",") if name.strip()]
+        names = (
+            json.loads(x)
+            if x.lstrip().startswith("[")
+            else [name.strip() for name in x.split(",") if name.strip()]
+        )
         unknown = [str(name) for name in names if name not in self._choices]
         if unknown or not names:
-            raise ValueError(f"expected names among {', '.join(self._choices)}, found {', '.join(unknown) or 'none'}")
+            raise ValueError(
+                f"expected names among {', '.join(self._choices)}, found {', '.join(unknown) or 'none'}"
+            )
         return tuple(dict.fromkeys(names))
 
     def serialize(self, x: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Progress of a stage: a bar on a terminal, a line every few seconds elsewhere, and a percentage for Luigi's visualiser."""
+"""Progress of a stage: a bar on a terminal, lines elsewhere, and a percentage for Luigi's visualiser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def progress(title: str, total: int, set_percentage: Callable[[int], object]) -> Iterator[Advance]:
+def progress(title: str, total: int, set_percentage: Callable[[int], object] | None) -> Iterator[Advance]:
     """Show how far a stage is; the function that is handed out takes how many records were finished since."""
     done = 0
     with _shown(title, total) as show:
@@ -22,7 +22,8 @@ def progress(title: str, total: int, set_percentage: Callable[[int], object]) ->
             nonlocal done
             done += count
             show(done)
-            set_percentage(100 * done // max(total, 1))
+            if set_percentage is not None:
+                set_percentage(100 * done // max(total, 1))
 
         yield advance
 
@@ -33,7 +34,14 @@ def _shown(title: str, total: int) -> Iterator[Advance]:
         yield _line_printer(title, total)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

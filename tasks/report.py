@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import luigi
 
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
+from tasks.conditions import CONDITIONS
 from tasks.export import Export
+from tasks.manifest import Manifest
 from tasks.names import NamesParameter
 from tasks.progress import progress
-from tasks.stages import CONDITIONS, Manifest, artifact_locations
+from tasks.record_stage import artifact_locations
 from tasks.store import Run, write_atomic
 
 if TYPE_CHECKING:
@@ -28,13 +30,13 @@ class Report(StageTask):
 
     stage = "report"
     function = "spctrl.report:render_report"
-    also_reaches = ("spctrl.audit:audit_split",)
-    libraries = ("jinja2", "opencv-python-headless")
+    also_reaches: ClassVar[Sequence[str]] = ("spctrl.audit:audit_split",)
+    libraries: ClassVar[Sequence[str]] = ("jinja2", "opencv-python-headless")
 
-    dataset: tuple[str, ...] = NamesParameter(choices=("ap10k", "humanart"))
-    split: tuple[str, ...] = NamesParameter(choices=("train", "val", "test"))
-    images: str = luigi.ChoiceParameter(default="required", choices=["required", "optional"])
-    conditions: tuple[str, ...] = NamesParameter(default=("spatext", "openpose"), choices=tuple(CONDITIONS))
+    dataset = NamesParameter(choices=("ap10k", "humanart"))
+    split = NamesParameter(choices=("train", "val", "test"))
+    images = luigi.ChoiceParameter(default="required", choices=["required", "optional"])
+    conditions = NamesParameter(default=("spatext", "openpose"), choices=tuple(CONDITIONS))
 
     @property
     def part(self) -> str:
@@ -66,8 +68,8 @@ class Report(StageTask):
             return False
         run = self.current_run()
         assert run is not None
-        page = run.provenance()["files"][PAGE]
-        return digest_cache(self.store.root).file_digest(self.page_path) == page["digest"]
+        digest: str = run.provenance()["files"][PAGE]["digest"]
+        return digest_cache(self.store.root).file_digest(self.page_path) == digest
 
     def make(self, run: Run) -> dict[str, int]:
         from spctrl.audit import audit_split
@@ -95,14 +97,16 @@ def split_tables(task: Manifest) -> SplitTables:
     run, store = task.finished_run(), task.store
     manifest = pq.read_table(run.path(MANIFEST), partitioning=None)
     ids = manifest.column("image_id").to_pylist()
-    locations = {name: artifact_locations(each.finished_run()) for name, each in task.condition_tasks().items()}
+    locations = {
+        name: artifact_locations(each.finished_run()) for name, each in task.condition_tasks().items()
+    }
     image_paths = manifest.column("image_path").to_pylist()
 
     def read_image(row: int) -> bytes | None:
         if image_paths[row] is None:
             return None
         try:
-            return (task.root / image_paths[row]).read_bytes()
+            return Path(task.root, image_paths[row]).read_bytes()
         except OSError:
             return None  # gone since the build looked: the page says that there is no image
 
@@ -141,4 +145,3 @@ def print_summary(exports: Iterable[Export]) -> None:
     console.print(table)
     for place in (*dict.fromkeys(task.folder for task in tasks), Path(settings.paths().export) / PAGE):
         console.print(str(place), soft_wrap=True, markup=False, highlight=False)
-

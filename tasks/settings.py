@@ -1,5 +1,7 @@
 """Settings: where and how. Sections of luigi.cfg; each can be given on the command line as ``--<section>-<name>``."""
 
+# ruff: noqa: N801 - Luigi names a section after its class
+
 from __future__ import annotations
 
 import json
@@ -12,59 +14,76 @@ if TYPE_CHECKING:
     from spctrl.datasets import Dataset
 
 
-class paths(luigi.Config):  # noqa: N801: Luigi names a section after its class
+class paths(luigi.Config):
     """Folders; relative ones are below the folder that the command runs in."""
 
     data = luigi.Parameter(default="data", description="folder of the raw datasets")
     store = luigi.Parameter(default="store", description="folder of everything computed")
-    export = luigi.Parameter(default="exports", description="folder of the triplet datasets, manifests and the report")
-
-
-class ap10k(luigi.Config):  # noqa: N801
-    root = luigi.Parameter(default="{data}/AP-10K", description="folder with annotations/ and data/")
-    split_id = luigi.ChoiceParameter(default="1", choices=["1", "2", "3"], description="which of AP-10K's three splits")
-
-
-class humanart(luigi.Config):  # noqa: N801
-    root = luigi.Parameter(default="{data}/HumanArt", description="folder with annotations/ and images/")
-    subset = luigi.Parameter(
-        default="humanart", description="annotation files {training,validation}_<subset>.json, such as humanart_coco"
+    export = luigi.Parameter(
+        default="exports", description="folder of the triplet datasets, manifests and the report"
     )
 
 
-class executor(luigi.Config):  # noqa: N801
-    kind = luigi.ChoiceParameter(default="local", choices=["local"], description="where record batches are worked on")
+class ap10k(luigi.Config):
+    root = luigi.Parameter(default="{data}/AP-10K", description="folder with annotations/ and data/")
+    split_id = luigi.ChoiceParameter(
+        default="1", choices=["1", "2", "3"], description="which of AP-10K's three splits"
+    )
+
+
+class humanart(luigi.Config):
+    root = luigi.Parameter(default="{data}/HumanArt", description="folder with annotations/ and images/")
+    subset = luigi.Parameter(
+        default="humanart",
+        description="annotation files {training,validation}_<subset>.json, such as humanart_coco",
+    )
+
+
+class executor(luigi.Config):
+    kind = luigi.ChoiceParameter(
+        default="local", choices=["local"], description="where record batches are worked on"
+    )
     workers = luigi.IntParameter(default=0, description="worker processes; 0: one for each core")
 
 
-class index(luigi.Config):  # noqa: N801
-    max_pixels = luigi.IntParameter(default=100_000_000, description="largest image that is accepted, in pixels")
+class index(luigi.Config):
+    max_pixels = luigi.IntParameter(
+        default=100_000_000, description="largest image that is accepted, in pixels"
+    )
 
 
-class spatext(luigi.Config):  # noqa: N801
+class spatext(luigi.Config):
     keypoint_radius_px = luigi.IntParameter(default=4, description="radius of a keypoint's disc")
     link_half_width_px = luigi.IntParameter(default=4, description="half the width of a link's ellipse")
 
 
-class openpose(luigi.Config):  # noqa: N801
+class openpose(luigi.Config):
     style = luigi.ChoiceParameter(
-        default="openpose", choices=["openpose", "keypoints", "coco", "mmpose"], description="colours of the render"
+        default="openpose",
+        choices=["openpose", "keypoints", "coco", "mmpose"],
+        description="colours of the render",
     )
     keypoint_radius_px = luigi.IntParameter(default=4, description="radius of a keypoint's disc")
     link_half_width_px = luigi.IntParameter(default=4, description="half the width of a link's ellipse")
 
 
-class mask(luigi.Config):  # noqa: N801
-    folder = luigi.Parameter(default="{root}/mask", description="8-bit PNG masks, 0 or 255, in the images' layout")
+class mask(luigi.Config):
+    folder = luigi.Parameter(
+        default="{root}/mask", description="8-bit PNG masks, 0 or 255, in the images' layout"
+    )
 
 
-class depth(luigi.Config):  # noqa: N801
-    folder = luigi.Parameter(default="{root}/depth", description="8-bit PNG depth maps, near is bright, likewise")
+class depth(luigi.Config):
+    folder = luigi.Parameter(
+        default="{root}/depth", description="8-bit PNG depth maps, near is bright, likewise"
+    )
 
 
-class export(luigi.Config):  # noqa: N801
+class export(luigi.Config):
     names = luigi.ChoiceParameter(
-        default="readme", choices=["readme", "released"], description="file names of SP-Ctrl's README or of its loaders"
+        default="readme",
+        choices=["readme", "released"],
+        description="file names of SP-Ctrl's README or of its loaders",
     )
     link = luigi.ChoiceParameter(
         default="auto",
@@ -112,5 +131,7 @@ def split_id(name: str) -> str:
 
 def settings_text() -> str:
     """Every setting as one text, to tell builds with different settings apart."""
-    values = {section.__name__: dict(section().to_str_params()) for section in SECTIONS if section is not executor}
+    values = {
+        section.__name__: dict(section().to_str_params()) for section in SECTIONS if section is not executor
+    }
     return json.dumps(values, sort_keys=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from tasks.base import RecordStage, StageTask
+from tasks.base import StageTask
+from tasks.record_stage import RecordStage
 
 if TYPE_CHECKING:
     import luigi
@@ -22,7 +23,8 @@ class StageStatus:
     Attributes:
         task: the stage.
         reasons: why it would run, in words; none where it would not.
-        to_make: artifacts that it would have to make; None where that is not known or it makes none of its own.
+        to_make: artifacts that it would have to make; None where that is not known or it makes none of its
+            own.
         last_duration_s: how long its latest run took; None where there is none.
     """
 
@@ -86,10 +88,13 @@ def _reasons(task: StageTask, upstream: list[StageTask]) -> tuple[str, ...]:
     return tuple(reasons) or ("its result is not there",)
 
 
-def _changes(kind: str, before: Mapping[str, Any], after: Mapping[str, Any], *, with_values: bool = False) -> list[str]:
+def _changes(
+    kind: str, before: Mapping[str, Any], after: Mapping[str, Any], *, with_values: bool = False
+) -> list[str]:
     names = [name for name in {**before, **after} if _plain(before.get(name)) != _plain(after.get(name))]
     shown = [
-        f"{kind} {name}" + (f": {_plain(before.get(name))} -> {_plain(after.get(name))}" if with_values else " changed")
+        f"{kind} {name}"
+        + (f": {_plain(before.get(name))} -> {_plain(after.get(name))}" if with_values else " changed")
         for name in names[:MOST_NAMED]
     ]
     return shown + ([f"{len(names) - MOST_NAMED} more of kind {kind}"] if len(names) > MOST_NAMED else [])

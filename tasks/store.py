@@ -6,9 +6,10 @@
     accepted.json                   code versions that a user declared equal
     cache.sqlite                    digests of files, by path and stat (tasks/inputs.py)
 
-Every file is written under a temporary name and renamed, so it is whole or absent. A pack counts once its Parquet index is
-there, a run once its provenance is there: each is written last. Names come from contents, so two builds that write the same
-thing write the same bytes to the same place.
+Every file is written under a temporary name and renamed, so it is whole or absent. A pack counts once its
+Parquet index is
+there, a run once its provenance is there: each is written last. Names come from contents, so two builds that
+write the same thing write the same bytes to the same place.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> StoreError:
     return StoreError(
-        f"cannot write {path}: {error.strerror or error}. What was finished before stays; make room or fix the permissions "
-        "([paths] in luigi.cfg says where things go), then run again"
+        f"cannot write {path}: {error.strerror or error}. What was finished before stays; make room or fix the "
+        "permissions ([paths] in luigi.cfg says where things go), then run again"
     )
 
 
@@ -107,7 +108,9 @@ class Store:
 
     # Packs
 
-    def write_pack(self, stage: str, suffix: str, results: Sequence[tuple[str, bytes | tuple[str, str]]]) -> dict[str, Location]:
+    def write_pack(
+        self, stage: str, suffix: str, results: Sequence[tuple[str, bytes | tuple[str, str]]]
+    ) -> dict[str, Location]:
         """Keep artifacts, and the reasons of records that gave none, as one pack.
 
         Args:
@@ -186,7 +189,9 @@ class Store:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise StoreError(f"cannot read {path}: {error.strerror}. `spctrl verify` drops what is damaged") from error
+            raise StoreError(
+                f"cannot read {path}: {error.strerror}. `spctrl verify` drops what is damaged"
+            ) from error
         if len(data) < size:
             raise StoreError(
                 f"{path}: expected {size} bytes at {offset}, found {len(data)}. `spctrl verify` drops what is damaged, "
@@ -216,7 +221,9 @@ class Store:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise StoreError(f"{self.root / 'accepted.json'}: expected a JSON object, found a fault: {error}") from error
+            raise StoreError(
+                f"{self.root / 'accepted.json'}: expected a JSON object, found a fault: {error}"
+            ) from error
 
     def accept(self, code_version: str, as_version: str) -> None:
         versions = self.accepted()
@@ -253,7 +260,9 @@ class Run:
         """Committed, and the files and packs that it names are there in their sizes."""
         provenance = self.provenance()
         sizes = {self.path(name): entry["size"] for name, entry in provenance.get("files", {}).items()}
-        sizes |= {self.store.pack_path(self.stage, pack): size for pack, size in provenance.get("packs", {}).items()}
+        sizes |= {
+            self.store.pack_path(self.stage, pack): size for pack, size in provenance.get("packs", {}).items()
+        }
         return bool(provenance) and all(_size(path) == size for path, size in sizes.items())
 
     def write(self, name: str, data: bytes) -> None:
@@ -275,7 +284,10 @@ class Run:
 
     def commit(self, names: Iterable[str], packs: Iterable[str], provenance: Mapping[str, Any]) -> None:
         """Declare the run done: name its files and packs, then what it was made of."""
-        files = {name: {"size": self.path(name).stat().st_size, "digest": file_digest(self.path(name))} for name in names}
+        files = {
+            name: {"size": self.path(name).stat().st_size, "digest": file_digest(self.path(name))}
+            for name in names
+        }
         sizes = {pack: self.store.pack_path(self.stage, pack).stat().st_size for pack in sorted(set(packs))}
         content = {**provenance, "files": files, "packs": sizes}
         write_atomic(self.path(PROVENANCE), json.dumps(content, indent=1, ensure_ascii=False).encode())

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.base import MANIFEST, REJECTS, artifact_schema
+from tasks.base import MANIFEST, REJECTS
 from tasks.export import LEDGERS, Ledger, damaged_files
+from tasks.record_stage import artifact_schema
 from tasks.store import Location, Run, Store, content_digest, file_digest, parquet_bytes, stale_temporaries
 
 if TYPE_CHECKING:
@@ -36,14 +37,16 @@ class Damage:
     fault: str
 
 
-def verify(store: Store, exports: Path, *, repair: bool, advance: Callable[[int], None] = lambda count: None) -> list[Damage]:
+def verify(
+    store: Store, exports: Path, *, repair: bool, advance: Callable[[int], None] = lambda count: None
+) -> list[Damage]:
     """Read every artifact, run and exported file again and compare it with its digest.
 
     Args:
         store: to check.
         exports: ``[paths] export``; the exports below it are checked too.
-        repair: strike what is damaged from the indices and take back the runs and exports that name it, so that the next
-            build makes it again.
+        repair: strike what is damaged from the indices and take back the runs and exports that name it, so
+            that the next build makes it again.
         advance: told the number of packs, runs and exports that were checked since.
     """
     found: list[Damage] = []
@@ -81,7 +84,9 @@ def _damaged_members(store: Store, stage: str, pack: str, *, repair: bool) -> It
     faults = {key: fault for key, location in locations.items() if (fault := _fault(data, location))}
     yield from faults.items()
     if repair and faults:
-        store.write_pack_index(stage, pack, {key: each for key, each in locations.items() if key not in faults})
+        store.write_pack_index(
+            stage, pack, {key: each for key, each in locations.items() if key not in faults}
+        )
 
 
 def _fault(data: memoryview, location: Location) -> str | None:
@@ -90,7 +95,11 @@ def _fault(data: memoryview, location: Location) -> str | None:
     found = data[location.offset : location.offset + location.size]
     if len(found) < location.size:
         return f"expected {location.size} bytes, found {len(found)}"
-    return None if content_digest(found) == location.digest else "its bytes do not have the digest they were written with"
+    return (
+        None
+        if content_digest(found) == location.digest
+        else "its bytes do not have the digest they were written with"
+    )
 
 
 def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
@@ -101,10 +110,8 @@ def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
         path = run.path(name)
         if not path.is_file() or file_digest(path) != entry["digest"]:
             faults.append(f"{name} is missing or changed")
-    for pack in provenance["packs"]:
-        if not store.pack_path(run.stage, pack).is_file():
-            faults.append(f"pack {store.pack_path(run.stage, pack)} is missing")
-    return faults
+    packs = [store.pack_path(run.stage, pack) for pack in provenance["packs"]]
+    return faults + [f"pack {path} is missing" for path in packs if not path.is_file()]
 
 
 def _names(run: Run, keys: set[str]) -> bool:
@@ -145,8 +152,9 @@ class Waste:
 def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, dry_run: bool) -> Waste:
     """Remove runs beyond the kept ones, and what only they referred to.
 
-    Kept are the runs of the present settings, the latest few of every stage and part, and every run that a kept one was made
-    from. Whatever is younger than the grace time stays: a build under way may have just made it.
+    Kept are the runs of the present settings, the latest few of every stage and part, and every run that a
+    kept one was made from. Whatever is younger than the grace time stays: a build under way may have just
+    made it.
     """
     runs = store.runs()
     kept = _kept_runs(runs, {run.fingerprint for run in current}, keep, grace_s)
@@ -187,7 +195,9 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
         run = waiting.pop()
         if run.fingerprint not in kept:
             kept[run.fingerprint] = run
-            waiting += [by_fingerprint[each] for each in run.provenance()["inputs"].values() if each in by_fingerprint]
+            waiting += [
+                by_fingerprint[each] for each in run.provenance()["inputs"].values() if each in by_fingerprint
+            ]
     return [run for run in runs if run.fingerprint in kept]
 
 
@@ -204,7 +214,7 @@ def _live_share(store: Store, stage: str, pack: str, live: set[str]) -> tuple[fl
 
 
 def _remove(store: Store, waste: Waste, kept: Sequence[Run], live: dict[str, set[str]]) -> None:
-    """New packs first, then the runs that name the old ones, then the old ones: killed anywhere, nothing kept is lost."""
+    """New packs, then the runs that name old ones, then the old: killed anywhere, nothing kept is lost."""
     moved = _repack(store, waste.repacked, live)
     for run in kept:
         if run.stage in moved:

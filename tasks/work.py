@@ -41,7 +41,8 @@ class Batch:
     """Records to be worked on, with their keys and sources, and what to do with them.
 
     Attributes:
-        function: ``"module:name"``, called as ``function(record, *source bytes, **parameters)``; gives the artifact's bytes.
+        function: ``"module:name"``, called as ``function(record, *source bytes, **parameters)``; gives the
+            artifact's bytes.
     """
 
     function: str
@@ -73,7 +74,8 @@ def make_pack(batch: Batch) -> dict[str, Location]:
             raise
         except Exception as error:
             raise RuntimeError(
-                f"stage {batch.stage} failed at image {record.image_id} ({record.file_name}): {type(error).__name__}: {error}"
+                f"stage {batch.stage} failed at image {record.image_id} ({record.file_name}): "
+                f"{type(error).__name__}: {error}"
             ) from error
     return store.write_pack(batch.stage, batch.suffix, results)
 
@@ -90,5 +92,7 @@ def _read(store: Store, source: Source) -> bytes:
         return store.read(source.stage, source.location.pack, source.location.offset, source.location.size)
     data = Path(source.path).read_bytes()
     if content_digest(data) != source.digest:
-        raise InputChangedError(f"{source.path} changed while it was being read; run again when it is at rest")
+        raise InputChangedError(
+            f"{source.path} changed while it was being read; run again when it is at rest"
+        )
     return data

@@ -1,4 +1,5 @@
-"""Keypoint heatmaps, the target of the keypoint-concept loss (paper section 3.3), as mmpose's MSRA codec draws them.
+"""Keypoint heatmaps, the target of the keypoint-concept loss (paper section 3.3), as mmpose's MSRA codec
+draws them.
 
 Legend: N instances, K keypoints, C cells along each side (64).
 """
@@ -19,7 +20,8 @@ RADIUS_CELLS = 6
 
 
 def keypoint_heatmaps(keypoints: NDArray[np.float64], size_wh: tuple[int, int]) -> NDArray[np.float64]:
-    """One heatmap per keypoint: Gaussians of peak 1 at the cells of its labelled instances, summed over instances.
+    """One heatmap per keypoint: Gaussians of peak 1 at the cells of its labelled instances, summed over
+    instances.
 
     Args:
         keypoints: (N, K, 3): x, y in pixels and visibility.
@@ -41,7 +43,9 @@ def keypoint_heatmaps(keypoints: NDArray[np.float64], size_wh: tuple[int, int]) 
             if left >= CELLS or top >= CELLS or right < 0 or bottom < 0:
                 continue
             inside = np.s_[max(top, 0) : min(bottom, CELLS), max(left, 0) : min(right, CELLS)]
-            of_stamp = np.s_[max(-top, 0) : min(CELLS, bottom) - top, max(-left, 0) : min(CELLS, right) - left]
+            of_stamp = np.s_[
+                max(-top, 0) : min(CELLS, bottom) - top, max(-left, 0) : min(CELLS, right) - left
+            ]
             heatmap[inside] += stamp[of_stamp]
     return heatmaps
 

@@ -1,7 +1,8 @@
 """Colour renders of a skeleton, in the styles that pose ControlNets are trained on.
 
-Every render is drawn as an index map and coloured by its PNG palette. ``openpose`` follows the released renders; ``coco``
-and ``mmpose`` use the colours of mmpose's dataset configurations (``configs/_base_/datasets``).
+Every render is drawn as an index map and coloured by its PNG palette. ``openpose`` follows the released
+renders; ``coco`` and ``mmpose`` use the colours of mmpose's dataset configurations
+(``configs/_base_/datasets``).
 
 Legend: K keypoints, S links.
 """
@@ -65,7 +66,8 @@ def render_openpose(
         record: the instances to draw.
         style: one of ``STYLES``.
         keypoint_names: K names, which decide the colours of ``coco`` and ``mmpose``.
-        links: pairs of 0-based keypoint indices; ``openpose`` draws the first 18, one for each colour of its wheel.
+        links: pairs of 0-based keypoint indices; ``openpose`` draws the first 18, one for each colour of its
+            wheel.
         keypoint_radius_px: radius of a keypoint's disc (not for ``mmpose``, which has its own thin lines).
         link_half_width_px: half the width of a link's ellipse (likewise).
     """
@@ -95,7 +97,9 @@ def palette(style: str, keypoint_names: Sequence[str], links: Sequence[Sequence[
     if style in ("openpose", "keypoints"):
         keypoint_colours: Sequence[Colour] = WHEEL[: len(keypoint_names)]
         link_colours: Sequence[Colour] = [_darker(colour) for colour in WHEEL[: len(links)]]
-    elif style == "mmpose" and len(keypoint_names) == len(_MMPOSE_AP10K_KEYPOINTS) and "neck" in keypoint_names:
+    elif (
+        style == "mmpose" and len(keypoint_names) == len(_MMPOSE_AP10K_KEYPOINTS) and "neck" in keypoint_names
+    ):
         keypoint_colours, link_colours = _MMPOSE_AP10K_KEYPOINTS, _MMPOSE_AP10K_LINKS
     elif style in STYLES:
         keypoint_colours = [_coco_colour(name) for name in keypoint_names]
@@ -119,7 +123,9 @@ def _coco_colour(*names: str) -> Colour:
     return _SIDES.get(sides.pop(), _BLUE)
 
 
-def _draw_thin(pixels: NDArray[np.uint8], keypoints: NDArray[np.float64], links: Sequence[Sequence[int]]) -> None:
+def _draw_thin(
+    pixels: NDArray[np.uint8], keypoints: NDArray[np.float64], links: Sequence[Sequence[int]]
+) -> None:
     for instance in keypoints.tolist():
         for value, (start, end) in enumerate(links, FIRST_LINK):
             (x1, y1, v1), (x2, y2, v2) = instance[start], instance[end]

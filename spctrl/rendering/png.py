@@ -1,8 +1,9 @@
 """PNG files of sparse 8-bit drawings.
 
-Index maps and renders are nearly all background, so the cost of a file is memory traffic: one pass to clear the canvas and
-one through the compressor. The canvas therefore holds PNG scanlines (each row led by its filter byte, 0 for "none") and is
-drawn on in place, and zlib-ng's level 2 writes smaller files than PIL's default several times faster.
+Index maps and renders are nearly all background, so the cost of a file is memory traffic: one pass to clear
+the canvas and one through the compressor. The canvas therefore holds PNG scanlines (each row led by its
+filter byte, 0 for "none") and is drawn on in place, and zlib-ng's level 2 writes smaller files than PIL's
+default several times faster.
 """
 
 from __future__ import annotations

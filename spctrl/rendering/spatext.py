@@ -1,4 +1,4 @@
-"""Spatial-text index maps: SP-Ctrl's conditioning image (paper section 3.2; values as in the released demo maps).
+"""Spatial-text index maps, SP-Ctrl's conditioning image, with the values of the released demo maps.
 
 Legend: N instances, K keypoints, H and W the image's size in pixels.
 """
@@ -51,7 +51,8 @@ def draw_index_map(
     """Draw instances in order onto ``pixels``: links first, then keypoints, so later ones cover earlier ones.
 
     Args:
-        pixels: (H, W) uint8, changed in place. Link s becomes ``FIRST_LINK + s``, keypoint k ``FIRST_KEYPOINT + k``.
+        pixels: (H, W) uint8, changed in place. Link s becomes ``FIRST_LINK + s``, keypoint k ``FIRST_KEYPOINT
+            + k``.
         keypoints: (N, K, 3) float; x, y in pixels and visibility; drawn where visibility > 0.
         links: pairs of 0-based keypoint indices; drawn where both ends are.
         keypoint_radius_px: radius of a keypoint's disc.
@@ -62,8 +63,7 @@ def draw_index_map(
             x1, y1, v1 = instance[start]
             x2, y2, v2 = instance[end]
             if v1 > 0 and v2 > 0:
-                polygon = link_polygon(x1, y1, x2, y2, link_half_width_px)
-                cv2.fillConvexPoly(pixels, polygon, value)
+                cv2.fillConvexPoly(pixels, link_polygon(x1, y1, x2, y2, link_half_width_px), value)
         for value, (x, y, v) in enumerate(instance, FIRST_KEYPOINT):
             if v > 0:
                 cv2.circle(pixels, (int(x), int(y)), keypoint_radius_px, value, cv2.FILLED)
@@ -77,4 +77,5 @@ def link_polygon(x1: float, y1: float, x2: float, y2: float, half_width_px: int)
     centre = (int((x1 + x2) / 2), int((y1 + y2) / 2))
     half_length_px = int(math.hypot(x1 - x2, y1 - y2) / 2)
     angle_deg = int(math.degrees(math.atan2(y1 - y2, x1 - x2)))
-    return cv2.ellipse2Poly(centre, (half_length_px, half_width_px), angle_deg, 0, 360, 1)
+    polygon = cv2.ellipse2Poly(centre, (half_length_px, half_width_px), angle_deg, 0, 360, 1)
+    return np.asarray(polygon, np.int32)

@@ -1,0 +1,117 @@
+"""The images stage, and what it shares with every stage that reads one file for each record."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import luigi
+
+from tasks.base import digest_cache
+from tasks.index import DatasetStage
+from tasks.inputs import MISSING
+from tasks.progress import progress
+from tasks.record_stage import NOTHING, Prepared, RecordStage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+READ_AT_ONCE_BYTES = 64 * 2**20
+"""How much may be read just to see whether anything changed; more is read when the stage runs, with progress."""
+HASHED_BETWEEN_LINES = 512
+
+
+class FileStage(DatasetStage, RecordStage):
+    """A record stage that reads one file for each record, below one folder."""
+
+    @property
+    def folder(self) -> str:
+        """The folder that holds the files."""
+        raise NotImplementedError
+
+    def file_paths(self, image_paths: Sequence[str]) -> list[str]:
+        """For each image's path below the dataset's root the path of its file below ``folder``."""
+        raise NotImplementedError
+
+    def missing(self, path: str) -> Prepared:
+        """What becomes of a record whose file is not there."""
+        return Prepared(None, code="missing_file", message=f"expected a file {path}, found none")
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.index_task()]
+
+    def inputs(self) -> dict[str, str] | None:
+        upstream, names = super().inputs(), self.image_paths()
+        if upstream is None or names is None:
+            return None
+        cache = digest_cache(self.store.root)
+        found = cache.list_digest(self.folder, self.file_paths(names), max_read_bytes=READ_AT_ONCE_BYTES)
+        return None if found is None else {**upstream, "files": found}
+
+    def fill_cache(self) -> None:
+        if self.ingredients() is not None:
+            return
+        paths = [f"{self.folder}/{path}" for path in self.file_paths(self.image_paths() or [])]
+        with progress(
+            f"{self.stage} {self.part}: digests", len(paths), self.set_progress_percentage
+        ) as advance:
+            for start in range(0, len(paths), HASHED_BETWEEN_LINES):
+                some = paths[start : start + HASHED_BETWEEN_LINES]
+                digest_cache(self.store.root).file_digests(some)
+                advance(len(some))
+
+    def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
+        from spctrl.images import outside_folder
+        from tasks.work import FileSource
+
+        image_paths = [self.spec.image_path(name) for name in rows.column("file_name").to_pylist()]
+        paths = [f"{self.folder}/{path}" for path in self.file_paths(image_paths)]
+        digests = digest_cache(self.store.root).file_digests(paths)
+        prepared = []
+        for path, found, outside, width, height in zip(
+            paths,
+            digests,
+            outside_folder(paths, self.folder),
+            rows.column("width").to_pylist(),
+            rows.column("height").to_pylist(),
+            strict=True,
+        ):
+            if found == MISSING:
+                prepared.append(self.missing(path))
+            elif outside:
+                message = f"{path} is a link that leads out of {self.folder}"
+                prepared.append(Prepared(None, code="outside_dataset", message=message))
+            else:
+                prepared.append(Prepared(f"{found} {width} {height}", (FileSource(path, found),)))
+        return prepared
+
+
+class Images(FileStage):
+    """Every image on disk: whether it can be decoded, has the annotated size, and its perceptual hash."""
+
+    stage = "images"
+    function = "spctrl.images:probe_image"
+    libraries = ("pillow",)
+    suffix = ".json"
+
+    images = luigi.ChoiceParameter(default="required", choices=["required", "optional"])
+
+    def parameters(self) -> dict[str, Any]:
+        return {"images": self.images}
+
+    def arguments(self) -> dict[str, Any]:
+        return {}
+
+    @functools.cached_property
+    def folder(self) -> str:
+        return str(self.root / self.spec.image_folder)
+
+    def file_paths(self, image_paths: Sequence[str]) -> list[str]:
+        return [path.removeprefix(f"{self.spec.image_folder}/") for path in image_paths]
+
+    def missing(self, path: str) -> Prepared:
+        if self.images == "optional":
+            return NOTHING
+        message = f"expected an image {path}, found none; --images optional builds without images"
+        return Prepared(None, code="missing_image", message=message)

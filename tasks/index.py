@@ -1,0 +1,129 @@
+"""The index stage: an annotation file's usable records, and the base of all stages that stand on it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import luigi
+
+from tasks import settings
+from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
+from tasks.executor import warm_up
+from tasks.inputs import MISSING
+from tasks.progress import progress
+from tasks.store import Run, file_digest, parquet_bytes
+
+if TYPE_CHECKING:
+    from spctrl.datasets import Dataset
+
+IMAGE_PATHS = "images.txt"
+"""Lists the images of the index, for stages that ask after their files without loading Parquet."""
+
+
+class AnnotationFile(luigi.ExternalTask):
+    """A raw annotation file, which the user puts in place."""
+
+    dataset = luigi.Parameter()
+    split = luigi.Parameter()
+
+    @property
+    def path(self) -> Path:
+        dataset = settings.dataset_of(self.dataset)
+        variant = settings.dataset_variant(self.dataset)
+        return settings.dataset_root(self.dataset) / dataset.annotation_path(self.split, variant)
+
+    def output(self) -> luigi.LocalTarget:
+        return luigi.LocalTarget(self.path)
+
+    def complete(self) -> bool:
+        if self.path.is_file():
+            return True
+        dataset = settings.dataset_of(self.dataset)
+        luigi.task.logger.error(
+            "%s: expected the annotation file %s, found none. Get the dataset from %s, or say where it is "
+            "(--%s-root, or [%s] root in luigi.cfg)",
+            dataset.title, self.path, dataset.source_url, self.dataset, self.dataset,
+        )  # fmt: skip
+        return False
+
+
+class DatasetStage(StageTask):
+    """A stage of one split of one dataset."""
+
+    dataset = luigi.Parameter(description="ap10k or humanart")
+    split = luigi.Parameter(description="train, val or test")
+
+    @property
+    def part(self) -> str:
+        return f"{self.dataset}-{self.split}"
+
+    @functools.cached_property
+    def spec(self) -> Dataset:
+        return settings.dataset_of(self.dataset)
+
+    @functools.cached_property
+    def root(self) -> Path:
+        return settings.dataset_root(self.dataset)
+
+    def index_task(self) -> Index:
+        return Index(**self.common_parameters())
+
+    def common_parameters(self) -> dict[str, Any]:
+        """What every stage of a split is given."""
+        return {name: getattr(self, name) for name, _ in DatasetStage.get_params()}
+
+    def image_paths(self) -> list[str] | None:
+        """Paths of the index's images below the dataset's root; None before there is an index."""
+        run = self.index_task().current_run()
+        if run is None or not run.provenance():
+            return None
+        return run.path(IMAGE_PATHS).read_text().split("\n")[:-1]
+
+
+class Index(DatasetStage):
+    """Validated records of an annotation file (Parquet), and rejects with reasons."""
+
+    stage = "index"
+    function = "spctrl.index:write_index"
+    also_reaches: ClassVar[Sequence[str]] = ("spctrl.datasets:DATASETS",)
+
+    def requires(self) -> list[luigi.Task]:
+        return [self._file()]
+
+    def _file(self) -> AnnotationFile:
+        return AnnotationFile(dataset=self.dataset, split=self.split)
+
+    def parameters(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            "split": self.split,
+            "max_pixels": settings.index().max_pixels,
+            "keypoints": self.spec.skeleton.num_keypoints,
+        }
+
+    def inputs(self) -> dict[str, str] | None:
+        found = digest_cache(self.store.root).file_digest(self._file().path)
+        return None if found == MISSING else {"annotations": found}
+
+    def make(self, run: Run) -> dict[str, int]:
+        warm_up(settings.executor().workers)
+        from spctrl.index import write_index
+
+        path = self._file().path
+        with progress(f"{self.stage} {self.part}", 1, self.set_progress_percentage) as advance:
+            with run.create(MANIFEST) as destination:
+                index = write_index(
+                    path, self.spec, self.split, destination, max_pixels=settings.index().max_pixels
+                )
+            run.write(REJECTS, parquet_bytes(index.rejects))
+            run.write(IMAGE_PATHS, "".join(f"{each}\n" for each in index.image_paths).encode())
+            advance(1)
+        if file_digest(path) != self.made_from().inputs["annotations"]:
+            raise RuntimeError(f"{path} changed while it was being read; run again when it is at rest")
+        usable, rejects = len(index.image_paths), index.rejects.num_rows
+        # An annotation of no listed image takes no image along, but is a reject all the same.
+        rejected = max(index.images_in_file - usable, min(rejects, 1))
+        return {"records": index.images_in_file, "made": usable, "rejected": rejected}

@@ -1,0 +1,135 @@
+"""The manifest stage: one row per image, of everything that the stages before it know and made."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import luigi
+
+from tasks import settings
+from tasks.base import MANIFEST, REJECTS, StageTask
+from tasks.conditions import CONDITIONS
+from tasks.images import Images
+from tasks.index import DatasetStage
+from tasks.names import NamesParameter
+from tasks.progress import progress
+from tasks.record_stage import artifact_keys, artifact_locations
+from tasks.store import Run, parquet_bytes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from spctrl.layout import Layout
+    from spctrl.manifest import ImageFacts
+
+
+class Manifest(DatasetStage):
+    """One row per image that every stage could use: labels, captions, paths and digests."""
+
+    stage = "manifest"
+    function = "spctrl.manifest:manifest_batch"
+    also_reaches: ClassVar[Sequence[str]] = ("spctrl.layout:Layout", "spctrl.datasets:DATASETS")
+
+    images = luigi.ChoiceParameter(default="required", choices=["required", "optional"])
+    conditions = NamesParameter(default=("spatext", "openpose"), choices=tuple(CONDITIONS))
+
+    def requires(self) -> list[StageTask]:
+        return [
+            self.index_task(),
+            self.clone(Images),
+            *(self.clone(CONDITIONS[name]) for name in self.conditions),
+        ]
+
+    def condition_tasks(self) -> dict[str, StageTask]:
+        return {name: self.clone(CONDITIONS[name]) for name in self.conditions}
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        from spctrl.layout import Layout
+
+        return Layout(
+            dataset=self.spec,
+            split=self.split,
+            split_id=settings.split_id(self.dataset),
+            names=settings.export().names,
+            openpose_style=settings.openpose().style,
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        return {
+            "conditions": self.conditions,
+            "images": self.images,
+            "split_name": self.layout.split_name,
+            "names": self.layout.names,
+            "openpose_style": self.layout.openpose_style,
+        }
+
+    def make(self, run: Run) -> dict[str, int]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from spctrl.manifest import ConditionFacts, count_instances, manifest_batch, manifest_schema
+        from spctrl.records import REJECT_SCHEMA
+
+        tasks = self.condition_tasks()
+        made = {
+            name: {
+                i: ConditionFacts(key, found.digest)
+                for i, (key, found) in artifact_keys(task.finished_run()).items()
+            }
+            for name, task in tasks.items()
+        }
+        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST))
+        rejects = self._gather_rejects()
+        rejected = set(rejects.column("image_id").to_pylist())
+        images = self._image_facts()
+        rows = instances = 0
+        total = index.metadata.num_rows
+        with (
+            progress(f"{self.stage} {self.part}", total, self.set_progress_percentage) as advance,
+            run.create(MANIFEST) as destination,
+            pq.ParquetWriter(destination, manifest_schema(self.conditions), compression="zstd") as writer,
+        ):
+            for batch in index.iter_batches():
+                written = manifest_batch(batch, self.layout, images, made, rejected)
+                writer.write_batch(written)
+                rows, instances = rows + len(written), instances + count_instances(written)
+                advance(len(batch))
+        schema = pa.schema([pa.field("stage", pa.string()), *REJECT_SCHEMA])
+        run.write(REJECTS, parquet_bytes(rejects.select(schema.names).cast(schema)))
+        if not rows:
+            raise RuntimeError(
+                f"{self.part}: expected at least one usable record, found none; see {run.path(REJECTS)}"
+            )
+        listed = self.index_task().finished_run().provenance()["counts"]["records"]
+        return {
+            "records": listed,
+            "made": rows,
+            "instances": instances,
+            "images_on_disk": len(images),
+            "rejected": max(listed - rows, int(len(rejects) > 0)),
+        }
+
+    def _gather_rejects(self) -> pa.Table:
+        """The rejects of all stages before this one, with the stage's name."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        tables = []
+        for task in self.requires():
+            table = pq.read_table(task.finished_run().path(REJECTS), partitioning=None)
+            tables.append(table.append_column("stage", pa.repeat(task.stage, len(table))))
+        return pa.concat_tables(tables)
+
+    def _image_facts(self) -> dict[int, ImageFacts]:
+        from spctrl.manifest import ImageFacts
+
+        run = self.clone(Images).finished_run()
+        facts = {}
+        for image_id, found in artifact_locations(run).items():
+            probe = json.loads(self.store.read(run.stage, found.pack, found.offset, found.size))
+            facts[image_id] = ImageFacts(probe["sha256"], probe["phash"])
+        return facts

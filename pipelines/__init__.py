@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import luigi
 
+from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.conditions import CONDITIONS
 from tasks.export import Export
@@ -56,6 +58,13 @@ class BuildDataset(luigi.WrapperTask):
         description="share of bad records above which the build fails",
     )
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not list(self.exports()):
+            raise ExpectedError(
+                f"expected a split that {' or '.join(self.dataset)} has, found {', '.join(self.split)}"
+            )
+
     def exports(self) -> Iterator[Export]:
         """One task for each split that a dataset has."""
         for dataset in self.dataset:
@@ -64,21 +73,22 @@ class BuildDataset(luigi.WrapperTask):
                     yield self.clone(Export, dataset=dataset, split=split)
 
     def requires(self) -> list[luigi.Task]:
-        exports = list(self.exports())
-        if not exports:
-            raise ValueError(
-                f"expected a split that {' or '.join(self.dataset)} has, found {', '.join(self.split)}"
-            )
-        return [*exports, self.clone(Report)]
+        return [*self.exports(), self.clone(Report)]
 
     def run(self) -> None:
         print_summary(self.exports())
 
 
 class _OnlyWhatMatters(logging.Filter):
-    """Luigi tells of every task that it looks at; the summary at the end, warnings and errors are what people read."""
+    """Luigi tells of every task that it looks at; people read the summary at the end, warnings and errors.
+
+    Of an error that explains itself they read the message, not the way it took through the program.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, ExpectedError):
+            record.msg, record.args, record.exc_info = str(error), (), None
         return record.levelno > logging.INFO or "Luigi Execution Summary" in record.getMessage()
 
 

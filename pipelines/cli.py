@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import BuildDataset
+from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.index import AnnotationFile
 from tasks.progress import progress
@@ -48,7 +49,7 @@ def _build(
         return BuildDataset(
             **{name: parameters[name].parse(value) for name, value in given.items() if value is not None}
         )
-    except (ValueError, luigi.parameter.ParameterException) as error:
+    except (ExpectedError, ValueError, luigi.parameter.ParameterException) as error:
         raise typer.BadParameter(str(error)) from error
 
 

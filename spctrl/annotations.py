@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from spctrl.errors import ExpectedError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -35,7 +37,7 @@ FAR_AWAY_IN_SIZES = 1.0
 """How far outside the image a labelled keypoint may lie, in image widths and heights."""
 
 
-class AnnotationFileError(ValueError):
+class AnnotationFileError(ExpectedError, ValueError):
     """An annotation file that cannot be used at all."""
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 import spctrl
+from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.code_version import PACKAGES, ROOT, code_components
 from tasks.inputs import DigestCache
@@ -34,7 +35,7 @@ MANIFEST = "manifest.parquet"
 REJECTS = "rejects.parquet"
 
 
-class TooManyRejectsError(RuntimeError):
+class TooManyRejectsError(ExpectedError):
     """More records were rejected than the settings allow."""
 
 

@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import TypeVar
 
+from spctrl.errors import ExpectedError
 from tasks.store import StoreError
 
 Job = TypeVar("Job")
@@ -23,7 +24,7 @@ JOBS_WAITING_PER_WORKER = 2
 PRELOADED = ["__main__", "tasks.work"]
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ExpectedError):
     """A worker process died."""
 
 

@@ -114,10 +114,10 @@ class Export(Manifest):
         "spctrl.datasets:DATASETS",
     )
 
-    @property
-    def resources(self) -> dict[str, int]:
-        """Splits of one dataset share its export folder, so Luigi's workers take turns at it."""
-        return {f"export {self.dataset}": 1}
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Splits of one dataset share its export folder, so Luigi's workers take turns at it.
+        self.resources = {f"export {self.dataset}": 1}
 
     def requires(self) -> list[StageTask]:
         return [self.clone(Manifest)]

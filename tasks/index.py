@@ -12,7 +12,7 @@ import luigi
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.executor import warm_up
-from tasks.inputs import MISSING
+from tasks.inputs import MISSING, InputChangedError
 from tasks.progress import progress
 from tasks.store import Run, file_digest, parquet_bytes
 
@@ -122,7 +122,7 @@ class Index(DatasetStage):
             run.write(IMAGE_PATHS, "".join(f"{each}\n" for each in index.image_paths).encode())
             advance(1)
         if file_digest(path) != self.made_from().inputs["annotations"]:
-            raise RuntimeError(f"{path} changed while it was being read; run again when it is at rest")
+            raise InputChangedError(f"{path} changed while it was being read; run again when it is at rest")
         usable, rejects = len(index.image_paths), index.rejects.num_rows
         # An annotation of no listed image takes no image along, but is a reject all the same.
         rejected = max(index.images_in_file - usable, min(rejects, 1))

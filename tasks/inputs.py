@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from spctrl.errors import ExpectedError
 from tasks.store import digest, file_digest
 
 RACY_NS = 2_000_000_000
@@ -26,6 +27,10 @@ MISSING = "missing"
 
 Stat = tuple[int, int, int]
 """Size in bytes, modification time in nanoseconds, inode."""
+
+
+class InputChangedError(ExpectedError):
+    """A file changed while a build was reading it."""
 
 
 class DigestCache:

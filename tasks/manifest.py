@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask
 from tasks.conditions import CONDITIONS
@@ -101,7 +102,7 @@ class Manifest(DatasetStage):
         schema = pa.schema([pa.field("stage", pa.string()), *REJECT_SCHEMA])
         run.write(REJECTS, parquet_bytes(rejects.select(schema.names).cast(schema)))
         if not rows:
-            raise RuntimeError(
+            raise ExpectedError(
                 f"{self.part}: expected at least one usable record, found none; see {run.path(REJECTS)}"
             )
         listed = self.index_task().finished_run().provenance()["counts"]["records"]

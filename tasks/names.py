@@ -8,6 +8,8 @@ from typing import Any
 
 import luigi
 
+from spctrl.errors import ExpectedError
+
 
 class NamesParameter(luigi.Parameter[tuple[str, ...]]):
     """Names out of a fixed set, separated by commas, or a JSON list."""
@@ -25,7 +27,7 @@ class NamesParameter(luigi.Parameter[tuple[str, ...]]):
         )
         unknown = [str(name) for name in names if name not in self._choices]
         if unknown or not names:
-            raise ValueError(
+            raise ExpectedError(
                 f"expected names among {', '.join(self._choices)}, found {', '.join(unknown) or 'none'}"
             )
         return tuple(dict.fromkeys(names))

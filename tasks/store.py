@@ -27,12 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spctrl.errors import ExpectedError
+
 KEY_BYTES = 16
 PROVENANCE = "provenance.json"
 TEMPORARY = ".tmp-"
 
 
-class StoreError(RuntimeError):
+class StoreError(ExpectedError):
     """The store cannot be read or written; the message names the place."""
 
 

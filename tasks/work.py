@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spctrl.errors import ExpectedError
 from spctrl.records import RecordError
+from tasks.inputs import InputChangedError
 from tasks.store import Location, Store, content_digest
 
 if TYPE_CHECKING:
@@ -30,10 +32,6 @@ class ArtifactSource(NamedTuple):
 
 
 Source = FileSource | ArtifactSource
-
-
-class InputChangedError(RuntimeError):
-    """A file changed while a build was reading it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def make_pack(batch: Batch) -> dict[str, Location]:
             results.append((key, function(record, *data, **batch.parameters)))
         except RecordError as error:
             results.append((key, (error.code, error.message)))
-        except OSError:
+        except (OSError, ExpectedError):
             raise
         except Exception as error:
             raise RuntimeError(

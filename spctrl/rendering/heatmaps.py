@@ -1,4 +1,4 @@
-"""Keypoint heatmaps, the target of the keypoint-concept loss (paper section 3.3), as mmpose's MSRA codec
+"""Keypoint heatmaps, the target of the keypoint-concept loss, as mmpose's MSRA codec
 draws them.
 
 Legend: N instances, K keypoints, C cells along each side (64).

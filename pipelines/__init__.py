@@ -94,15 +94,22 @@ class _OnlyWhatMatters(logging.Filter):
 
 logging.getLogger("luigi-interface").addFilter(_OnlyWhatMatters())
 
-EXIT_CODES = {
-    "already_running": 10,
-    "missing_data": 20,
-    "not_run": 25,
-    "task_failed": 30,
-    "scheduling_error": 35,
-    "unhandled_exception": 40,
+DEFAULTS = {
+    # Luigi's own default is to exit with 0 whatever happened.
+    "retcode": {
+        "already_running": "10",
+        "missing_data": "20",
+        "not_run": "25",
+        "task_failed": "30",
+        "scheduling_error": "35",
+        "unhandled_exception": "40",
+    },
+    # The store takes builds side by side, so one need not keep another from starting.
+    "core": {"no_lock": "true"},
 }
-for _name, _code in EXIT_CODES.items():
-    # Luigi's own default is to exit with 0 whatever happened, also where a user's settings say nothing of it.
-    if not luigi.configuration.get_config().has_option("retcode", _name):
-        luigi.configuration.get_config().set("retcode", _name, str(_code))
+"""What Luigi is told where neither luigi.cfg nor a user's own file says otherwise."""
+
+for _section, _settings in DEFAULTS.items():
+    for _name, _value in _settings.items():
+        if not luigi.configuration.get_config().has_option(_section, _name):
+            luigi.configuration.get_config().set(_section, _name, _value)

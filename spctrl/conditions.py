@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+from PIL import Image
 
+from spctrl.images import FORMATS
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
@@ -58,8 +61,16 @@ def encode_png(pixels: cv2.typing.MatLike) -> bytes:
 def _decode_gray(record: Record, data: bytes, what: str) -> NDArray[np.uint8]:
     """(H, W) uint8 of an 8-bit image whose channels are equal."""
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    except cv2.error:  # such as a header that claims more pixels than OpenCV will allocate
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
+            size_wh = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise RecordError("bad_image", f"expected an 8-bit {what}, found a file that is no image") from None
+    if size_wh != record.size_wh:
+        expected = f"a {what} of {record.size_wh[0]} x {record.size_wh[1]} pixels"
+        raise RecordError("image_size", f"expected {expected}, found {size_wh[0]} x {size_wh[1]}")
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
         pixels = None
     if pixels is None or pixels.dtype != np.uint8:
         raise RecordError("bad_image", f"expected an 8-bit {what}, found a file that does not decode to one")
@@ -68,9 +79,4 @@ def _decode_gray(record: Record, data: bytes, what: str) -> NDArray[np.uint8]:
         if (pixels[..., 1:3] != gray[..., None]).any():
             raise RecordError("bad_image", f"expected a {what} of one channel or equal ones, found colours")
         pixels = gray
-    if (size_wh := (pixels.shape[1], pixels.shape[0])) != record.size_wh:
-        raise RecordError(
-            "image_size",
-            f"expected a {what} of {record.size_wh[0]} x {record.size_wh[1]} pixels, found {size_wh[0]} x {size_wh[1]}",
-        )
     return np.ascontiguousarray(pixels)

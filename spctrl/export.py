@@ -99,7 +99,18 @@ def link_file(source: Path, target: Path, way: str) -> None:
     Raises:
         OSError: the way does not work here (such as a hard link to another disk).
     """
-    target.unlink(missing_ok=True)
+    # Under another name first: at no time is there no file, or a file that is being written, and builds side by side
+    # may link the same image. Renaming one of two links to the same file does nothing, hence the unlink.
+    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        _link(source, temporary, way)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path, way: str) -> None:
     ways: dict[str, Callable[[], object]] = {
         "hard": lambda: os.link(source.resolve(), target),
         "symbolic": lambda: target.symlink_to(source.resolve()),

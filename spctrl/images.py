@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from spctrl.records import RecordError
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from spctrl.records import Record
 
 HASH_SIDE = 8
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""Others are not tried: PIL would start a PostScript interpreter for one of them."""
 _THUMBNAIL_SIDE = 32
 
 
@@ -43,7 +45,7 @@ def probe_image(record: Record, data: bytes) -> bytes:
         RecordError: ``bad_image`` or ``image_size``.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             size_wh = image.size
             if size_wh != record.size_wh:
                 raise RecordError(
@@ -57,6 +59,8 @@ def probe_image(record: Record, data: bytes) -> bytes:
             )
     except RecordError:
         raise
+    except UnidentifiedImageError:  # whose own message holds a memory address
+        raise RecordError("bad_image", f"expected an image ({', '.join(FORMATS)}), found none") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RecordError("bad_image", f"the image cannot be decoded: {error}") from None
     facts = {

@@ -20,13 +20,23 @@ from tasks.index import AnnotationFile
 from tasks.manifest import Manifest
 from tasks.progress import progress
 from tasks.record_stage import artifact_locations
-from tasks.store import Run, StoreError, content_digest, digest, file_digest, parquet_bytes, write_atomic
+from tasks.store import (
+    Run,
+    StoreError,
+    content_digest,
+    digest,
+    exclusive,
+    file_digest,
+    parquet_bytes,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     from tasks.base import StageTask
     from tasks.progress import Advance
 
 LEDGERS = ".spctrl"
+LOCK = "lock"
 IMAGE, HEATMAPS = "image", "heatmaps"
 DISPLAY_EVERY = 256
 
@@ -151,6 +161,11 @@ class Export(Manifest):
         return all(
             (self.folder / name).exists() for name in (layout.records, layout.categories, layout.manifest)
         )
+
+    def run(self) -> None:
+        # Another build may be writing the same folder; when it is done, there may be nothing left to do.
+        with exclusive(self.folder / LEDGERS / LOCK):
+            super().run()
 
     def make(self, run: Run) -> dict[str, int]:
         source = self.clone(Manifest).finished_run()

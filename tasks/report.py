@@ -12,12 +12,12 @@ import luigi
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.conditions import CONDITIONS
-from tasks.export import Export
+from tasks.export import LEDGERS, LOCK, Export
 from tasks.manifest import Manifest
 from tasks.names import NamesParameter
 from tasks.progress import progress
 from tasks.record_stage import artifact_locations
-from tasks.store import Run, write_atomic
+from tasks.store import Run, exclusive, write_atomic
 
 if TYPE_CHECKING:
     from spctrl.audit import SplitTables
@@ -70,6 +70,10 @@ class Report(StageTask):
         assert run is not None
         digest: str = run.provenance()["files"][PAGE]["digest"]
         return digest_cache(self.store.root).file_digest(self.page_path) == digest
+
+    def run(self) -> None:
+        with exclusive(self.page_path.parent / LEDGERS / LOCK):
+            super().run()
 
     def make(self, run: Run) -> dict[str, int]:
         from spctrl.audit import audit_split

@@ -14,6 +14,7 @@ write the same thing write the same bytes to the same place.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -88,6 +89,19 @@ def _cannot_write(path: Path, error: OSError) -> StoreError:
     )
 
 
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file, which the system gives up for a process that dies; waits for whoever holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Store:
     """All that was ever computed, below one folder."""
 
@@ -158,11 +172,12 @@ class Store:
         write_atomic(self.pack_index_path(stage, pack), parquet_bytes(table))
 
     def locations(self, stage: str) -> dict[str, Location]:
-        """Every artifact and every reject that the stage's packs hold, by key."""
+        """Every artifact and every reject that the stage's packs hold, by key; a cut pack holds nothing."""
         found: dict[str, Location] = {}
         for path in sorted(self.packs_folder(stage).glob("*.parquet")):
-            if path.with_suffix(".tar").exists():
-                found |= self.pack_locations(stage, path.stem)
+            locations = self.pack_locations(stage, path.stem)
+            if _size(path.with_suffix(".tar")) == _tar_size(locations.values()):
+                found |= locations
         return found
 
     def pack_locations(self, stage: str, pack: str) -> dict[str, Location]:
@@ -308,6 +323,13 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
+
+
+def _tar_size(locations: Iterable[Location]) -> int:
+    """Size of the pack that holds these members: padded to blocks, closed by two empty ones, padded to a record."""
+    end = max((location.offset + location.size for location in locations), default=0)
+    blocks = -(-end // tarfile.BLOCKSIZE) + 2
+    return -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def file_digest(path: Path) -> str:

@@ -1,0 +1,279 @@
+"""Verify, gc, accept and status: as functions, and as the commands that people type."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Workspace
+
+from tasks.store import Store
+from tasks.upkeep import collect, verify
+
+NO_GRACE = ("--grace-hours", "0")
+
+
+@pytest.fixture
+def built(make_workspace: Callable[..., Workspace], sample: Path) -> Workspace:
+    workspace = make_workspace("built", sample)
+    workspace.configure("build", datasets=["ap10k"], splits=["val"])
+    assert workspace.build().succeeded
+    return workspace
+
+
+def spctrl(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in the workspace, with its settings."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=workspace.folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "LUIGI_CONFIG_PATH": str(workspace.settings_file()),
+            "COLUMNS": "200",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def damage_an_artifact(workspace: Workspace, stage: str) -> str:
+    """Flip a byte in the middle of a stage's first artifact; gives its key."""
+    store = Store(workspace.store)
+    key, place = next(iter(store.locations(stage).items()))
+    path = store.pack_path(stage, place.pack)
+    data = bytearray(path.read_bytes())
+    data[place.offset + place.size // 2] ^= 0xFF
+    path.write_bytes(data)
+    return key
+
+
+def check(workspace: Workspace, *, repair: bool) -> list[str]:
+    found = verify(Store(workspace.store), workspace.exports, repair=repair)
+    return [f"{damage.place}: {damage.fault}" for damage in found]
+
+
+def test_a_sound_store_has_no_damage(built: Workspace) -> None:
+    assert check(built, repair=True) == []
+    assert built.build().stages == set()
+
+
+def test_a_damaged_artifact_is_named_and_made_again(built: Workspace) -> None:
+    exported = built.exported()
+    key = damage_an_artifact(built, "spatext")
+    (damage,) = check(built, repair=True)
+    assert key in damage
+    assert "digest" in damage
+    again = built.build()
+    assert again.succeeded
+    assert again.worked == {"spatext": 1}
+    assert built.exported() == exported
+    assert built.faults() == []
+
+
+def test_verify_leaves_the_store_alone_when_asked_to(built: Workspace) -> None:
+    damage_an_artifact(built, "openpose")
+    assert len(check(built, repair=False)) == 1
+    assert built.build().stages == set()
+    assert len(check(built, repair=True)) == 1
+
+
+def test_a_deleted_pack_is_named_and_made_again(built: Workspace) -> None:
+    exported = built.exported()
+    for path in built.store.glob("packs/spatext/*.tar"):
+        path.unlink()
+    assert any("spatext" in damage for damage in check(built, repair=True))
+    again = built.build()
+    assert again.counted("spatext", "made") == 12
+    assert built.exported() == exported
+
+
+def test_a_changed_manifest_of_a_run_is_named_and_written_again(built: Workspace) -> None:
+    (path,) = built.store.glob("runs/index/*/*/manifest.parquet")
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + b"!")
+    assert any("manifest.parquet is missing or changed" in damage for damage in check(built, repair=True))
+    assert built.build().succeeded
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"?")])
+def test_a_harmed_exported_file_is_named_and_written_again(
+    built: Workspace, harm: Callable[[Path], object]
+) -> None:
+    exported = built.exported()
+    path = min(built.export_folder("ap10k").glob("pose_kptindex/*.png"))
+    harm(path)
+    assert check(built, repair=True) == [f"{path}: the exported file is missing or changed"]
+    again = built.build()
+    assert again.counted("export", "made") == 1
+    assert built.exported() == exported
+
+
+def test_gc_keeps_all_that_the_present_settings_use(built: Workspace) -> None:
+    exported = built.exported()
+    done = spctrl(built, "gc", "--keep", "0", *NO_GRACE)
+    assert done.returncode == 0, done.stderr
+    assert "Removed 0 runs, 0 packs" in done.stdout
+    assert built.build().stages == set()
+    assert built.exported() == exported
+
+
+def test_gc_removes_what_other_settings_made(built: Workspace) -> None:
+    built.configure("openpose", style="coco")
+    assert built.build().succeeded
+    before = built.keys("openpose")
+    assert "Would remove 4 runs, 1 packs" in spctrl(built, "gc", "--dry-run", "--keep", "1", *NO_GRACE).stdout
+    assert built.keys("openpose") == before
+    assert "Removed 4 runs, 1 packs" in spctrl(built, "gc", "--keep", "1", *NO_GRACE).stdout
+    assert len(built.keys("openpose")) == len(before) // 2
+    assert built.build().stages == set()
+    assert built.faults() == []
+
+
+def test_gc_keeps_what_a_build_under_way_may_have_just_made(built: Workspace) -> None:
+    built.configure("openpose", style="coco")
+    assert built.build().succeeded
+    assert "Removed 0 runs, 0 packs" in spctrl(built, "gc", "--keep", "0").stdout
+
+
+def test_gc_writes_mostly_dead_packs_anew(built: Workspace) -> None:
+    with built.edit_annotations("ap10k", "val") as content:
+        for annotation in content["annotations"][:-2]:
+            annotation["keypoints"][0] += 1
+    try:
+        assert built.build().succeeded
+        exported = built.exported()
+        store = Store(built.store)
+        current = [
+            run for run in store.runs() if run is store.runs(run.stage)[0] or run == store.runs(run.stage)[0]
+        ]
+        size = sum(path.stat().st_size for path in built.store.glob("packs/spatext/*.tar"))
+        waste = collect(store, current, keep=1, grace_s=0, dry_run=False)
+        assert {stage for stage, _ in waste.repacked} == {"spatext", "openpose"}
+        assert sum(path.stat().st_size for path in built.store.glob("packs/spatext/*.tar")) <= size
+        assert len(built.keys("spatext")) == 12
+        assert built.faults() == []
+        assert built.build().stages == set()
+        shutil.rmtree(built.exports)
+        assert built.build().succeeded
+        assert built.exported() == exported
+    finally:
+        with built.edit_annotations("ap10k", "val") as content:
+            for annotation in content["annotations"][:-2]:
+                annotation["keypoints"][0] -= 1
+
+
+def test_gc_removes_what_killed_writers_left(built: Workspace) -> None:
+    left = built.store / "packs" / "spatext" / ".tmp-1-x.tar"
+    left.write_bytes(b"half")
+    waste = collect(Store(built.store), [], keep=1, grace_s=3600, dry_run=False)
+    assert waste.temporaries == []
+    long_ago = time.time() - 7200
+    os.utime(left, (long_ago, long_ago))
+    assert collect(Store(built.store), [], keep=1, grace_s=3600, dry_run=False).temporaries == [left]
+    assert not left.exists()
+
+
+def test_status_says_that_nothing_would_run(built: Workspace) -> None:
+    done = spctrl(built, "status")
+    assert done.returncode == 0, done.stderr
+    assert "Everything is up to date" in done.stdout
+
+
+def test_status_says_why_a_stage_would_run_and_how_much(built: Workspace) -> None:
+    built.configure("openpose", style="coco")
+    lines = spctrl(built, "status").stdout.splitlines()
+    (line,) = [line for line in lines if line.startswith("openpose")]
+    assert "parameter style: openpose -> coco" in line
+    assert " 12 " in line
+    (line,) = [line for line in lines if line.startswith("spatext")]
+    assert "up to date" in line
+    assert any("input openpose changed" in line for line in lines)
+
+
+def test_status_of_an_empty_store_says_never_built(
+    make_workspace: Callable[..., Workspace], sample: Path
+) -> None:
+    done = spctrl(make_workspace("empty", sample), "status")
+    assert done.returncode == 0, done.stderr
+    assert "never built" in done.stdout
+
+
+def test_accept_keeps_outputs_after_a_harmless_change(
+    make_workspace: Callable[..., Workspace], sample: Path, tmp_path: Path
+) -> None:
+    workspace = make_workspace("accepting", sample)
+    workspace.configure("build", datasets=["ap10k"], splits=["val"])
+    code = tmp_path / "code"
+    for package in ("spctrl", "eval", "tasks", "pipelines"):
+        shutil.copytree(REPOSITORY / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert workspace.run(code=code).succeeded
+    source = code / "spctrl" / "rendering" / "spatext.py"
+    source.write_text(source.read_text().replace("half_length_px = int(", "half_length_px = int(0 + "))
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(code),
+            "LUIGI_CONFIG_PATH": str(workspace.settings_file()),
+        }
+        environment["COLUMNS"] = "200"
+        return subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", *arguments],
+            cwd=workspace.folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert "code spctrl.rendering.spatext:link_polygon changed" in " ".join(command("status").stdout.split())
+    done = command("accept", "spatext", "openpose", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = workspace.run(code=code)
+    assert again.succeeded
+    assert again.stages == set()
+
+
+def test_accept_refuses_what_it_does_not_know(built: Workspace) -> None:
+    done = spctrl(built, "accept", "sketch", "--yes")
+    assert done.returncode == 2
+    assert "spatext" in done.stderr
+
+
+def test_verify_as_a_command_exits_with_1_and_names_the_artifact(built: Workspace) -> None:
+    key = damage_an_artifact(built, "spatext")
+    done = spctrl(built, "verify")
+    assert done.returncode == 1
+    assert key in done.stdout
+    assert spctrl(built, "verify").returncode == 0, (
+        "what was struck out is not damage any more, but work to do"
+    )
+
+
+def test_doctor_names_what_is_missing(
+    make_workspace: Callable[..., Workspace], sample: Path, tmp_path: Path
+) -> None:
+    assert spctrl(make_workspace("healthy", sample), "doctor").returncode == 0
+    done = spctrl(make_workspace("ill", tmp_path / "nothing"), "doctor")
+    assert done.returncode == 1
+    assert "ap10k-train-split1.json" in done.stdout
+
+
+def test_sample_draws_both_datasets(make_workspace: Callable[..., Workspace], tmp_path: Path) -> None:
+    done = spctrl(make_workspace("drawing", tmp_path), "sample", "drawn", "--images-per-split", "2")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "drawing" / "drawn").rglob("*.jpg"))) == 8
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "gc", "accept", "sample", "doctor"])
+def test_every_command_explains_itself(
+    command: str, make_workspace: Callable[..., Workspace], sample: Path
+) -> None:
+    done = spctrl(make_workspace("asking", sample), command, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout

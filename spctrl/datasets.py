@@ -26,7 +26,7 @@ class Dataset:
             own word for the split and ``{variant}`` what tells its annotation files apart (AP-10K: split id,
             HumanArt: subset).
         split_words: our split names -> the dataset's.
-        image_folder: below the root; no image may lie outside it.
+        image_folder: below the root; file names that do not lead there by themselves are below it.
         file_name_prefix: leading part of ``file_name`` that names the root itself.
         artifact_prefix: leading part of an image's path that conditions do not repeat.
         licence: of the annotations and images, as its publishers state it.
@@ -56,12 +56,9 @@ class Dataset:
 
     def image_path(self, file_name: str) -> str:
         """Path of an image below the dataset's root, whether or not ``file_name`` starts with the root's own name."""
-        path = file_name.removeprefix(self.file_name_prefix)
-        return (
-            path
-            if path.startswith(f"{self.image_folder}/") or self.file_name_prefix
-            else f"{self.image_folder}/{path}"
-        )
+        if not self.file_name_prefix:
+            return f"{self.image_folder}/{file_name}"
+        return file_name.removeprefix(self.file_name_prefix)
 
     def artifact_stem(self, file_name: str) -> str:
         """Path of the image's conditions in their folders, without suffix."""

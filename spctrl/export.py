@@ -29,7 +29,10 @@ class _Owner(msgspec.Struct):
 
 
 def record_lines(annotation_path: Path, layout: Layout, image_ids: set[int]) -> Iterator[tuple[str, bytes]]:
-    """File name and JSON line of each wanted image, in file order, with its annotation objects to the byte."""
+    """File name and JSON line of each wanted image, in file order.
+
+    Annotation objects are unchanged, to the digits of their numbers; only white space between tokens may differ.
+    """
     document = read_document(annotation_path)
     decode_owner = msgspec.json.Decoder(_Owner).decode
     annotations: dict[int, list[msgspec.Raw]] = {}
@@ -42,7 +45,8 @@ def record_lines(annotation_path: Path, layout: Layout, image_ids: set[int]) -> 
         image: dict[str, Any] = msgspec.json.decode(entry)
         if image.get("id") in image_ids:
             line = _record_line(image, annotations.get(image["id"], []), layout)
-            yield image["file_name"], msgspec.json.encode(line)
+            # Annotation files may be indented; a line must be one line.
+            yield image["file_name"], msgspec.json.format(msgspec.json.encode(line), indent=0)
 
 
 def _record_line(image: dict[str, Any], annotations: list[msgspec.Raw], layout: Layout) -> dict[str, Any]:

@@ -27,6 +27,8 @@ HASH_SIDE = 8
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Others are not tried: PIL would start a PostScript interpreter for one of them."""
 _THUMBNAIL_SIDE = 32
+_DRAFT_SIDE = 2 * _THUMBNAIL_SIDE
+"""Of what the JPEG decoder scales down to; at the thumbnail's own size, resized copies would get distant hashes."""
 
 
 def probe_image(record: Record, data: bytes) -> bytes:
@@ -53,7 +55,7 @@ def probe_image(record: Record, data: bytes) -> bytes:
                     f"expected the annotated {record.size_wh[0]} x {record.size_wh[1]} pixels, "
                     f"found {size_wh[0]} x {size_wh[1]}",
                 )
-            image.draft("L", (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+            image.draft("L", (_DRAFT_SIDE, _DRAFT_SIDE))
             small = image.convert("L").resize(
                 (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0
             )
@@ -84,13 +86,13 @@ def perceptual_hash(gray: NDArray[np.uint8]) -> str:
     return np.packbits(bits.reshape(-1)).tobytes().hex()
 
 
-def outside_folder(paths: Sequence[str], folder: str) -> list[bool]:
-    """For each path below ``folder`` whether symbolic links lead it out; ``folder`` itself may be a link."""
-    inside = os.path.realpath(folder) + os.sep
+def outside_folders(paths: Sequence[str], folders: Sequence[str]) -> list[bool]:
+    """For each path whether symbolic links lead it out of its folder; the folder itself may be a link."""
+    inside = {folder: os.path.realpath(folder) + os.sep for folder in set(folders)}
     parents = {parent: os.path.realpath(parent) for parent in {os.path.dirname(path) for path in paths}}
 
     def resolved(path: str) -> str:
         parent, name = os.path.split(path)
         return os.path.realpath(path) if os.path.islink(path) else f"{parents[parent]}{os.sep}{name}"
 
-    return [not resolved(path).startswith(inside) for path in paths]
+    return [not resolved(path).startswith(inside[folder]) for path, folder in zip(paths, folders, strict=True)]

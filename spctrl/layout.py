@@ -77,7 +77,9 @@ class Layout:
 
     def dirname(self, file_name: str) -> str:
         """HumanArt's ``dirname``: the image's folder, led by the dataset's own name."""
-        return f"{self.dataset.file_name_prefix}{PurePosixPath(self.image(file_name)).parent}"
+        path = self.image(file_name)
+        prefix = self.dataset.file_name_prefix if path.startswith(f"{self.dataset.image_folder}/") else ""
+        return f"{prefix}{PurePosixPath(path).parent}"
 
     def _condition_folder(self, name: str) -> str:
         if name == "openpose" and self.names == "released" and self.dataset.name == "ap10k":

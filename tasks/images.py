@@ -34,6 +34,10 @@ class FileStage(DatasetStage, RecordStage):
         """For each image's path below the dataset's root the path of its file below ``folder``."""
         raise NotImplementedError
 
+    def confines(self, file_path: str) -> str:
+        """The folder that no link may lead a file out of; it may itself be a link."""
+        return self.folder
+
     def missing(self, path: str) -> Prepared:
         """What becomes of a record whose file is not there."""
         return Prepared(None, code="missing_file", message=f"expected a file {path}, found none")
@@ -62,17 +66,20 @@ class FileStage(DatasetStage, RecordStage):
                 advance(len(some))
 
     def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
-        from spctrl.images import outside_folder
+        from spctrl.images import outside_folders
         from tasks.work import FileSource
 
         image_paths = [self.spec.image_path(name) for name in rows.column("file_name").to_pylist()]
-        paths = [f"{self.folder}/{path}" for path in self.file_paths(image_paths)]
+        file_paths = self.file_paths(image_paths)
+        paths = [f"{self.folder}/{path}" for path in file_paths]
+        confines = [self.confines(path) for path in file_paths]
         digests = digest_cache(self.store.root).file_digests(paths)
         prepared = []
-        for path, found, outside, width, height in zip(
+        for path, folder, found, outside, width, height in zip(
             paths,
+            confines,
             digests,
-            outside_folder(paths, self.folder),
+            outside_folders(paths, confines),
             rows.column("width").to_pylist(),
             rows.column("height").to_pylist(),
             strict=True,
@@ -80,7 +87,7 @@ class FileStage(DatasetStage, RecordStage):
             if found == MISSING:
                 prepared.append(self.missing(path))
             elif outside:
-                message = f"{path} is a link that leads out of {self.folder}"
+                message = f"{path} is a link that leads out of {folder}"
                 prepared.append(Prepared(None, code="outside_dataset", message=message))
             else:
                 prepared.append(Prepared(f"{found} {width} {height}", (FileSource(path, found),)))
@@ -105,10 +112,13 @@ class Images(FileStage):
 
     @functools.cached_property
     def folder(self) -> str:
-        return str(self.root / self.spec.image_folder)
+        return str(self.root)
 
     def file_paths(self, image_paths: Sequence[str]) -> list[str]:
-        return [path.removeprefix(f"{self.spec.image_folder}/") for path in image_paths]
+        return list(image_paths)
+
+    def confines(self, file_path: str) -> str:
+        return f"{self.folder}/{file_path.split('/')[0]}"
 
     def missing(self, path: str) -> Prepared:
         if self.images == "optional":

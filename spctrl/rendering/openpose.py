@@ -37,7 +37,7 @@ LINK_BRIGHTNESS = 0.6
 
 _BLUE, _GREEN, _ORANGE = (51, 153, 255), (0, 255, 0), (255, 128, 0)
 _SIDES = {"left": _GREEN, "right": _ORANGE}
-_FACE = ("nose", "eye", "ear")
+_FACE, _TORSO = {"nose", "eye", "ear"}, {"shoulder", "hip"}
 
 _MMPOSE_AP10K_KEYPOINTS = (
     _GREEN, _ORANGE, _BLUE, _BLUE, _BLUE, _BLUE, _BLUE, _GREEN, _GREEN, _ORANGE, _GREEN,
@@ -116,9 +116,9 @@ def _darker(colour: Colour) -> Colour:
 
 
 def _coco_colour(*names: str) -> Colour:
-    """Green on the left, orange on the right, blue for the face and whatever joins the two sides."""
-    sides = {name.split("_")[0] for name in names}
-    if len(sides) > 1 or any(name.endswith(_FACE) for name in names):
+    """Green on the left, orange on the right, blue for the face, the torso and whatever joins the two sides."""
+    sides, parts = {name.split("_")[0] for name in names}, {name.split("_")[-1] for name in names}
+    if len(sides) > 1 or parts & _FACE or parts == _TORSO:
         return _BLUE
     return _SIDES.get(sides.pop(), _BLUE)
 

@@ -62,7 +62,11 @@ class Dataset:
 
     def artifact_stem(self, file_name: str) -> str:
         """Path of the image's conditions in their folders, without suffix."""
-        path = self.image_path(file_name).removeprefix(self.artifact_prefix)
+        return self.stem_of(self.image_path(file_name))
+
+    def stem_of(self, image_path: str) -> str:
+        """The same from the image's path below the dataset's root."""
+        path = image_path.removeprefix(self.artifact_prefix)
         stem, dot, suffix = path.rpartition(".")
         return stem if dot and "/" not in suffix else path
 

@@ -95,4 +95,6 @@ def outside_folders(paths: Sequence[str], folders: Sequence[str]) -> list[bool]:
         parent, name = os.path.split(path)
         return os.path.realpath(path) if os.path.islink(path) else f"{parents[parent]}{os.sep}{name}"
 
-    return [not resolved(path).startswith(inside[folder]) for path, folder in zip(paths, folders, strict=True)]
+    return [
+        not resolved(path).startswith(inside[folder]) for path, folder in zip(paths, folders, strict=True)
+    ]

@@ -2,8 +2,9 @@
 
 Found by reading syntax trees, so nothing heavy is imported. Comments, docstrings, annotations and formatting
 do not count, except annotations of class bodies, which decide what a dataclass or a decoder does. Where a
-reference cannot be resolved to
-one definition, the whole module counts: rather one run too many than a stale result.
+reference cannot be resolved to one definition, the whole module counts: rather one run too many than a stale
+result. What no name leads to is not found: a function that is registered by another module's import, or named
+by a text.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("spctrl", "eval", "tasks", "pipelines")
 WHOLE_MODULE = "*"
+ON_IMPORT = "<import>"
+"""In place of a name: what a package does when it is imported."""
+
+Alias = tuple[str, str | None]
+"""A module and a name in it; the name is None where the module itself is bound."""
 
 
 def code_components(function: str, root: Path = ROOT) -> dict[str, str]:
@@ -45,14 +52,16 @@ def code_components(function: str, root: Path = ROOT) -> dict[str, str]:
         found = sources.module(module)
         if found is None:
             continue
+        waiting += sources.packages_with_effects(module)
         if name == WHOLE_MODULE:
-            reached[reference] = found.digest(list(found.tree.body))
+            reached[reference] = _digest(found.tree.body)
             waiting += [(module, each) for each in found.definitions]
+            waiting += sources.aliased(found).found
             continue
-        definition = found.definitions[name]
-        reached[reference] = found.digest([*found.effects, *definition])
-        for statement in [*found.effects, *definition]:
-            waiting += sources.references(found, statement)
+        statements = [*found.effects, *found.definitions.get(name, ())]
+        references = sources.references(found, statements)
+        reached[reference] = _digest(statements, references.external)
+        waiting += references.found
     return dict(sorted(reached.items()))
 
 
@@ -64,7 +73,7 @@ class _Module:
     is_package: bool
     tree: ast.Module
     definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
-    aliases: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    aliases: dict[str, list[Alias]] = field(default_factory=dict)
     effects: list[ast.stmt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -78,41 +87,47 @@ class _Module:
             case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
                 self._sort_assignment(statement)
             case ast.Import() | ast.ImportFrom():
-                self.aliases |= self.imported(statement)
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.Expr(value=ast.Constant()):
+                self.add_imports(statement, self.aliases)
+            case ast.If(test=ast.Name(id="TYPE_CHECKING"), orelse=[]) | ast.Expr(value=ast.Constant()):
                 pass
-            case _:
+            case _:  # such as a try around an import, which may also be a re-export
                 self.effects.append(statement)
+                self.add_imports(statement, self.aliases)
 
     def _sort_assignment(self, statement: ast.stmt) -> None:
-        names = {
-            n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-        }
+        stored = [n for n in ast.walk(statement) if isinstance(getattr(n, "ctx", None), ast.Store)]
+        names = {node.id for node in stored if isinstance(node, ast.Name)}
         for name in names:
             self.definitions.setdefault(name, []).append(statement)
-        if not names:  # such as TABLE["x"] = 1, which changes what another statement defined
+        # Such as TABLE["x"] = 1, which changes what another statement defined.
+        if any(isinstance(node, ast.Subscript | ast.Attribute) for node in stored):
             self.effects.append(statement)
 
-    def imported(self, statement: ast.Import | ast.ImportFrom) -> dict[str, tuple[str, str | None]]:
-        """``{local name: (module, name in it)}``; the name is None where the module itself is bound."""
+    def add_imports(self, tree: ast.AST, aliases: dict[str, list[Alias]]) -> None:
+        """Add what the imports within a tree bind. A name may be bound in several ways, as in try and except."""
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for name, alias in self._imported(node):
+                    aliases.setdefault(name, []).append(alias)
+
+    def _imported(self, statement: ast.Import | ast.ImportFrom) -> list[tuple[str, Alias]]:
         if isinstance(statement, ast.Import):
-            return {
-                alias.asname or alias.name.split(".")[0]: (
-                    alias.name if alias.asname else alias.name.split(".")[0],
-                    None,
-                )
-                for alias in statement.names
-            }
+            bound = [(each.asname or each.name.split(".")[0], each) for each in statement.names]
+            return [(name, (each.name if each.asname else name, None)) for name, each in bound]
         base = statement.module or ""
         if statement.level:
             parts = self.name.split(".")
             parts = parts[: len(parts) - statement.level + self.is_package]
             base = ".".join([*parts, *([base] if base else [])])
-        return {alias.asname or alias.name: (base, alias.name) for alias in statement.names}
+        return [(each.asname or each.name, (base, each.name)) for each in statement.names]
 
-    def digest(self, statements: list[ast.stmt]) -> str:
-        text = "\n".join(_normalised(statement) for statement in statements)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+@dataclass
+class _References:
+    """What a piece of code may use: definitions of the project as (module, name), and other names in full."""
+
+    found: list[tuple[str, str]] = field(default_factory=list)
+    external: set[str] = field(default_factory=set)
 
 
 class _Sources:
@@ -131,47 +146,67 @@ class _Sources:
                 return _Module(name, is_package, ast.parse(path.read_bytes(), filename=str(path)))
         return None
 
-    def references(self, module: _Module, statement: ast.stmt) -> list[tuple[str, str]]:
-        """Every definition of the project that a statement may use, as (module, name)."""
-        aliases = dict(module.aliases)
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                aliases |= module.imported(node)
-        found: list[tuple[str, str]] = []
-        modules_as_values: list[str] = []
-        for dotted in _dotted_names(_without_annotations(statement)):
-            head, *rest = dotted
-            if head in module.definitions:
-                found.append((module.name, head))
-            elif head in aliases:
-                source, name = aliases[head]
-                path = [*source.split("."), *([name] if name else []), *rest]
-                found += self._resolve(path, modules_as_values)
-            elif "*" in aliases:
-                found.append((aliases["*"][0], WHOLE_MODULE))
-        return found + [(name, WHOLE_MODULE) for name in modules_as_values]
+    def packages_with_effects(self, module: str) -> list[tuple[str, str]]:
+        """The packages around a module whose import does more than define names."""
+        parts = module.split(".")
+        packages = [self.module(".".join(parts[:depth])) for depth in range(1, len(parts))]
+        return [(package.name, ON_IMPORT) for package in packages if package is not None and package.effects]
 
-    def _resolve(self, path: list[str], modules_as_values: list[str]) -> list[tuple[str, str]]:
+    def references(self, module: _Module, statements: list[ast.stmt]) -> _References:
+        """What statements of a module may use."""
+        references = _References()
+        for statement in statements:
+            aliases = {name: list(each) for name, each in module.aliases.items()}
+            module.add_imports(statement, aliases)
+            for head, *rest in _dotted_names(_without_annotations(statement)):
+                if head in module.definitions:
+                    references.found.append((module.name, head))
+                for alias in aliases.get(head, ()):
+                    self._resolve(_path(alias, rest), references)
+                if head not in module.definitions and head not in aliases:
+                    references.found += [(source, WHOLE_MODULE) for source, _ in aliases.get("*", ())]
+        return references
+
+    def aliased(self, module: _Module) -> _References:
+        """What the names that a module imports stand for."""
+        references = _References()
+        for name, aliases in module.aliases.items():
+            for source, original in aliases:
+                if name == "*":
+                    references.found.append((source, WHOLE_MODULE))
+                else:
+                    self._resolve(_path((source, original), []), references)
+        return references
+
+    def _resolve(self, path: list[str], into: _References, seen: frozenset[str] = frozenset()) -> None:
         """Follow ``a.b.c`` to the module it names and the definition in it, through re-exports."""
+        dotted = ".".join(path)
         if path[0] not in PACKAGES:
-            return []
+            into.external.add(dotted)
+            return
+        if dotted in seen:  # such as an extension module, which has no source file
+            return
         depth = len(path)
         while depth and self.module(".".join(path[:depth])) is None:
             depth -= 1
         module = self.module(".".join(path[:depth])) if depth else None
         if module is None:
-            return []
-        if depth == len(path):
-            modules_as_values.append(module.name)
-            return []
+            return
+        if depth == len(path):  # the module is used as a value
+            into.found.append((module.name, WHOLE_MODULE))
+            return
         name = path[depth]
         if name in module.definitions:
-            return [(module.name, name)]
-        if name in module.aliases:
-            source, original = module.aliases[name]
-            onward = [*source.split("."), *([original] if original else []), *path[depth + 1 :]]
-            return self._resolve(onward, modules_as_values)
-        return [(module.name, WHOLE_MODULE)]
+            into.found.append((module.name, name))
+        for alias in module.aliases.get(name, ()):
+            self._resolve(_path(alias, path[depth + 1 :]), into, seen | {dotted})
+        if name not in module.definitions and name not in module.aliases:
+            into.found.append((module.name, WHOLE_MODULE))
+
+
+def _path(alias: Alias, rest: list[str]) -> list[str]:
+    source, name = alias
+    return [*source.split("."), *([name] if name else []), *rest]
 
 
 def _dotted_names(tree: ast.AST) -> list[list[str]]:
@@ -195,7 +230,7 @@ def _dotted_names(tree: ast.AST) -> list[list[str]]:
 
 
 class _Normaliser(ast.NodeTransformer):
-    """Drops docstrings and the annotations that do not act."""
+    """Drops docstrings, also those of attributes, and the annotations that do not act."""
 
     def __init__(self) -> None:
         self.in_class_body = False
@@ -210,8 +245,11 @@ class _Normaliser(ast.NodeTransformer):
         outer, self.in_class_body = self.in_class_body, True
         self.generic_visit(node)
         self.in_class_body = outer
-        _drop_docstring(node)
+        node.body = node.body or [ast.Pass()]
         return node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
         if self.in_class_body:
@@ -234,20 +272,19 @@ class _Normaliser(ast.NodeTransformer):
                 argument.annotation = None
         self.generic_visit(node)
         self.in_class_body = outer
-        _drop_docstring(node)
+        node.body = node.body or [ast.Pass()]
         return node
-
-
-def _drop_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
-    if ast.get_docstring(node, clean=False) is not None:
-        node.body = node.body[1:]
-    node.body = node.body or [ast.Pass()]
 
 
 def _without_annotations(statement: ast.stmt) -> ast.AST:
     copy = ast.parse(ast.unparse(statement))
     normalised: ast.AST = _Normaliser().visit(copy)
     return normalised
+
+
+def _digest(statements: Iterable[ast.stmt], external: Iterable[str] = ()) -> str:
+    text = "\n".join([*map(_normalised, statements), *sorted(external)])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _normalised(statement: ast.stmt) -> str:

@@ -68,7 +68,7 @@ class Precomputed(FileStage):
         return str(self.section().folder.format(root=self.root, dataset=self.dataset))
 
     def file_paths(self, image_paths: Sequence[str]) -> list[str]:
-        return [f"{self.spec.artifact_stem(path)}.png" for path in image_paths]
+        return [f"{self.spec.stem_of(path)}.png" for path in image_paths]
 
 
 class Mask(Precomputed):

@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class DigestCache:
         """
         paths = [f"{root}/{name}" for name in names]
         stats = [_stat(path) for path in paths]
-        state = hashlib.blake2b(f"{root}\0".encode(), digest_size=16)
+        state = hashlib.blake2b(os.fsencode(f"{root}\0"), digest_size=16)
         state.update("\0".join(names).encode())
         state.update(repr(stats).encode())
         key = f"list {state.hexdigest()}"
@@ -87,7 +88,9 @@ class DigestCache:
         if digests is None:
             return None
         found = digest(*names, *digests)
-        if not any(each is not None and _is_racy(each) for each in stats):
+        there = [(each, read) for each, read in zip(stats, digests, strict=True) if each is not None]
+        # A file that is there but cannot be read may be readable another time, with the same stat.
+        if not any(_is_racy(each) or read == MISSING for each, read in there):
             self.keep_fact(key, found)
         return found
 
@@ -135,7 +138,9 @@ class DigestCache:
                 self._database.execute("COMMIT")
                 return []
             return [row for each in parameters for row in self._database.execute(statement, each)]
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeEncodeError):  # the latter for a path that is not UTF-8
+            with suppress(sqlite3.Error):  # a transaction that a full disk left open would lock everyone out
+                self._database.rollback()
             return []
 
 

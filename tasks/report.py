@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
+from tasks.code_version import ROOT
 from tasks.conditions import CONDITIONS
 from tasks.export import LEDGERS, LOCK, Export
 from tasks.manifest import Manifest
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
     from spctrl.audit import SplitTables
 
 PAGE = "report.html"
+TEMPLATE = "spctrl/templates/report.html.j2"
 
 
 class Report(StageTask):
     """Counts, visibility, sizes, rejects, leakage between splits and a gallery, over all datasets and splits."""
 
     stage = "report"
-    function = "spctrl.report:render_report"
-    also_reaches: ClassVar[Sequence[str]] = ("spctrl.audit:audit_split",)
+    function = "spctrl.report.page:render_report"
+    also_reaches: ClassVar[Sequence[str]] = ("spctrl.audit.counts:audit_split",)
     libraries: ClassVar[Sequence[str]] = ("jinja2", "opencv-python-headless")
 
     dataset = NamesParameter(choices=("ap10k", "humanart"))
@@ -70,6 +72,10 @@ class Report(StageTask):
         assert run is not None
         digest: str = run.provenance()["files"][PAGE]["digest"]
         return digest_cache(self.store.root).file_digest(self.page_path) == digest
+
+    def parameters(self) -> dict[str, Any]:
+        """The page's template counts like code."""
+        return {"template": digest_cache(self.store.root).file_digest(ROOT / TEMPLATE)}
 
     def run(self) -> None:
         with exclusive(self.page_path.parent / LEDGERS / LOCK):

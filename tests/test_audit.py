@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from spctrl import audit
-from spctrl.audit import (
-    CocoSizes,
-    GroupCount,
-    SplitTables,
-    audit_split,
-    find_leakage,
-    group_rejects,
-    histogram,
-    near_hash_pairs,
-    parse_hashes,
-    primary_categories,
-)
+from spctrl.audit import SplitTables, audit_split, find_leakage, leakage
+from spctrl.audit.counts import histogram
+from spctrl.audit.leakage import NEAR_DISTANCE, near_hash_pairs, parse_hash
 from spctrl.records import RECORD_SCHEMA
 
 if TYPE_CHECKING:
@@ -114,44 +105,48 @@ def test_counts_of_a_small_split(small: SplitTables) -> None:
     result = audit_split(small)
     assert (result.num_images, result.num_images_on_disk, result.num_captioned) == (3, 1, 1)
     assert (result.num_instances, result.num_labelled_keypoints) == (4, 6)
-    assert result.num_conditions == (("spatext", 2), ("openpose", 1))
+    assert result.num_conditions == {"spatext": 2, "openpose": 1}
     assert result.grouping == "species"
-    assert result.categories == (GroupCount("cat", 2, 2), GroupCount("dog", 1, 2))
-    assert result.backgrounds == (GroupCount("grass", 2, 3), GroupCount("9", 1, 1))
+    assert result.categories == {"cat": (2, 2), "dog": (1, 2)}
+    assert result.backgrounds == {"grass": (2, 3), "9": (1, 1)}
 
 
-def test_visibility_is_the_share_of_instances_with_a_label(small: SplitTables) -> None:
-    visibility = audit_split(small).visibility
-    assert visibility.names[:3] == ("left_eye", "right_eye", "nose")
-    assert visibility.shares == (0.75, 0.25, 0.25, *[0.0] * 13, 0.25)
+def test_visibility_counts_instances_with_a_label(small: SplitTables) -> None:
+    labelled = audit_split(small).num_labelled
+    assert list(labelled)[:3] == ["left_eye", "right_eye", "nose"]
+    assert list(labelled.values()) == [3, 1, 1, *[0] * 13, 1]
 
 
 def test_sizes(small: SplitTables) -> None:
     result = audit_split(small)
-    assert result.coco_sizes == CocoSizes(small=1, medium=0, large=3)
-    assert result.instances_per_image.counts == (1, 1, 0, 1, 0, 0, 0, 0, 0)
-    assert (result.long_side.counts[2], result.long_side.counts[4], result.long_side.counts[-1]) == (1, 1, 1)
-    assert (result.long_side.minimum, result.long_side.median, result.long_side.maximum) == (200, 400, 3000)
+    assert result.coco_sizes == (1, 0, 3)
+    assert result.histograms["instances_per_image"].counts == (1, 1, 0, 1, 0, 0, 0, 0, 0)
+    long_side = result.histograms["long_side"]
+    assert (long_side.counts[2], long_side.counts[4], long_side.counts[-1]) == (1, 1, 1)
+    assert long_side.quantiles[::2] == (200, 400, 3000)
     # sqrt(100 * 100 / (200 * 100)) = 0.707 three times, sqrt(20 * 20 / (3000 * 100)) = 0.037 once.
-    assert (result.instance_size.counts[14], result.instance_size.counts[0], result.instance_size.total) == (
-        3,
+    instance_size = result.histograms["instance_size"]
+    assert (instance_size.counts[14], instance_size.counts[0], sum(instance_size.counts)) == (3, 1, 4)
+
+
+def test_images_without_size_are_not_measured() -> None:
+    rows = [row(1, [instance("dog", [])], width=None), row(2, [instance("dog", [])], height=0)]
+    histograms = audit_split(tables(rows)).histograms
+    assert [sum(histograms[name].counts) for name in ("long_side", "aspect_ratio", "instance_size")] == [
         1,
-        4,
-    )
+        0,
+        0,
+    ]
 
 
 def test_rejects_are_grouped_by_stage_and_reason(small: SplitTables) -> None:
-    groups = audit_split(small, max_examples=1).rejects
-    assert [(group.stage, group.code, group.count) for group in groups] == [
-        ("index", "b", 2), ("index", "a", 1), ("mask", "a", 1),
-    ]  # fmt: skip
-    assert [[example.message for example in group.examples] for group in groups] == [
-        ["second"],
-        ["first"],
-        [""],
-    ]
-    assert audit_split(small).num_rejects == 4
-    assert group_rejects(small.rejects.slice(0, 0)) == ()
+    result = audit_split(small)
+    assert {reason: table.column("message").to_pylist() for reason, table in result.rejects.items()} == {
+        ("index", "a"): ["first"],
+        ("mask", "a"): [None],
+        ("index", "b"): ["second", "third"],
+    }
+    assert result.num_rejects == 4
 
 
 def test_scenarios_count_images() -> None:
@@ -162,33 +157,27 @@ def test_scenarios_count_images() -> None:
     ]
     result = audit_split(tables(rows, dataset="humanart"))
     assert result.grouping == "scenario"
-    assert result.categories == (GroupCount("mural", 2, 2), GroupCount("sketch", 1, 1))
-    assert result.backgrounds == ()
+    assert result.categories == {"mural": (2, 2), "sketch": (1, 1)}
+    assert result.backgrounds == {}
 
 
 def test_an_empty_split_has_zeros_and_no_quantiles() -> None:
     result = audit_split(tables([]))
-    assert (result.num_images, result.num_instances, result.categories, result.rejects) == (0, 0, (), ())
-    assert result.long_side.median is None
-    assert result.visibility.shares == (None,) * 17
+    assert (result.num_images, result.num_instances, result.categories, result.rejects) == (0, 0, {}, {})
+    assert result.histograms["long_side"].quantiles == (None,) * 5
+    assert list(result.num_labelled.values()) == [0] * 17
 
 
 def test_a_slice_of_a_table_is_audited_as_such(small: SplitTables) -> None:
     result = audit_split(replace(small, manifest=small.manifest.slice(1, 2)))
-    assert result.categories == (GroupCount("cat", 1, 1),)
-    assert result.visibility.labelled == (1, *[0] * 15, 1)
+    assert result.categories == {"cat": (1, 1)}
+    assert list(result.num_labelled.values()) == [1, *[0] * 15, 1]
 
 
 def test_several_chunks_are_one_table(small: SplitTables) -> None:
     twice = replace(small, manifest=pa.concat_tables([small.manifest, small.manifest]))
     assert audit_split(twice).num_instances == 8
-    assert audit_split(twice).visibility.labelled[0] == 6
-
-
-def test_unknown_datasets_have_numbered_keypoints() -> None:
-    result = audit_split(tables([row(1, [instance("fish", [1], k=3)])], dataset="fish"))
-    assert result.visibility.names == ("keypoint 1", "keypoint 2", "keypoint 3")
-    assert result.visibility.labelled == (0, 1, 0)
+    assert audit_split(twice).num_labelled["left_eye"] == 6
 
 
 def test_errors_name_what_is_wrong(small: SplitTables) -> None:
@@ -197,34 +186,27 @@ def test_errors_name_what_is_wrong(small: SplitTables) -> None:
     ):
         audit_split(tables([row(1, [instance("dog", [0]), instance("dog", [0], k=3)])]))
     with pytest.raises(ValueError, match="manifest of ap10k train: expected the columns openpose_key, found"):
-        audit_split(replace(small, manifest=small.manifest.drop_columns(["openpose_key"])))
+        replace(small, manifest=small.manifest.drop_columns(["openpose_key"]))
     with pytest.raises(ValueError, match="rejects of ap10k train: expected the columns stage"):
-        audit_split(replace(small, rejects=small.rejects.drop_columns(["stage"])))
+        replace(small, rejects=small.rejects.drop_columns(["stage"]))
     with pytest.raises(
         ValueError, match="expected 16 hexadecimal digits, found 'xyz' in the manifest of ap10k val"
     ):
         find_leakage(
             [tables([row(1, image_phash="0" * 16)]), tables([row(1, image_phash="xyz")], split="val")]
         )
-    with pytest.raises(ValueError, match="expected 0 to 63 bits"):
-        near_hash_pairs(np.zeros(1, np.uint64), np.zeros(1, np.uint64), max_distance=64)
-
-
-def test_primary_category_is_the_scenario_or_the_first_species(small: SplitTables) -> None:
-    assert primary_categories(small.manifest).to_pylist() == ["dog", "cat", None]
-    scenario = tables([row(1, [instance("person", [])], category="mural")])
-    assert primary_categories(scenario.manifest).to_pylist() == ["mural"]
+    with pytest.raises(ValueError, match="expected a dataset among ap10k, humanart, found 'fish'"):
+        tables([], dataset="fish")
 
 
 def test_histogram_clips_to_the_end_bins_and_skips_nan() -> None:
     result = histogram(np.array([-5.0, 0.5, 1.5, 99.0, np.nan]), (0, 1, 2))
     assert result.counts == (2, 2)
-    assert (result.minimum, result.maximum) == (-5.0, 99.0)
+    assert (result.quantiles[0], result.quantiles[-1]) == (-5.0, 99.0)
 
 
-def test_parse_hashes_reads_big_endian_hex() -> None:
-    assert parse_hashes(pa.array(["0000000000000001", "ffffffffffffffFF"]), "x").tolist() == [1, 2**64 - 1]
-    assert len(parse_hashes(pa.array([], pa.string()), "x")) == 0
+def test_hashes_are_read_as_hexadecimal() -> None:
+    assert [parse_hash(text, "x") for text in ("0000000000000001", "ffffffffffffffFF")] == [1, 2**64 - 1]
 
 
 def test_leaks_between_splits() -> None:
@@ -248,18 +230,14 @@ def test_leaks_between_splits() -> None:
         ],
         split="val",
     )
-    leakage = find_leakage([train, val])
-    (pair,) = leakage.pairs
-    assert (pair.split_a, pair.split_b) == ("train", "val")
-    assert [(leak.first.image_id, leak.second.image_id) for leak in pair.same] == [(1, 11)]
+    found = find_leakage([train, val])
+    (pair,) = found.pairs
+    assert (pair.a, pair.b) == (0, 1)
+    assert pair.same == ((0, 0, 0),)
     # Image 3 is one bit from the shared file and five from image 12; image 13 is five bits from everything.
-    assert [(leak.first.image_id, leak.second.image_id, leak.distance) for leak in pair.near] == [
-        (3, 11, 1),
-        (1, 12, 4),
-    ]
-    assert (pair.num_same, pair.num_near) == (1, 2)
-    assert (leakage.num_images, leakage.num_without_digest, leakage.num_without_hash) == (8, 1, 1)
-    assert pair.near[0].first.file_name == "000000000003.jpg"
+    assert pair.near == ((2, 0, 1), (0, 1, 4))
+    assert (pair.num_same, pair.num_near) == (found.num_same, found.num_near) == (1, 2)
+    assert (found.num_images, found.num_without_digest, found.num_without_hash) == (8, 1, 1)
 
 
 def test_one_split_cannot_leak() -> None:
@@ -283,25 +261,31 @@ def test_many_shared_files_do_not_hide_the_near_ones() -> None:
     val = split("val", row(200, image_digest="v", image_phash="ffffffff00000001"))
     (pair,) = find_leakage([train, val], max_pairs=3).pairs
     assert (pair.num_same, len(pair.same)) == (59, 3)
-    assert (pair.num_near, [(leak.first.image_id, leak.second.image_id) for leak in pair.near]) == (
-        1,
-        [(100, 200)],
-    )
+    assert (pair.num_near, pair.near) == (1, ((59, 59, 1),))
 
 
-def brute_force(a: NDArray[np.uint64], b: NDArray[np.uint64], max_distance: int) -> set[tuple[int, int, int]]:
-    distances = np.bitwise_count(a[:, None] ^ b[None, :])
-    return {(int(i), int(j), int(distances[i, j])) for i, j in np.argwhere(distances <= max_distance)}
+def test_the_list_is_shared_among_the_splits() -> None:
+    rows = [row(i, image_digest=f"d{i}", image_phash="0" * 16) for i in range(5)]
+    splits = [tables(rows, split=name) for name in ("train", "val", "test")]
+    for max_pairs, listed in ((12, 4), (5, 1), (1, 1)):
+        found = find_leakage(splits, max_pairs=max_pairs)
+        assert [(pair.a, pair.b) for pair in found.pairs] == [(0, 1), (0, 2), (1, 2)]
+        assert {len(leaks) for pair in found.pairs for leaks in (pair.same, pair.near)} == {listed}
 
 
-@pytest.mark.parametrize("max_distance", [0, 1, 4, 7])
+def near(
+    a: NDArray[np.uint64], b: NDArray[np.uint64], limit: int = 10**6
+) -> tuple[int, list[tuple[int, int, int]]]:
+    """The count and the (index, index, distance) of near pairs, each hash being that of one image."""
+    count, pairs = near_hash_pairs(a, b, np.ones(len(a), np.int64), np.ones(len(b), np.int64), limit)
+    return count, [tuple(pair) for pair in pairs.tolist()]
+
+
 @pytest.mark.parametrize("num_bits", [8, 24, 64])
-def test_near_pairs_equal_brute_force(
-    max_distance: int, num_bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_near_pairs_equal_brute_force(num_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Small blocks, so that borders between blocks are crossed.
-    monkeypatch.setattr(audit, "PAIRS_PER_BLOCK", 97)
-    rng = np.random.default_rng(num_bits + max_distance)
+    monkeypatch.setattr(leakage, "PAIRS_PER_BLOCK", 970)
+    rng = np.random.default_rng(num_bits)
     a = rng.integers(0, 2**num_bits, 150, dtype=np.uint64)
     flips = rng.integers(0, 64, (60, 6))
     copies = a[:60].copy()
@@ -309,55 +293,42 @@ def test_near_pairs_equal_brute_force(
         for bit in bits[: i % 7]:
             copies[i] ^= np.uint64(1) << np.uint64(bit)
     b = np.concatenate([copies, rng.integers(0, 2**num_bits, 40, dtype=np.uint64)])
-    expected = brute_force(a, b, max_distance)
-    found = near_hash_pairs(a, b, max_distance=max_distance, limit=10**6)
-    pairs = list(zip(found.index_a.tolist(), found.index_b.tolist(), found.distances.tolist(), strict=True))
-    assert len(expected) > 0
-    assert set(pairs) == expected
-    assert found.count == len(pairs) == len(expected)
-    assert pairs == sorted(pairs, key=lambda pair: (pair[2], pair[0], pair[1]))
-    assert pairs[:5] == list(
-        zip(
-            *(x.tolist() for x in _arrays(near_hash_pairs(a, b, max_distance=max_distance, limit=5))),
-            strict=True,
-        )
-    )
-
-
-def _arrays(found: audit.NearHashPairs) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    return found.index_a, found.index_b, found.distances
+    expected = [
+        (i, j, (x ^ y).bit_count())
+        for i, x in enumerate(a.tolist())
+        for j, y in enumerate(b.tolist())
+        if (x ^ y).bit_count() <= NEAR_DISTANCE
+    ]
+    expected.sort(key=lambda pair: (pair[2], pair[0], pair[1]))
+    assert len(expected) > 5
+    assert near(a, b) == (len(expected), expected)
+    assert near(a, b, limit=5) == (len(expected), expected[:5])
 
 
 def test_weights_multiply_in_the_count() -> None:
     hashes = np.array([0, 2**40 - 1], dtype=np.uint64)
-    found = near_hash_pairs(hashes, hashes[:1], weights_a=np.array([30_000, 1]), weights_b=np.array([20_000]))
-    assert (found.count, len(found.distances)) == (600_000_000, 1)
+    count, pairs = near_hash_pairs(hashes, hashes[:1], np.array([30_000, 1]), np.array([20_000]), 10)
+    assert (count, pairs.tolist()) == (600_000_000, [[0, 0, 0]])
 
 
 def test_no_hashes_give_no_pairs() -> None:
     none = np.empty(0, dtype=np.uint64)
-    assert near_hash_pairs(none, none).count == 0
-    assert near_hash_pairs(none, np.zeros(3, dtype=np.uint64)).count == 0
+    assert near(none, none) == near(none, np.zeros(3, dtype=np.uint64)) == (0, [])
 
 
-def test_giant_buckets_stay_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hashes that share most bands, as nearly blank pages have, are compared in blocks and are all found."""
-    largest = 0
-    direct_hits = audit._direct_hits
-
-    def watched(*arguments: Any) -> Any:
-        nonlocal largest
-        for hit in direct_hits(*arguments):
-            largest = max(largest, len(hit[0]))
-            yield hit
-
-    monkeypatch.setattr(audit, "_direct_hits", watched)
+def test_alike_hashes_stay_in_bounded_memory() -> None:
+    """Hashes that are nearly all alike, as those of blank pages, are compared in blocks and are all found."""
     blank = np.arange(4096, dtype=np.uint64)  # differ in 12 bits only
-    found = near_hash_pairs(blank, blank, limit=10)
+    tracemalloc.start()
+    try:
+        count, pairs = near(blank, blank, limit=10)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     # Each hash has C(12,0) + ... + C(12,4) = 794 others within 4 bits, itself included.
-    assert found.count == 4096 * 794
-    assert 0 < largest <= audit.PAIRS_PER_BLOCK
-    assert found.distances.tolist() == [0] * 10
+    assert count == 4096 * 794
+    assert pairs == [(i, i, 0) for i in range(10)]
+    assert peak < 64_000_000
 
 
 def test_identical_blank_images_are_one_hash() -> None:

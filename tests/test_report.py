@@ -16,14 +16,14 @@ import pytest
 
 from spctrl.audit import SplitTables, audit_split
 from spctrl.records import RECORD_SCHEMA
-from spctrl.report import (
+from spctrl.report import render_report
+from spctrl.report.gallery import choose_gallery_rows, primary_categories
+from spctrl.report.pictures import (
+    INDEX_COLOURS,
     ThumbnailBudget,
-    choose_gallery_rows,
     colourise_index_map,
     encode_thumbnail,
-    index_colours,
     overlay_index_map,
-    render_report,
     thicken_lines,
 )
 
@@ -198,8 +198,8 @@ def test_untrusted_text_is_escaped_everywhere() -> None:
     rejects = ({"stage": HOSTILE, "file_name": HOSTILE, "code": HOSTILE, "message": HOSTILE, "image_id": 1},)
     shared: dict[str, Any] = {"hostile": True, "phash": "0" * 16, "rejects": rejects}
     page = render(
-        make(f"train{HOSTILE}", dataset=HOSTILE, title=f"T{HOSTILE}", **shared),
-        make("val", dataset=HOSTILE, title=f"T{HOSTILE}", **shared),
+        make(f"train{HOSTILE}", title=f"T{HOSTILE}", **shared),
+        make("val", title=f"T{HOSTILE}", **shared),
         notes=[HOSTILE],
     )
     page_with_title = render_report([audit_split(make())], title=HOSTILE, generated_at=HOSTILE)
@@ -342,11 +342,18 @@ def test_gallery_prefers_records_with_an_image() -> None:
     paths = pa.array([None] * 25 + ["x"] * 5, pa.string())
     index = tables.manifest.column_names.index("image_path")
     tables = replace(tables, manifest=tables.manifest.set_column(index, "image_path", paths))
-    assert {row for _, row in choose_gallery_rows([tables], 5)} == {25, 26, 27, 28, 29}
+    assert {25, 26, 27, 28, 29} < {row for _, row in choose_gallery_rows([tables])}
+
+
+def test_primary_category_is_the_scenario_or_the_first_species() -> None:
+    two = [{"category": "dog"}, {"category": "cat"}]
+    rows = [{"instances": two}, {"instances": []}, {"instances": two, "category": "mural"}]
+    manifest = pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+    assert primary_categories(manifest).to_pylist() == ["dog", None, "mural"]
 
 
 def test_index_maps_get_distinct_visible_colours() -> None:
-    table = index_colours()
+    table = INDEX_COLOURS
     used = [0, *range(1, 18), *range(51, 70)]
     assert len({tuple(table[value]) for value in used}) == len(used)
     assert (table[[18, 50, 70, 255]] == 255).all()
@@ -359,15 +366,15 @@ def test_overlay_keeps_the_image_where_nothing_is_drawn() -> None:
     image = np.full((2, 2, 3), 100, np.uint8)
     overlay = overlay_index_map(image, np.array([[0, 5], [0, 0]], np.uint8))
     assert overlay[0, 0].tolist() == [60, 60, 60]
-    assert (overlay[0, 1] == index_colours()[5]).all()
+    assert (overlay[0, 1] == INDEX_COLOURS[5]).all()
 
 
 def test_thin_lines_survive_a_thumbnail() -> None:
     drawing = np.zeros((3200, 3200, 3), np.uint8)
     drawing[1600] = 255
-    small = cv2.resize(thicken_lines(drawing, 320), (320, 320), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(thicken_lines(drawing), (320, 320), interpolation=cv2.INTER_AREA)
     assert small.max() > 100
-    assert thicken_lines(drawing[:300, :300], 320).shape == (300, 300, 3)
+    assert thicken_lines(drawing[:300, :300]).shape == (300, 300, 3)
 
 
 def test_thumbnails_fit_their_side_and_budget() -> None:
@@ -376,6 +383,7 @@ def test_thumbnails_fit_their_side_and_budget() -> None:
     assert len(small) <= 4000
     assert decoded_shape(encode_thumbnail(image, 320, max_bytes=10**6)) == (320, 229, 3)
     uri = ThumbnailBudget(1).encode(image[:50, :40])
+    assert uri is not None
     assert decoded_shape(base64.b64decode(uri.split(",")[1])) == (50, 40, 3)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,10 +22,20 @@ if TYPE_CHECKING:
     from spctrl.layout import Layout
     from spctrl.records import Record
 
+Fields = TypeVar("Fields")
+
 LINK_WAYS = ("auto", "hard", "symbolic", "copy")
 
 
-class _Owner(msgspec.Struct):
+class _Listed(msgspec.Struct):
+    """An entry of ``images``, as far as it takes to know whether it is wanted."""
+
+    id: int
+
+
+class _Owned(msgspec.Struct):
+    """An entry of ``annotations``, likewise."""
+
     image_id: int
 
 
@@ -34,19 +45,24 @@ def record_lines(annotation_path: Path, layout: Layout, image_ids: set[int]) -> 
     Annotation objects are unchanged, to the digits of their numbers; only white space between tokens may differ.
     """
     document = read_document(annotation_path)
-    decode_owner = msgspec.json.Decoder(_Owner).decode
     annotations: dict[int, list[msgspec.Raw]] = {}
-    for entry in document.annotations:
-        try:
-            annotations.setdefault(decode_owner(entry).image_id, []).append(entry)
-        except msgspec.ValidationError:
-            continue  # the index has rejected it
-    for entry in document.images:
-        image: dict[str, Any] = msgspec.json.decode(entry)
-        if image.get("id") in image_ids:
-            line = _record_line(image, annotations.get(image["id"], []), layout)
+    for entry, owned in _readable(document.annotations, _Owned):
+        if owned.image_id in image_ids:
+            annotations.setdefault(owned.image_id, []).append(entry)
+    for entry, listed in _readable(document.images, _Listed):
+        if listed.id in image_ids:
+            image: dict[str, Any] = msgspec.json.decode(entry)
+            line = _record_line(image, annotations.get(listed.id, []), layout)
             # Annotation files may be indented; a line must be one line.
             yield image["file_name"], msgspec.json.format(msgspec.json.encode(line), indent=0)
+
+
+def _readable(entries: list[msgspec.Raw], kind: type[Fields]) -> Iterator[tuple[msgspec.Raw, Fields]]:
+    """Entries with some of their fields; those that do not decode have been rejected by the index."""
+    decoder = msgspec.json.Decoder(kind)
+    for entry in entries:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            yield entry, decoder.decode(entry)
 
 
 def _record_line(image: dict[str, Any], annotations: list[msgspec.Raw], layout: Layout) -> dict[str, Any]:
@@ -92,20 +108,20 @@ def heatmaps_npy(record: Record) -> bytes:
     return buffer.getvalue()
 
 
-def link_file(source: Path, target: Path, way: str) -> None:
+def link_file(source: Path, target: Path, way: str, *, temporary: Path) -> None:
     """Put a source image at ``target``, replacing what is there.
 
     Args:
         source: an existing file.
         target: where; its folder exists.
         way: ``hard``, ``symbolic``, ``copy``, or ``auto`` for the first of these that works.
+        temporary: a free name on the same disk, from which the link or copy is renamed.
 
     Raises:
         OSError: the way does not work here (such as a hard link to another disk).
     """
     # Under another name first: at no time is there no file, or a file that is being written, and builds side by side
     # may link the same image. Renaming one of two links to the same file does nothing, hence the unlink.
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     temporary.unlink(missing_ok=True)
     try:
         _link(source, temporary, way)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+NUM_KEYPOINTS = 17
+"""K of both datasets."""
+
 KEYPOINTS_TYPE = pa.list_(pa.list_(pa.float64(), 3))
 
 INSTANCE_TYPE = pa.struct(
@@ -109,7 +112,7 @@ def records_from_table(table: pa.Table | pa.RecordBatch) -> list[Record]:
     counts: set[int] = set(np.diff(per_instance[offsets[0] : offsets[-1] + 1]).tolist())
     if len(counts) > 1:
         raise ValueError(f"expected one number of keypoints for all instances, found {sorted(counts)}")
-    num_keypoints = counts.pop() if counts else 0
+    num_keypoints = counts.pop() if counts else NUM_KEYPOINTS
     return [
         Record(
             image_id=image_id,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ from tasks.manifest import Manifest
 from tasks.progress import progress
 from tasks.record_stage import artifact_locations
 from tasks.store import (
+    TEMPORARY,
     Run,
     StoreError,
+    cannot_write,
     content_digest,
     digest,
     exclusive,
@@ -46,6 +49,11 @@ class Entry(NamedTuple):
 
     made_from: str
     digest: str
+
+
+TEXT = "text"
+UNFINISHED = Entry("", "")
+"""Of a file that is about to be written."""
 
 
 @dataclass
@@ -169,38 +177,55 @@ class Export(Manifest):
 
     def make(self, run: Run) -> dict[str, int]:
         source = self.clone(Manifest).finished_run()
-        old = Ledger.read(self.ledger_path)
         wanted = {each.path: each for each in self._wanted(source)}
-        changed = [each for each in wanted.values() if old.files.get(each.path, ("",))[0] != each.made_from]
-        # From here on the folder is neither the old export nor the new one; a killed build must not pass for either.
+        texts = dict(self._texts(source))
+        old = Ledger.read(self.ledger_path)
+        changed = [
+            each
+            for each in wanted.values()
+            if old.files.get(each.path, UNFINISHED).made_from != each.made_from
+        ]
+        changed_texts = {
+            path: data
+            for path, data in texts.items()
+            if old.files.get(path, UNFINISHED).digest != content_digest(data)
+            or not (self.folder / path).exists()
+        }
+        # From here on the folder is neither the old export nor the new one; a killed build must not pass for
+        # either, and whatever it wrote must be known.
         ledger = Ledger(self.ledger_path, "", dict(old.files))
-        for each in changed:
-            ledger.files.pop(each.path, None)
+        ledger.files |= dict.fromkeys([*(each.path for each in changed), *changed_texts], UNFINISHED)
         ledger.write()
+        for left in self.ledger_path.parent.glob(f"{TEMPORARY}*"):
+            left.unlink()
         with progress(f"{self.stage} {self.part}", len(changed), self.set_progress_percentage) as advance:
             self._write_changed(changed, ledger, advance)
-        texts = {path: self._put_text(path, data, ledger) for path, data in self._texts(source)}
+        for path, data in changed_texts.items():
+            self._put(path, data)
+            ledger.files[path] = Entry(TEXT, content_digest(data))
         stale = ledger.files.keys() - wanted.keys() - texts.keys()
+        for path in stale:
+            del ledger.files[path]
+        self._settle_with_other_splits(stale, ledger)
+        ledger.fingerprint = run.fingerprint
+        ledger.write()
+        total = len(wanted) + len(texts)
+        made = len(changed) + len(changed_texts)
+        return {"records": total, "made": made, "found": total - made, "removed": len(stale)}
+
+    def _settle_with_other_splits(self, stale: set[str], ledger: Ledger) -> None:
+        """Remove stale files that no other split holds, and have splits look again whose files this one changed."""
         others = [
             Ledger.read(path) for path in self.ledger_path.parent.glob("*.json") if path != self.ledger_path
         ]
-        for path in stale:
-            del ledger.files[path]
         self._remove(stale - {path for other in others for path in other.files})
         for other in others:
-            if any(ledger.files.get(path, entry) != entry for path, entry in other.files.items()):
-                other.fingerprint = (
-                    ""  # this split changed a file that it had written: its own next build looks again
-                )
+            if theirs := {
+                path for path, entry in other.files.items() if ledger.files.get(path, entry) != entry
+            }:
+                other.fingerprint = ""
+                other.files |= dict.fromkeys(theirs, UNFINISHED)
                 other.write()
-        ledger.fingerprint = run.fingerprint
-        ledger.write()
-        return {
-            "records": len(wanted) + len(texts),
-            "made": len(changed) + sum(texts.values()),
-            "found": len(wanted) - len(changed) + len(texts) - sum(texts.values()),
-            "removed": len(stale),
-        }
 
     def _wanted(self, source: Run) -> Iterator[Wanted]:
         """Every file that belongs to one image."""
@@ -246,7 +271,7 @@ class Export(Manifest):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = self.root / self.spec.image_path(each.file_name)
                 try:
-                    link_file(source, target, link)
+                    link_file(source, target, link, temporary=self._temporary)
                 except OSError as error:
                     raise StoreError(
                         f"cannot link {source} to {target} ({link}): {error.strerror}. "
@@ -255,7 +280,7 @@ class Export(Manifest):
                 ledger.files[each.path] = Entry(each.made_from, each.made_from.split(" ")[1])
             elif each.kind != HEATMAPS:
                 found = locations[each.kind][each.image_id]
-                _put(target, self.store.read(each.kind, found.pack, found.offset, found.size))
+                self._put(each.path, self.store.read(each.kind, found.pack, found.offset, found.size))
                 ledger.files[each.path] = Entry(each.made_from, found.digest)
             if count % DISPLAY_EVERY == 0:
                 advance(DISPLAY_EVERY)
@@ -275,7 +300,7 @@ class Export(Manifest):
                 records = [record for record in records_from_table(batch) if record.image_id in wanted]
                 for record in records:
                     each, data = wanted[record.image_id], heatmaps_npy(record)
-                    _put(self.folder / each.path, data)
+                    self._put(each.path, data)
                     ledger.files[each.path] = Entry(each.made_from, content_digest(data))
                 advance(len(records))
 
@@ -303,15 +328,22 @@ class Export(Manifest):
         if self.dataset == "humanart":
             yield f"annotations/{annotation_path.name}", annotation_path.read_bytes()
 
-    def _put_text(self, path: str, data: bytes, ledger: Ledger) -> bool:
-        """Write a file unless it holds these bytes already; says whether it did."""
-        found = content_digest(data)
+    def _put(self, path: str, data: bytes) -> None:
+        """Write a file. What is there is replaced, never written into: it may link to a source."""
         target = self.folder / path
-        if ledger.files.get(path) == (found, found) and target.exists():
-            return False
-        ledger.files[path] = Entry(found, found)
-        _put(target, data)
-        return True
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            write_atomic(target, data, temporary=self._temporary)
+        except OSError as error:
+            raise cannot_write(target, error) from error
+
+    @property
+    def _temporary(self) -> Path:
+        """A free name on the disk of the export, but not in a folder that loaders list."""
+        return self.ledger_path.with_name(f"{TEMPORARY}{os.getpid()}")
 
     def _remove(self, paths: set[str]) -> None:
         folders = set()
@@ -334,17 +366,3 @@ def damaged_files(ledger: Ledger, folder: Path) -> list[str]:
             return True
 
     return [path for path, entry in ledger.files.items() if is_damaged(path, entry)]
-
-
-def _put(target: Path, data: bytes) -> None:
-    """Write a file of an export. What is there is replaced, never written into: it may link to a source."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
-            file.write(data)
-    except FileExistsError:
-        write_atomic(target, data)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {target}: {error.strerror}. Make room or fix the permissions, then run again"
-        ) from error

@@ -65,13 +65,18 @@ def content_digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None) -> None:
     """Write a file whole or not at all.
+
+    Args:
+        path: of the file; its folder is made.
+        data: its content.
+        temporary: a free name on the same disk to write to first; by default one beside the file.
 
     Raises:
         StoreError: it cannot be written (full or read-only disk, no permission).
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = temporary or path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
@@ -79,10 +84,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> StoreError:
+def cannot_write(path: Path, error: OSError) -> StoreError:
+    """The error for a file that cannot be written."""
     return StoreError(
         f"cannot write {path}: {error.strerror or error}. What was finished before stays; make room or fix the "
         "permissions ([paths] in luigi.cfg says where things go), then run again"
@@ -96,7 +102,7 @@ def exclusive(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -295,7 +301,7 @@ class Run:
             yield temporary
             temporary.replace(path)
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -65,7 +65,7 @@ def verify(
         advance(1)
     for path in sorted(exports.glob(f"*/{LEDGERS}/*.json")):
         ledger, folder = Ledger.read(path), path.parent.parent
-        damaged = damaged_files(ledger, folder)
+        damaged = damaged_files(ledger, folder) if ledger.fingerprint else []
         found += [Damage(str(folder / name), "the exported file is missing or changed") for name in damaged]
         if repair and damaged:
             ledger.fingerprint = ""

@@ -36,7 +36,7 @@ class BuildDataset(luigi.WrapperTask):
     )
     conditions = NamesParameter(
         default=("spatext", "openpose"),
-        choices=tuple(CONDITIONS),
+        choices=CONDITIONS,
         config_path={"section": "build", "name": "conditions"},
         description="conditioning images to make",
     )

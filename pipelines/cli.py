@@ -94,7 +94,7 @@ def verify(
 
     store, exports = _store(), Path(settings.paths().export)
     total = (
-        len(list(store.root.glob("packs/*/*.parquet")))
+        len([pack for stage in store.stages() for pack in store.packs(stage)])
         + len(store.runs())
         + len(list(exports.glob("*/.spctrl/*.json")))
     )

@@ -285,6 +285,9 @@ def _decode_images(
 def _image_fault(image: ImageEntry, dataset: Dataset, max_pixels: int) -> tuple[str, str] | None:
     if fault := unsafe_path(image.file_name) or unsafe_path(dataset.image_path(image.file_name)):
         return "unsafe_path", f"file_name {image.file_name!r} {fault}"
+    if dataset.image_path(image.file_name).split("/")[0] not in dataset.image_folders:
+        known = " or ".join(f"{folder}/" for folder in dataset.image_folders)
+        return "unsafe_path", f"expected file_name to lead into {known}, found {image.file_name!r}"
     width, height = image.width, image.height
     if not (0 < width in _INT32 and 0 < height in _INT32 and width * height <= max_pixels):
         return (

@@ -9,7 +9,7 @@ from spctrl.skeletons import AP10K as AP10K_SKELETON
 from spctrl.skeletons import HUMANART as HUMANART_SKELETON
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from spctrl.skeletons import Skeleton
 
@@ -26,7 +26,7 @@ class Dataset:
             own word for the split and ``{variant}`` what tells its annotation files apart (AP-10K: split id,
             HumanArt: subset).
         split_words: our split names -> the dataset's.
-        image_folder: below the root; file names that do not lead there by themselves are below it.
+        image_folders: below the root; all images lie in one of them, in the first where their names do not say.
         file_name_prefix: leading part of ``file_name`` that names the root itself.
         artifact_prefix: leading part of an image's path that conditions do not repeat.
         licence: of the annotations and images, as its publishers state it.
@@ -39,7 +39,7 @@ class Dataset:
     skeleton: Skeleton
     annotation_pattern: str
     split_words: Mapping[str, str]
-    image_folder: str
+    image_folders: Sequence[str]
     file_name_prefix: str
     artifact_prefix: str
     licence: str
@@ -57,7 +57,7 @@ class Dataset:
     def image_path(self, file_name: str) -> str:
         """Path of an image below the dataset's root, whether or not ``file_name`` starts with the root's own name."""
         if not self.file_name_prefix:
-            return f"{self.image_folder}/{file_name}"
+            return f"{self.image_folders[0]}/{file_name}"
         return file_name.removeprefix(self.file_name_prefix)
 
     def artifact_stem(self, file_name: str) -> str:
@@ -77,7 +77,7 @@ AP10K = Dataset(
     skeleton=AP10K_SKELETON,
     annotation_pattern="annotations/ap10k-{split}-split{variant}.json",
     split_words={"train": "train", "val": "val", "test": "test"},
-    image_folder="data",
+    image_folders=("data",),
     file_name_prefix="",
     artifact_prefix="data/",
     licence="CC-BY 4.0",
@@ -102,7 +102,7 @@ HUMANART = Dataset(
     skeleton=HUMANART_SKELETON,
     annotation_pattern="annotations/{split}_{variant}.json",
     split_words={"train": "training", "val": "validation"},
-    image_folder="images",
+    image_folders=("images", "coco"),
     file_name_prefix="HumanArt/",
     artifact_prefix="images/",
     licence="non-commercial research (request form)",

@@ -78,7 +78,7 @@ class Layout:
     def dirname(self, file_name: str) -> str:
         """HumanArt's ``dirname``: the image's folder, led by the dataset's own name."""
         path = self.image(file_name)
-        prefix = self.dataset.file_name_prefix if path.startswith(f"{self.dataset.image_folder}/") else ""
+        prefix = self.dataset.file_name_prefix if path.startswith(f"{self.dataset.image_folders[0]}/") else ""
         return f"{prefix}{PurePosixPath(path).parent}"
 
     def _condition_folder(self, name: str) -> str:

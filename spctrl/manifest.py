@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from spctrl.layout import Layout
+
+
+INSTANCE_MASK_TYPE = pa.struct(
+    [
+        ("annotation_index", pa.int32()),
+        ("size", pa.list_(pa.int32(), 2)),
+        ("counts", pa.string()),
+        ("area", pa.int64()),
+        ("predicted_iou", pa.float32()),
+    ]
+)
+"""An instance's mask as COCO run lengths (``size`` is height, width), with its place among the record's instances."""
 
 
 class ImageFacts(NamedTuple):
@@ -30,10 +42,13 @@ class ConditionFacts(NamedTuple):
 
 
 def manifest_schema(conditions: Sequence[str]) -> pa.Schema:
-    """Columns of a manifest: ``RECORD_SCHEMA``, the image's, and three for each condition."""
+    """Columns of a manifest: ``RECORD_SCHEMA``, the image's, four for each condition, and the instances' masks."""
     texts = ["image_path", "image_digest", "image_phash"]
-    texts += [f"{condition}_{what}" for condition in conditions for what in ("path", "digest", "key")]
-    return pa.schema([*RECORD_SCHEMA, *(pa.field(name, pa.string()) for name in texts)])
+    texts += [
+        f"{condition}_{what}" for condition in conditions for what in ("path", "digest", "key", "weights")
+    ]
+    masks = [pa.field("mask_instances", pa.list_(INSTANCE_MASK_TYPE))] if "mask" in conditions else []
+    return pa.schema([*RECORD_SCHEMA, *(pa.field(name, pa.string()) for name in texts), *masks])
 
 
 def manifest_batch(
@@ -42,6 +57,8 @@ def manifest_batch(
     images: Mapping[int, ImageFacts],
     conditions: Mapping[str, Mapping[int, ConditionFacts]],
     rejected: set[int],
+    weights: Mapping[str, str | None],
+    instance_masks: Mapping[int, list[dict[str, Any]]],
 ) -> pa.RecordBatch:
     """Join a batch of the index with what the stages made of it.
 
@@ -51,6 +68,8 @@ def manifest_batch(
         images: by image id; an image that is not on disk is not there, and its ``image_path`` is null.
         conditions: by name and image id.
         rejected: ids of images that some stage could not use; they are left out.
+        weights: of the model that made each condition: ``random``, a digest, or None where no model did.
+        instance_masks: rows of ``INSTANCE_MASK_TYPE`` by image id, where a model made them.
     """
     keep = [image_id not in rejected for image_id in rows.column("image_id").to_pylist()]
     rows = rows.filter(pa.array(keep))
@@ -70,7 +89,12 @@ def manifest_batch(
         texts[f"{condition}_path"] = [layout.condition(condition, name) for name in file_names]
         texts[f"{condition}_digest"] = [made[image_id].digest for image_id in ids]
         texts[f"{condition}_key"] = [made[image_id].key for image_id in ids]
+        texts[f"{condition}_weights"] = [weights[condition]] * len(ids)
     columns |= {name: pa.array(values, pa.string()) for name, values in texts.items()}
+    if "mask_instances" in schema.names:
+        columns["mask_instances"] = pa.array(
+            [instance_masks.get(image_id) for image_id in ids], schema.field("mask_instances").type
+        )
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 

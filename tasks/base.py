@@ -214,6 +214,7 @@ class StageTask(luigi.Task):
             "part": self.part,
             "fingerprint": run.fingerprint,
             **asdict(ingredients),
+            **({"weights": note} if (note := self.weights_note()) else {}),
             "counts": dict(counts),
             "started_at": _iso_time(started),
             "finished_at": _iso_time(time.time()),
@@ -225,6 +226,10 @@ class StageTask(luigi.Task):
             },
         }
         run.commit([name for name in names if name != PROVENANCE], self.packs_of(run), provenance)
+
+    def weights_note(self) -> str | None:
+        """Of what a model made: ``random``, or the digest of the model's weights."""
+        return None
 
     def packs_of(self, run: Run) -> Sequence[str]:
         """Names of the packs that the run refers to."""

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import luigi
 
 from tasks import settings
 from tasks.base import StageTask
 from tasks.images import FileStage
 from tasks.index import DatasetStage
-from tasks.record_stage import Prepared, RecordStage, artifact_locations
+from tasks.model_stage import ModelStage
+from tasks.record_stage import NOTHING, Prepared, RecordStage, artifact_locations
+from tasks.store import digest, parquet_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tasks.store import Location
+    from spctrl.records import Record
+    from tasks.store import Location, Run
+
+INSTANCES = "instances.parquet"
+"""Masks of single instances, beside a run of ``segments``."""
 
 
 class Spatext(DatasetStage, RecordStage):
@@ -87,42 +96,138 @@ class Depth(Precomputed):
     section = settings.depth
 
 
-class MaskedDepth(DatasetStage, RecordStage):
+class Segments(ModelStage):
+    """Masks of single instances, by SAM or SAM-HQ: COCO run lengths with predicted IoU and area."""
+
+    stage = "segments"
+    function = "spctrl.image_models.segments:load_segmenter"
+    section = settings.mask
+    suffix = ".json"
+
+    def weights_name(self) -> str:
+        return f"{settings.mask().backend}_{settings.mask().model_type}"
+
+    def parameters(self) -> dict[str, Any]:
+        section = settings.mask()
+        return {
+            "backend": section.backend,
+            "model_type": section.model_type,
+            "prompt": section.prompt,
+            "empty": section.empty,
+            "weights_digest": self.weights_digest,
+        }
+
+    def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
+        from spctrl.records import records_from_table
+
+        return [
+            prepared._replace(identity=f"{prepared.identity} {digest(*_prompts(record))}")
+            if prepared.identity
+            else prepared
+            for prepared, record in zip(super().prepare(rows), records_from_table(rows), strict=True)
+        ]
+
+    def make(self, run: Run) -> dict[str, int]:
+        counts = super().make(run)
+        rows = [
+            {"image_id": image_id, **instance}
+            for image_id, found in artifact_locations(run).items()
+            for instance in json.loads(self.store.read(run.stage, found.pack, found.offset, found.size))[
+                "instances"
+            ]
+        ]
+        import pyarrow as pa
+
+        from spctrl.manifest import INSTANCE_MASK_TYPE
+
+        schema = pa.schema([("image_id", pa.int64()), *INSTANCE_MASK_TYPE])
+        run.write(INSTANCES, parquet_bytes(pa.Table.from_pylist(rows, schema=schema)))
+        return counts
+
+
+def _prompts(record: Record) -> tuple[bytes, bytes]:
+    """What may point at the instances: their boxes and keypoints."""
+    return record.bboxes_xywh.tobytes(), record.keypoints.tobytes()
+
+
+class FromArtifacts(DatasetStage, RecordStage):
+    """A record stage that reads only what other stages made of the record."""
+
+    def sources(self) -> list[StageTask]:
+        """The stages whose artifacts the function takes, in its order."""
+        raise NotImplementedError
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.index_task(), *self.sources()]
+
+    def weights_note(self) -> str | None:
+        notes = [note for task in self.sources() if (note := task.weights_note())]
+        return "random" if "random" in notes else next(iter(notes), None)
+
+    @functools.cached_property
+    def _locations(self) -> dict[str, dict[int, Location]]:
+        return {task.stage: artifact_locations(task.finished_run()) for task in self.sources()}
+
+    def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
+        from tasks.work import ArtifactSource
+
+        prepared = []
+        for image_id in rows.column("image_id").to_pylist():
+            found = {stage: locations.get(image_id) for stage, locations in self._locations.items()}
+            if None in found.values():
+                prepared.append(NOTHING)  # the stage that could not make it has said why
+                continue
+            sources = tuple(ArtifactSource(stage, location) for stage, location in found.items() if location)
+            prepared.append(Prepared(" ".join(source.location.digest for source in sources), sources))
+        return prepared
+
+
+class SegmentedMask(FromArtifacts):
+    """Foreground masks: the union of the instances' masks."""
+
+    stage = "mask"
+    function = "spctrl.image_models.segments:union_mask"
+    libraries = ("opencv-python-headless", "pycocotools")
+
+    def sources(self) -> list[StageTask]:
+        return [self.clone(Segments)]
+
+
+class EstimatedDepth(ModelStage):
+    """Depth maps by ZoeDepth."""
+
+    stage = "depth"
+    function = "spctrl.image_models.depth:load_depth_estimator"
+    section = settings.depth
+
+    def weights_name(self) -> str:
+        return "zoedepth"
+
+    def parameters(self) -> dict[str, Any]:
+        return {"weights_digest": self.weights_digest}
+
+
+class MaskedDepth(FromArtifacts):
     """Depth within the mask."""
 
     stage = "masked_depth"
     function = "spctrl.conditions:mask_depth"
     libraries = ("opencv-python-headless",)
 
-    def requires(self) -> list[StageTask]:
-        return [self.index_task(), self.clone(Depth), self.clone(Mask)]
-
-    def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
-        from tasks.work import ArtifactSource
-
-        stages = {task.stage: self._locations(task) for task in self.requires()[1:]}
-        prepared = []
-        for image_id in rows.column("image_id").to_pylist():
-            found = {stage: locations.get(image_id) for stage, locations in stages.items()}
-            if lacking := [stage for stage, location in found.items() if location is None]:
-                message = f"there is no usable {' and no '.join(lacking)} of this image"
-                prepared.append(Prepared(None, code="missing_input", message=message))
-                continue
-            sources = tuple(ArtifactSource(stage, location) for stage, location in found.items() if location)
-            prepared.append(Prepared(" ".join(source.location.digest for source in sources), sources))
-        return prepared
-
-    def _locations(self, task: StageTask) -> dict[int, Location]:
-        known: dict[str, dict[int, Location]] = self.__dict__.setdefault("_known_locations", {})
-        if task.stage not in known:
-            known[task.stage] = artifact_locations(task.finished_run())
-        return known[task.stage]
+    def sources(self) -> list[StageTask]:
+        return [self.clone(condition_class("depth")), self.clone(condition_class("mask"))]
 
 
-CONDITIONS: dict[str, type[StageTask]] = {
-    "spatext": Spatext,
-    "openpose": Openpose,
-    "mask": Mask,
-    "depth": Depth,
-    "masked_depth": MaskedDepth,
-}
+CONDITIONS = ("spatext", "openpose", "mask", "depth", "masked_depth")
+
+
+def condition_class(name: str) -> type[StageTask]:
+    """The stage that makes a condition under the present settings."""
+    precomputed = "precomputed"
+    return {
+        "spatext": Spatext,
+        "openpose": Openpose,
+        "mask": Mask if settings.mask().backend == precomputed else SegmentedMask,
+        "depth": Depth if settings.depth().backend == precomputed else EstimatedDepth,
+        "masked_depth": MaskedDepth,
+    }[name]

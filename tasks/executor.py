@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from spctrl.errors import ExpectedError
 from tasks.store import StoreError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+StartMethod = Literal["forkserver", "spawn"]
+"""``spawn`` for what loads CUDA, always in a process of its own; ``forkserver`` starts faster."""
 
 JOBS_WAITING_PER_WORKER = 2
 PRELOADED = ["__main__", "tasks.work"]
@@ -40,7 +43,13 @@ def warm_up(workers: int) -> None:
         forkserver.ensure_running()
 
 
-def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+def run_jobs(
+    function: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    workers: int,
+    *,
+    start_method: StartMethod = "forkserver",
+) -> Iterator[Result]:
     """Results of ``function`` for each job, in order of completion.
 
     A job that fails stops no other; its error is raised after the last. Jobs are taken from ``jobs`` only a
@@ -52,10 +61,12 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
     iterator = iter(jobs)
     first = list(itertools.islice(iterator, 2))
     count = worker_count(workers)
-    if count == 1 or len(first) < 2:
+    if first and start_method == "spawn":
+        yield from _run_in_processes(function, itertools.chain(first, iterator), count, "spawn")
+    elif count == 1 or len(first) < 2:
         yield from _run_here(function, itertools.chain(first, iterator))
     else:
-        yield from _run_in_processes(function, itertools.chain(first, iterator), count)
+        yield from _run_in_processes(function, itertools.chain(first, iterator), count, "forkserver")
 
 
 def _run_here(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
@@ -74,10 +85,10 @@ def _run_here(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterato
 
 
 def _run_in_processes(
-    function: Callable[[Job], Result], jobs: Iterator[Job], workers: int
+    function: Callable[[Job], Result], jobs: Iterator[Job], workers: int, start_method: StartMethod
 ) -> Iterator[Result]:
     failures: list[Exception] = []
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(start_method)
     context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_live_as_long_as_the_parent) as pool:
         running: set[Future[Result]] = set()

@@ -94,7 +94,25 @@ class FileStage(DatasetStage, RecordStage):
         return prepared
 
 
-class Images(FileStage):
+class ImageFiles(FileStage):
+    """A record stage that reads the images themselves."""
+
+    @functools.cached_property
+    def folder(self) -> str:
+        return str(self.root)
+
+    def file_paths(self, image_paths: Sequence[str]) -> list[str]:
+        return list(image_paths)
+
+    def confines(self, file_path: str) -> str:
+        return f"{self.folder}/{file_path.split('/')[0]}"
+
+    def missing(self, path: str) -> Prepared:
+        message = f"expected an image {path}, found none; --images optional builds without images"
+        return Prepared(None, code="missing_image", message=message)
+
+
+class Images(ImageFiles):
     """Every image on disk: whether it can be decoded, has the annotated size, and its perceptual hash."""
 
     stage = "images"
@@ -110,18 +128,5 @@ class Images(FileStage):
     def arguments(self) -> dict[str, Any]:
         return {}
 
-    @functools.cached_property
-    def folder(self) -> str:
-        return str(self.root)
-
-    def file_paths(self, image_paths: Sequence[str]) -> list[str]:
-        return list(image_paths)
-
-    def confines(self, file_path: str) -> str:
-        return f"{self.folder}/{file_path.split('/')[0]}"
-
     def missing(self, path: str) -> Prepared:
-        if self.images == "optional":
-            return NOTHING
-        message = f"expected an image {path}, found none; --images optional builds without images"
-        return Prepared(None, code="missing_image", message=message)
+        return NOTHING if self.images == "optional" else super().missing(path)

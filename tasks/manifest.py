@@ -12,7 +12,7 @@ import luigi
 from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask
-from tasks.conditions import CONDITIONS
+from tasks.conditions import CONDITIONS, INSTANCES, Segments, condition_class
 from tasks.images import Images
 from tasks.index import DatasetStage
 from tasks.names import NamesParameter
@@ -35,17 +35,17 @@ class Manifest(DatasetStage):
     also_reaches: ClassVar[Sequence[str]] = ("spctrl.layout:Layout", "spctrl.datasets:DATASETS")
 
     images = luigi.ChoiceParameter(default="required", choices=["required", "optional"])
-    conditions = NamesParameter(default=("spatext", "openpose"), choices=tuple(CONDITIONS))
+    conditions = NamesParameter(default=("spatext", "openpose"), choices=CONDITIONS)
 
     def requires(self) -> list[StageTask]:
         return [
             self.index_task(),
             self.clone(Images),
-            *(self.clone(CONDITIONS[name]) for name in self.conditions),
+            *self.condition_tasks().values(),
         ]
 
     def condition_tasks(self) -> dict[str, StageTask]:
-        return {name: self.clone(CONDITIONS[name]) for name in self.conditions}
+        return {name: self.clone(condition_class(name)) for name in self.conditions}
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -76,6 +76,8 @@ class Manifest(DatasetStage):
         from spctrl.records import REJECT_SCHEMA
 
         tasks = self.condition_tasks()
+        weights = {name: task.weights_note() for name, task in tasks.items()}
+        masks = self._instance_masks()
         made = {
             name: {
                 i: ConditionFacts(key, found.digest)
@@ -95,7 +97,7 @@ class Manifest(DatasetStage):
             pq.ParquetWriter(destination, manifest_schema(self.conditions), compression="zstd") as writer,
         ):
             for batch in index.iter_batches():
-                written = manifest_batch(batch, self.layout, images, made, rejected)
+                written = manifest_batch(batch, self.layout, images, made, rejected, weights, masks)
                 writer.write_batch(written)
                 rows, instances = rows + len(written), instances + count_instances(written)
                 advance(len(batch))
@@ -120,10 +122,32 @@ class Manifest(DatasetStage):
         import pyarrow.parquet as pq
 
         tables = []
-        for task in self.requires():
+        for task in self._stages_before():
             table = pq.read_table(task.finished_run().path(REJECTS), partitioning=None)
             tables.append(table.append_column("stage", pa.repeat(task.stage, len(table))))
         return pa.concat_tables(tables)
+
+    def _stages_before(self) -> list[StageTask]:
+        """Every stage that a record goes through before the manifest."""
+        found: dict[str, StageTask] = {}
+        waiting: list[luigi.Task] = list(self.requires())
+        while waiting:
+            task = waiting.pop(0)
+            if isinstance(task, StageTask) and task.task_id not in found:
+                found[task.task_id] = task
+                waiting += task.requires()
+        return list(found.values())
+
+    def _instance_masks(self) -> dict[int, list[dict[str, Any]]]:
+        """Masks of single instances by image id, where a model made the masks."""
+        import pyarrow.parquet as pq
+
+        masks: dict[int, list[dict[str, Any]]] = {}
+        if any(task.stage == Segments.stage for task in self._stages_before()):
+            path = self.clone(Segments).finished_run().path(INSTANCES)
+            for row in pq.read_table(path, partitioning=None).to_pylist():
+                masks.setdefault(row.pop("image_id"), []).append(row)
+        return masks
 
     def _image_facts(self) -> dict[int, ImageFacts]:
         from spctrl.manifest import ImageFacts

@@ -70,15 +70,35 @@ class RecordStage(StageTask):
         assert ingredients is not None
         return digest(json.dumps([ingredients.code_version, self.arguments()], sort_keys=True))
 
-    def make(self, run: Run) -> dict[str, int]:
+    def work_through(self, batches: Iterator[Batch]) -> Iterator[dict[str, Location]]:
+        """Results of batches, by key, in order of completion."""
         from tasks.work import make_pack
 
         workers = settings.executor().workers
         warm_up(workers)
+        return run_jobs(make_pack, batches, workers)
+
+    def batch(self, **work: Any) -> Batch:
+        """What a worker is given: ``work`` holds its keys, records and sources."""
+        from tasks.work import Batch
+
+        return Batch(
+            function=self.function,
+            parameters=self.arguments(),
+            store_root=self.store.root,
+            stage=self.stage,
+            suffix=self.suffix,
+            **work,
+        )
+
+    def records_per_pack(self, total: int) -> int:
+        return min(max(total // PACKS_PER_SPLIT, SMALLEST_PACK), LARGEST_PACK)
+
+    def make(self, run: Run) -> dict[str, int]:
         plan = _Plan(self)
         made = 0
         with progress(f"{self.stage} {self.part}", plan.total, self.set_progress_percentage) as advance:
-            for locations in run_jobs(make_pack, plan.batches(advance), workers):
+            for locations in self.work_through(plan.batches(advance)):
                 plan.known |= locations
                 made += sum(location.code is None for location in locations.values())
                 advance(len(locations))
@@ -132,7 +152,7 @@ class _Plan:
 
         from spctrl.records import records_from_table
 
-        per_pack = self._records_per_pack()
+        per_pack = self._task.records_per_pack(self.total)
         scattered: list[tuple[str, Record, tuple[Source, ...]]] = []
         for rows, missing in self._missing():
             advance(len(rows) - len(missing))
@@ -181,7 +201,7 @@ class _Plan:
         """Stretches of the index with the position, key and sources of each row whose result is not known."""
         planned: set[str] = set()
         self._outcomes = []
-        for rows in self._index.iter_batches(self._records_per_pack()):
+        for rows in self._index.iter_batches(self._task.records_per_pack(self.total)):
             missing: list[tuple[int, str, tuple[Source, ...]]] = []
             for position, prepared in enumerate(self._task.prepare(rows)):
                 key = None if prepared.identity is None else digest(self._salt, prepared.identity)
@@ -191,24 +211,9 @@ class _Plan:
                     missing.append((position, key, prepared.sources))
             yield rows, missing
 
-    def _records_per_pack(self) -> int:
-        return min(max(self.total // PACKS_PER_SPLIT, SMALLEST_PACK), LARGEST_PACK)
-
     def _batch(self, work: list[tuple[str, Record, tuple[Source, ...]]]) -> Batch:
-        from tasks.work import Batch
-
         keys, records, sources = zip(*work, strict=True)
-        task = self._task
-        return Batch(
-            function=task.function,
-            parameters=task.arguments(),
-            store_root=task.store.root,
-            stage=task.stage,
-            suffix=task.suffix,
-            keys=keys,
-            records=records,
-            sources=sources,
-        )
+        return self._task.batch(keys=keys, records=records, sources=sources)
 
 
 def artifact_schema() -> pa.Schema:

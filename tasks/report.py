@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,7 +38,7 @@ class Report(StageTask):
     dataset = NamesParameter(choices=("ap10k", "humanart"))
     split = NamesParameter(choices=("train", "val", "test"))
     images = luigi.ChoiceParameter(default="required", choices=["required", "optional"])
-    conditions = NamesParameter(default=("spatext", "openpose"), choices=tuple(CONDITIONS))
+    conditions = NamesParameter(default=("spatext", "openpose"), choices=CONDITIONS)
 
     @property
     def part(self) -> str:
@@ -92,10 +92,18 @@ class Report(StageTask):
                 splits.append(audit_split(split_tables(task)))
                 advance(1)
             written_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-            page = render_report(splits, title="Pose dataset report", generated_at=written_at).encode()
+            title, notes = "Pose dataset report", [note for task in tasks for note in weights_notes(task)]
+            page = render_report(splits, title=title, generated_at=written_at, notes=notes).encode()
         run.write(PAGE, page)
         write_atomic(self.page_path, page)
         return {"records": 1, "made": 1}
+
+
+def weights_notes(task: Manifest) -> Iterator[str]:
+    """What to say of conditions that a model made, above all of a model with random weights."""
+    for name, condition in task.condition_tasks().items():
+        if (weights := condition.weights_note()) is not None:
+            yield f"{task.spec.title} {task.split}, {name}: weights: {weights}"
 
 
 def split_tables(task: Manifest) -> SplitTables:

@@ -18,6 +18,7 @@ class paths(luigi.Config):
     """Folders; relative ones are below the folder that the command runs in."""
 
     data = luigi.Parameter(default="data", description="folder of the raw datasets")
+    weights = luigi.Parameter(default="weights", description="folder of the models' weights")
     store = luigi.Parameter(default="store", description="folder of everything computed")
     export = luigi.Parameter(
         default="exports", description="folder of the triplet datasets, manifests and the report"
@@ -44,6 +45,7 @@ class executor(luigi.Config):
         default="local", choices=["local"], description="where record batches are worked on"
     )
     workers = luigi.IntParameter(default=0, description="worker processes; 0: one for each core")
+    device = luigi.Parameter(default="auto", description="of image models: auto, cpu or cuda:N")
 
 
 class index(luigi.Config):
@@ -68,15 +70,34 @@ class openpose(luigi.Config):
 
 
 class mask(luigi.Config):
-    folder = luigi.Parameter(
-        default="{root}/mask", description="8-bit PNG masks, 0 or 255, in the images' layout"
+    backend = luigi.ChoiceParameter(
+        default="precomputed", choices=["precomputed", "sam_hq", "sam"], description="where masks come from"
     )
+    folder = luigi.Parameter(
+        default="{root}/mask", description="precomputed: 8-bit PNG masks, 0 or 255, in the images' layout"
+    )
+    model_type = luigi.ChoiceParameter(
+        default="vit_h", choices=["vit_h", "vit_l", "vit_b", "vit_tiny"], description="vit_tiny: sam_hq only"
+    )
+    weights = luigi.Parameter(default="", description="file; default: the one of configs/weights.yaml")
+    prompt = luigi.ChoiceParameter(
+        default="box", choices=["box", "points"], description="what points at an instance"
+    )
+    empty = luigi.ChoiceParameter(
+        default="reject", choices=["reject", "keep"], description="what becomes of images with an empty mask"
+    )
+    batch_size = luigi.IntParameter(default=4, description="images in one pass")
 
 
 class depth(luigi.Config):
-    folder = luigi.Parameter(
-        default="{root}/depth", description="8-bit PNG depth maps, near is bright, likewise"
+    backend = luigi.ChoiceParameter(
+        default="precomputed", choices=["precomputed", "zoedepth"], description="where depth maps come from"
     )
+    folder = luigi.Parameter(
+        default="{root}/depth", description="precomputed: 8-bit PNG depth maps, near is bright"
+    )
+    weights = luigi.Parameter(default="", description="folder; default: the one of configs/weights.yaml")
+    batch_size = luigi.IntParameter(default=4, description="images in one pass")
 
 
 class export(luigi.Config):

@@ -1,6 +1,6 @@
 """The store: artifacts in tar packs, and the runs of stages that refer to them.
 
-    packs/<stage>/<name>.tar        members <key><suffix>
+    packs/<stage>/<name>.tar        members <key><suffix>; latents: <name>.safetensors
     packs/<stage>/<name>.parquet    key -> place in the tar, or why the record was rejected
     runs/<stage>/<part>/<fingerprint>/manifest.parquet, rejects.parquet, ..., provenance.json
     accepted.json                   code versions that a user declared equal
@@ -20,7 +20,6 @@ import io
 import json
 import os
 import shutil
-import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spctrl.errors import ExpectedError
+from tasks.packs import SAFETENSORS, TAR, container_of, container_size, write_container
 
 KEY_BYTES = 16
 PROVENANCE = "provenance.json"
@@ -118,10 +118,10 @@ class Store:
         return self.root / "packs" / stage
 
     def pack_path(self, stage: str, pack: str) -> Path:
-        return self.packs_folder(stage) / f"{pack}.tar"
+        return self.packs_folder(stage) / pack
 
     def pack_index_path(self, stage: str, pack: str) -> Path:
-        return self.packs_folder(stage) / f"{pack}.parquet"
+        return self.packs_folder(stage) / f"{Path(pack).stem}.parquet"
 
     def stages(self) -> list[str]:
         """Names of the stages that left packs or runs."""
@@ -129,6 +129,16 @@ class Store:
         return sorted({folder.name for folder in folders})
 
     # Packs
+
+    def packs(self, stage: str) -> list[str]:
+        """File names of a stage's packs; also of those that lack an index."""
+        folder = self.packs_folder(stage)
+        return sorted(
+            path.name
+            for kind in (TAR, SAFETENSORS)
+            for path in folder.glob(f"*{kind}")
+            if path.name[0] != "."
+        )
 
     def write_pack(
         self, stage: str, suffix: str, results: Sequence[tuple[str, bytes | tuple[str, str]]]
@@ -143,20 +153,18 @@ class Store:
         Returns:
             Where each went.
         """
-        name = digest(*(key for key, _ in results))
-        buffer = io.BytesIO()
-        locations: dict[str, Location] = {}
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, result in results:
-                if isinstance(result, tuple):
-                    locations[key] = Location(name, 0, 0, "", *result)
-                    continue
-                member = tarfile.TarInfo(f"{key}{suffix}")
-                member.size = len(result)
-                offset = tar.offset + tarfile.BLOCKSIZE
-                tar.addfile(member, io.BytesIO(result))
-                locations[key] = Location(name, offset, len(result), content_digest(result))
-        write_atomic(self.pack_path(stage, name), buffer.getvalue())
+        name = digest(*(key for key, _ in results)) + container_of(suffix)
+        artifacts = [(key, result) for key, result in results if isinstance(result, bytes)]
+        data, places = write_container(suffix, artifacts)
+        found = {
+            key: Location(name, offset, size, content_digest(artifact))
+            for (key, artifact), (offset, size) in zip(artifacts, places, strict=True)
+        }
+        locations = {
+            key: Location(name, 0, 0, "", *result) if isinstance(result, tuple) else found[key]
+            for key, result in results
+        }
+        write_atomic(self.pack_path(stage, name), data)
         self.write_pack_index(stage, name, locations)
         return locations
 
@@ -180,9 +188,11 @@ class Store:
     def locations(self, stage: str) -> dict[str, Location]:
         """Every artifact and every reject that the stage's packs hold, by key; a cut pack holds nothing."""
         found: dict[str, Location] = {}
-        for path in sorted(self.packs_folder(stage).glob("*.parquet")):
-            locations = self.pack_locations(stage, path.stem)
-            if _size(path.with_suffix(".tar")) == _tar_size(locations.values()):
+        for pack in self.packs(stage):
+            locations = self.pack_locations(stage, pack)
+            path = self.pack_path(stage, pack)
+            places = [(location.offset, location.size) for location in locations.values()]
+            if _size(path) == container_size(path.suffix, places):
                 found |= locations
         return found
 
@@ -193,16 +203,12 @@ class Store:
 
         try:
             columns = pq.read_table(self.pack_index_path(stage, pack), partitioning=None).to_pydict()
-        except (OSError, pa.ArrowException):
+            rows = zip(
+                *(columns[name] for name in ("offset", "size", "digest", "code", "message")), strict=True
+            )
+        except (OSError, pa.ArrowException, KeyError):
             return {}
-        rows = zip(*(columns[name] for name in ("offset", "size", "digest", "code", "message")), strict=True)
         return {key: Location(pack, *row) for key, row in zip(columns["key"], rows, strict=True)}
-
-    def pack_suffix(self, stage: str, pack: str) -> str:
-        """Suffix of a pack's members, empty where it has none."""
-        with tarfile.open(self.pack_path(stage, pack)) as tar:
-            member = tar.next()
-        return Path(member.name).suffix if member else ""
 
     def read(self, stage: str, pack: str, offset: int, size: int) -> bytes:
         """An artifact's bytes."""
@@ -243,7 +249,7 @@ class Store:
             return dict(json.loads((self.root / "accepted.json").read_bytes()))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise StoreError(
                 f"{self.root / 'accepted.json'}: expected a JSON object, found a fault: {error}"
             ) from error
@@ -274,10 +280,8 @@ class Run:
         """What the run was made of and what it made; empty when it is not committed."""
         try:
             return dict(json.loads(self.path(PROVENANCE).read_bytes()))
-        except FileNotFoundError:
-            return {}
-        except ValueError:
-            return {}  # half a file cannot come from a commit: treat a damaged one as absent, the stage runs again
+        except (FileNotFoundError, ValueError, TypeError):
+            return {}  # a damaged one is as good as none: the stage runs again
 
     def is_whole(self) -> bool:
         """Committed, and the files and packs that it names are there in their sizes."""
@@ -329,13 +333,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
-
-
-def _tar_size(locations: Iterable[Location]) -> int:
-    """Size of the pack that holds these members: padded to blocks, closed by two empty ones, padded to a record."""
-    end = max((location.offset + location.size for location in locations), default=0)
-    blocks = -(-end // tarfile.BLOCKSIZE) + 2
-    return -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def file_digest(path: Path) -> str:

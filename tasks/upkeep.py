@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tasks.base import MANIFEST, REJECTS
 from tasks.export import LEDGERS, Ledger, damaged_files
+from tasks.packs import suffix_in
 from tasks.record_stage import artifact_schema
 from tasks.store import Location, Run, Store, content_digest, file_digest, parquet_bytes, stale_temporaries
 
@@ -52,10 +53,10 @@ def verify(
     found: list[Damage] = []
     bad_keys: dict[str, set[str]] = defaultdict(set)
     for stage in store.stages():
-        for index_path in sorted(store.packs_folder(stage).glob("*.parquet")):
-            for key, fault in _damaged_members(store, stage, index_path.stem, repair=repair):
+        for pack in store.packs(stage):
+            for key, fault in _damaged_members(store, stage, pack, repair=repair):
                 bad_keys[stage].add(key)
-                found.append(Damage(f"{store.pack_path(stage, index_path.stem)}: {key}", fault))
+                found.append(Damage(f"{store.pack_path(stage, pack)}: {key}", fault))
             advance(1)
     for run in store.runs():
         faults = _run_faults(store, run, bad_keys[run.stage])
@@ -164,15 +165,15 @@ def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, 
         live[run.stage] |= _keys(run)
     now = time.time()
     for stage in store.stages():
-        for index_path in sorted(store.packs_folder(stage).glob("*.parquet")):
-            if now - index_path.stat().st_mtime < grace_s:
+        for pack in store.packs(stage):
+            if now - store.pack_path(stage, pack).stat().st_mtime < grace_s:
                 continue
-            share, size = _live_share(store, stage, index_path.stem, live[stage])
+            share, size = _live_share(store, stage, pack, live[stage])
             if share >= MOSTLY_DEAD:
                 continue
-            (waste.repacked if share > 0 else waste.packs).append((stage, index_path.stem))
+            (waste.repacked if share > 0 else waste.packs).append((stage, pack))
             waste.freed_bytes += int(size * (1 - share))
-    waste.temporaries = list(stale_temporaries(store.root, grace_s))
+    waste.temporaries = [*stale_temporaries(store.root, grace_s), *_lone_indices(store, grace_s)]
     waste.freed_bytes += sum(path.stat().st_size for path in waste.temporaries)
     waste.freed_bytes += sum(path.stat().st_size for run in waste.runs for path in run.folder.iterdir())
     if not dry_run:
@@ -199,6 +200,15 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
                 by_fingerprint[each] for each in run.provenance()["inputs"].values() if each in by_fingerprint
             ]
     return [run for run in runs if run.fingerprint in kept]
+
+
+def _lone_indices(store: Store, grace_s: float) -> Iterator[Path]:
+    """Indices whose pack is gone."""
+    for stage in store.stages():
+        packs = {Path(pack).stem for pack in store.packs(stage)}
+        for path in store.packs_folder(stage).glob("[!.]*.parquet"):
+            if path.stem not in packs and time.time() - path.stat().st_mtime > grace_s:
+                yield path
 
 
 def _live_share(store: Store, stage: str, pack: str, live: set[str]) -> tuple[float, int]:
@@ -242,7 +252,7 @@ def _repack(
         moved[stage] |= {(pack, key): places[key] for pack, key, _ in batch}
 
     for stage, pack in packs:
-        suffix = store.pack_suffix(stage, pack)
+        suffix = suffix_in(store.pack_path(stage, pack))
         for key, location in store.pack_locations(stage, pack).items():
             if key in live[stage] and location.code is None:
                 data = store.read(stage, pack, location.offset, location.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class ArtifactSource(NamedTuple):
 Source = FileSource | ArtifactSource
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Records to be worked on, with their keys and sources, and what to do with them.
 
@@ -51,6 +52,20 @@ class Batch:
     keys: Sequence[str]
     records: Sequence[Record]
     sources: Sequence[tuple[Source, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBatch(Batch):
+    """Records for an image model.
+
+    Attributes:
+        function: loads the model: ``function(**parameters, **loading)``.
+        loading: what its loading needs and its output does not depend on: where the weights are, the device.
+        batch_size: images in one pass.
+    """
+
+    loading: Mapping[str, Any]
+    batch_size: int
 
 
 def make_pack(batch: Batch) -> dict[str, Location]:
@@ -76,6 +91,24 @@ def make_pack(batch: Batch) -> dict[str, Location]:
                 f"{type(error).__name__}: {error}"
             ) from error
     return store.write_pack(batch.stage, batch.suffix, results)
+
+
+def make_model_pack(batch: ModelBatch) -> dict[str, Location]:
+    """The same with an image model, which this process loads once."""
+    from spctrl.image_models.base import run_model
+
+    store = Store(batch.store_root)
+    model = _loaded_model(batch.function, tuple(sorted({**batch.parameters, **batch.loading}.items())))
+    work = (
+        (record, _read(store, source)) for record, (source,) in zip(batch.records, batch.sources, strict=True)
+    )
+    results = run_model(model, work, batch_size=batch.batch_size)
+    return store.write_pack(batch.stage, batch.suffix, list(zip(batch.keys, results, strict=True)))
+
+
+@functools.cache
+def _loaded_model(function: str, arguments: tuple[tuple[str, Any], ...]) -> Any:
+    return resolve(function)(**dict(arguments))
 
 
 def resolve(function: str) -> Callable[..., Any]:

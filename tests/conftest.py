@@ -154,7 +154,7 @@ class Workspace:
 
     def _state(self) -> dict[Path, Stamp]:
         """Stamps of everything that counts as done: provenance of runs and indexes of packs."""
-        done = [*self.store.glob("runs/*/*/*/provenance.json"), *self.store.glob("packs/*/*.parquet")]
+        done = [*self.store.glob("runs/*/*/*/provenance.json"), *self.store.glob("packs/*/[!.]*.parquet")]
         return {path: _stamp(path) for path in done}
 
     def _account(self, before: Mapping[Path, Stamp], **facts: Any) -> Build:
@@ -173,11 +173,11 @@ class Workspace:
 
     def keys(self, stage: str) -> set[str]:
         """Keys of the artifacts and rejects that the packs of a stage hold."""
-        return {key for path in self.store.glob(f"packs/{stage}/*.parquet") for key in _read_keys(path)}
+        return {key for path in self.store.glob(f"packs/{stage}/[!.]*.parquet") for key in _read_keys(path)}
 
     def packs(self, *stages: str) -> dict[str, str]:
         """SHA-256 of each tar of the stages, by path below the store."""
-        paths = [path for stage in stages for path in self.store.glob(f"packs/{stage}/*.tar")]
+        paths = [path for stage in stages for path in self.store.glob(f"packs/{stage}/[!.]*.tar")]
         return {path.relative_to(self.store).as_posix(): sha256(path) for path in paths}
 
     def exported(self) -> dict[str, str]:

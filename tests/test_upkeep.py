@@ -16,6 +16,7 @@ from conftest import REPOSITORY, Workspace
 from tasks.store import Store
 from tasks.upkeep import collect, verify
 
+IMAGES = 8
 NO_GRACE = ("--grace-hours", "0")
 
 
@@ -34,7 +35,7 @@ def spctrl(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess
         cwd=workspace.folder,
         env={
             **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": str(workspace.code),
             "LUIGI_CONFIG_PATH": str(workspace.settings_file()),
             "COLUMNS": "200",
         },
@@ -91,7 +92,7 @@ def test_a_deleted_pack_is_named_and_made_again(built: Workspace) -> None:
         path.unlink()
     assert any("spatext" in damage for damage in check(built, repair=True))
     again = built.build()
-    assert again.counted("spatext", "made") == 12
+    assert again.counted("spatext", "made") == IMAGES
     assert built.exported() == exported
 
 
@@ -159,7 +160,7 @@ def test_gc_writes_mostly_dead_packs_anew(built: Workspace) -> None:
         waste = collect(store, current, keep=1, grace_s=0, dry_run=False)
         assert {stage for stage, _ in waste.repacked} == {"spatext", "openpose"}
         assert sum(path.stat().st_size for path in built.store.glob("packs/spatext/*.tar")) <= size
-        assert len(built.keys("spatext")) == 12
+        assert len(built.keys("spatext")) == IMAGES
         assert built.faults() == []
         assert built.build().stages == set()
         shutil.rmtree(built.exports)
@@ -193,7 +194,7 @@ def test_status_says_why_a_stage_would_run_and_how_much(built: Workspace) -> Non
     lines = spctrl(built, "status").stdout.splitlines()
     (line,) = [line for line in lines if line.startswith("openpose")]
     assert "parameter style: openpose -> coco" in line
-    assert " 12 " in line
+    assert f" {IMAGES} " in line
     (line,) = [line for line in lines if line.startswith("spatext")]
     assert "up to date" in line
     assert any("input openpose changed" in line for line in lines)
@@ -212,29 +213,19 @@ def test_accept_keeps_outputs_after_a_harmless_change(
 ) -> None:
     workspace = make_workspace("accepting", sample)
     workspace.configure("build", datasets=["ap10k"], splits=["val"])
-    code = tmp_path / "code"
+    workspace.code = code = tmp_path / "code"
     for package in ("spctrl", "eval", "tasks", "pipelines"):
         shutil.copytree(REPOSITORY / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    assert workspace.run(code=code).succeeded
+    assert workspace.run().succeeded
     source = code / "spctrl" / "rendering" / "spatext.py"
     source.write_text(source.read_text().replace("half_length_px = int(", "half_length_px = int(0 + "))
 
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(code),
-            "LUIGI_CONFIG_PATH": str(workspace.settings_file()),
-        }
-        environment["COLUMNS"] = "200"
-        return subprocess.run(
-            [sys.executable, "-m", "pipelines.cli", *arguments],
-            cwd=workspace.folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
-    assert "code spctrl.rendering.spatext:link_polygon changed" in " ".join(command("status").stdout.split())
-    done = command("accept", "spatext", "openpose", "--yes")
+    assert "code spctrl.rendering.spatext:link_polygon changed" in " ".join(
+        spctrl(workspace, "status").stdout.split()
+    )
+    done = spctrl(workspace, "accept", "spatext", "openpose", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
-    again = workspace.run(code=code)
+    again = workspace.run()
     assert again.succeeded
     assert again.stages == set()
 

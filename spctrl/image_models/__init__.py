@@ -1,0 +1,1 @@
+"""Conditions computed by image models: instance masks, depth maps, latents."""

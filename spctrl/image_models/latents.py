@@ -1,0 +1,281 @@
+"""Latents of the training crop by Stable Diffusion's image autoencoder, and how folders of weights are loaded.
+
+Legend: B images of a batch, R resolution of the crop, L latent channels (4), h = w = R / 8.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from spctrl.errors import ExpectedError
+from spctrl.image_models.base import choose_device
+from spctrl.images import FORMATS
+from spctrl.records import RecordError
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from spctrl.records import Record
+
+LONGEST_SIDES = 4
+"""Images longer than this many times their short side are cropped before they are resized, not after."""
+
+_KEYS_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsFolder:
+    """What a folder of weights has to be, for checks and messages.
+
+    Attributes:
+        what, source, files: what it is, where to get it, and the files in it.
+        setting: which setting names the folder.
+        kind: key and value that its ``config.json`` must have.
+    """
+
+    what: str
+    source: str
+    files: str
+    setting: str
+    kind: tuple[str, str]
+
+
+VAE = WeightsFolder(
+    what="the image autoencoder of Stable Diffusion 1.5 in diffusers' format",
+    source="the folder vae of stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face hub",
+    files="config.json and diffusion_pytorch_model.safetensors",
+    setting="[latents] weights",
+    kind=("_class_name", "AutoencoderKL"),
+)
+
+
+class LatentEncoder:
+    """Mean and log-variance of the autoencoder's posterior for the crop that training would take of an image.
+
+    An ``ImageModel``. The latents are not scaled: training samples ``mean + exp(logvar / 2) * noise`` and multiplies
+    that by the ``scaling_factor`` of the autoencoder's config (0.18215 for Stable Diffusion 1.5).
+
+    Everything is computed in float32, on a GPU too: this autoencoder's activations overflow in float16, and
+    bfloat16 has 8 bits of precision where the artifact has 11. Its convolutions use the GPU's matrix units all the
+    same, as TF32 (11 bits), which PyTorch allows by default.
+    """
+
+    def __init__(self, vae: Any, *, resolution: int, device: torch.device) -> None:
+        self.vae = vae.to(device).eval()
+        self.resolution = resolution
+        self.device = device
+        self.shape = latent_shape(resolution, vae.config)
+
+    def decode(self, record: Record, data: bytes) -> NDArray[np.uint8]:
+        """(R, R, 3) uint8: the training crop.
+
+        Raises:
+            RecordError: ``bad_image`` or ``image_size``.
+        """
+        return training_crop(open_rgb(record, data), self.resolution)
+
+    def batch_key(self, decoded: NDArray[np.uint8]) -> tuple[int, ...]:
+        """All crops have one shape."""
+        return decoded.shape
+
+    def infer(self, batch: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+        """For each crop (2L, h, w) float32: the mean, then the log-variance (within -30 and 20)."""
+        import torch
+
+        with torch.inference_mode():
+            levels = torch.from_numpy(np.stack(batch)).to(self.device)
+            images = levels.permute(0, 3, 1, 2).contiguous().float() / 255  # (B, 3, R, R)
+            posterior = self.vae.encode((images - 0.5) / 0.5).latent_dist
+            moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
+            return list(moments.float().cpu().numpy())
+
+    def encode(self, record: Record, decoded: NDArray[np.uint8], output: NDArray[np.float32]) -> bytes:
+        """(2L, h, w) float16, little-endian, C order, without a header.
+
+        Raises:
+            RecordError: ``not_finite``: NaN, infinite or too large for float16.
+        """
+        with np.errstate(over="ignore"):
+            latents = output.astype("<f2")
+        if not np.isfinite(latents).all():
+            raise RecordError("not_finite", "the autoencoder's latents are not finite or exceed float16")
+        return latents.tobytes()
+
+
+def load_latent_encoder(*, weights: Path, resolution: int = 512, device: str = "auto") -> LatentEncoder:
+    """The encoder of a diffusers ``AutoencoderKL`` folder.
+
+    Weights in a ``.bin`` file, which is a pickle, are read by diffusers with ``weights_only=True``.
+
+    Args:
+        weights: the folder.
+        resolution: side of the training crop in pixels.
+        device: ``auto``, ``cpu`` or ``cuda:N``.
+
+    Raises:
+        ExpectedError: the folder is not there, not that of such a model, broken, or has missing or unexpected keys;
+            or the resolution does not fit the model.
+        ValueError: there is no such device.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+
+    chosen = choose_device(device)
+    vae = load_strictly(
+        VAE,
+        weights,
+        lambda folder: AutoencoderKL.from_pretrained(
+            folder,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed then, and load_strictly names them
+            low_cpu_mem_usage=False,  # the other way needs accelerate
+            torch_dtype=torch.float32,
+        ),
+    )
+    return LatentEncoder(vae, resolution=resolution, device=chosen)
+
+
+def latent_shape(resolution: int, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Shape (2L, h, w) of the artifact for an autoencoder's config.
+
+    Raises:
+        ExpectedError: the resolution is not a multiple of what the autoencoder divides it by.
+    """
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if resolution < factor or resolution % factor:
+        raise ExpectedError(
+            f"[latents] resolution: expected a multiple of {factor}, as the autoencoder needs it, found {resolution}"
+        )
+    return 2 * int(config["latent_channels"]), resolution // factor, resolution // factor
+
+
+def training_crop(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
+    """(R, R, 3) uint8: the short side resized to R, then the centre cropped.
+
+    The same pixels as torchvision's ``Resize(R)`` (bilinear) and ``CenterCrop(R)`` of the PIL image. Where the long
+    side is more than ``LONGEST_SIDES`` times the short one, only the crop is computed, since the whole resized image
+    could fill any memory; positions then round differently, so that some pixels may differ by one level.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    resized_long = int(resolution * long / short)
+    resized_wh = (resolution, resized_long) if width <= height else (resized_long, resolution)
+    left, top = (round((side - resolution) / 2) for side in resized_wh)
+    if long <= LONGEST_SIDES * short:
+        resized = image.resize(resized_wh, Image.Resampling.BILINEAR)
+        return np.array(resized.crop((left, top, left + resolution, top + resolution)))
+    across, down = width / resized_wh[0], height / resized_wh[1]
+    right, bottom = min((left + resolution) * across, width), min((top + resolution) * down, height)
+    box = (left * across, top * down, right, bottom)
+    return np.array(image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box))
+
+
+def open_rgb(record: Record, data: bytes) -> Image.Image:
+    """An image file as an RGB image of the annotated size; an orientation tag turns nothing, as in the index.
+
+    Raises:
+        RecordError: not an image, broken, or of more pixels than PIL decodes (``bad_image``); or of another size
+            than annotated (``image_size``), which is found before anything is decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.size != record.size_wh:
+                expected = f"the annotated {record.size_wh[0]} x {record.size_wh[1]} pixels"
+                raise RecordError(
+                    "image_size", f"expected {expected}, found {image.size[0]} x {image.size[1]}"
+                )
+            return image.convert("RGB")
+    except RecordError:
+        raise
+    except UnidentifiedImageError:  # whose own message holds a memory address
+        raise RecordError("bad_image", f"expected an image ({', '.join(FORMATS)}), found none") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RecordError("bad_image", f"the image cannot be decoded: {error}") from None
+
+
+def load_strictly(
+    expected: WeightsFolder, folder: Path, load: Callable[[Path], tuple[Any, Mapping[str, Any]]]
+) -> Any:
+    """A model from a local folder, all of whose weights are the file's.
+
+    Args:
+        expected: what the folder has to be.
+        folder: where it is.
+        load: a ``from_pretrained`` that returns the model and its loading info.
+
+    Raises:
+        ExpectedError: the folder or a file is missing, broken or another model's, or keys do not match; the message
+            names the setting, the folder and what to get.
+    """
+    from safetensors import SafetensorError
+
+    where = f"{expected.setting}: {folder}"
+    remedy = f"Get {expected.what} from {expected.source} ({expected.files})"
+    if not folder.is_dir():
+        raise ExpectedError(
+            f"{where} is not a folder. {remedy} and put it there, or set {expected.setting} to where it is."
+        )
+    key, value = expected.kind
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        found = config.get(key) if isinstance(config, dict) else None
+    except (OSError, ValueError) as error:
+        raise ExpectedError(f"{where}: config.json cannot be read: {error}. {remedy}.") from None
+    if found != value:
+        raise ExpectedError(f"{where}: expected {key} = {value} in config.json, found {found}. {remedy}.")
+    try:
+        model, info = load(folder)
+    except (
+        OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError
+    ) as error:  # fmt: skip
+        raise ExpectedError(
+            f"{where}: the weights cannot be read: {error}. A file may be missing or cut short. {remedy}."
+        ) from error
+    wrong = [_keys(name, info[f"{name}_keys"]) for name in ("missing", "unexpected", "mismatched")]
+    if any(wrong):
+        raise ExpectedError(
+            f"{where}: expected {value}'s own keys: {'; '.join(filter(None, wrong))}. {remedy}."
+        )
+    return model
+
+
+def _keys(how: str, keys: Sequence[Any]) -> str:
+    """For example "2 missing (a, b)"; mismatched ones come with their shapes."""
+    names = sorted(each if isinstance(each, str) else str(each[0]) for each in keys)
+    more = ", ..." if len(names) > _KEYS_NAMED else ""
+    return f"{len(names)} {how} ({', '.join(names[:_KEYS_NAMED])}{more})" if names else ""
+
+
+def build_tiny(folder: Path) -> None:
+    """Write a very small autoencoder with random weights, the same ones each time, in diffusers' format."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 4, 4),
+            norm_num_groups=2,
+            latent_channels=4,
+            sample_size=64,
+        )
+    vae.save_pretrained(folder)
+    mark_random(folder)
+
+
+def mark_random(folder: Path) -> None:
+    """Say beside weights that they are random, for the provenance of what is made with them."""
+    (folder / "spctrl.json").write_text(json.dumps({"weights": "random"}) + "\n")

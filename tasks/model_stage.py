@@ -1,0 +1,110 @@
+"""Stages that run an image model over the images: loaded once a process, in batches, keyed by its weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import luigi
+
+from tasks import settings
+from tasks.base import digest_cache
+from tasks.executor import run_jobs
+from tasks.images import ImageFiles
+from tasks.inputs import MISSING
+
+if TYPE_CHECKING:
+    from tasks.store import Location
+    from tasks.work import Batch, ModelBatch
+
+RECORDS_PER_PACK = 64
+"""What a killed build may lose: inference is dear, so its results are kept soon."""
+
+
+class Weights(luigi.ExternalTask):
+    """A weight file or folder, which the user puts in place."""
+
+    name = luigi.Parameter(description="entry of configs/weights.yaml")
+    path = luigi.Parameter()
+
+    def output(self) -> luigi.LocalTarget:
+        return luigi.LocalTarget(self.path)
+
+    def complete(self) -> bool:
+        if Path(self.path).exists():
+            return True
+        from spctrl.weights import known_weights
+
+        entry = known_weights()[self.name]
+        luigi.task.logger.error(
+            "expected weights at %s, found none. They are %s: get %s from %s (licence: %s) and put it there, or name "
+            "another place with the setting `weights` beside %s",
+            self.path, entry.what, Path(entry.file).name, entry.publisher, entry.licence, entry.setting,
+        )  # fmt: skip
+        return False
+
+
+class ModelStage(ImageFiles):
+    """A record stage whose function loads an image model: ``function(**arguments, **loading)``."""
+
+    section: ClassVar[type[Any]]
+
+    def weights_name(self) -> str:
+        """Entry of configs/weights.yaml."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def weights_path(self) -> Path:
+        if self.section().weights:
+            return Path(self.section().weights)
+        from spctrl.weights import known_weights
+
+        return Path(settings.paths().weights) / known_weights()[self.weights_name()].file
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """Digest of the weights' contents, wherever they lie."""
+        cache, path = digest_cache(self.store.root), self.weights_path
+        if not path.is_dir():
+            return cache.file_digest(path)
+        names = sorted(str(each.relative_to(path)) for each in path.rglob("*") if each.is_file())
+        return cache.list_digest(str(path), names) or MISSING
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.index_task(), Weights(name=self.weights_name(), path=str(self.weights_path))]
+
+    def inputs(self) -> dict[str, str] | None:
+        return None if self.weights_digest == MISSING else super().inputs()
+
+    def records_per_pack(self, total: int) -> int:
+        return RECORDS_PER_PACK
+
+    def weights_note(self) -> str | None:
+        from spctrl.weights import are_random
+
+        return "random" if are_random(self.weights_path) else self.weights_digest
+
+    def work_through(self, batches: Iterator[Batch]) -> Iterator[dict[str, Location]]:
+        from tasks.work import make_model_pack
+
+        # One process, which has the device to itself, and which CUDA's faults cannot take the build along with.
+        return run_jobs(
+            make_model_pack, cast("Iterator[ModelBatch]", batches), workers=1, start_method="spawn"
+        )
+
+    def batch(self, **work: Any) -> Batch:
+        from tasks.work import ModelBatch
+
+        parameters = {name: value for name, value in self.arguments().items() if name != "weights_digest"}
+        return ModelBatch(
+            function=self.function,
+            parameters=parameters,
+            loading={"weights": self.weights_path, "device": settings.executor().device},
+            batch_size=self.section().batch_size,
+            store_root=self.store.root,
+            stage=self.stage,
+            suffix=self.suffix,
+            **work,
+        )

@@ -1,0 +1,381 @@
+"""Names and texts of the triplet folders, as the released loaders read them, and how source images get there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spctrl.datasets import AP10K, HUMANART, Dataset
+from spctrl.export import LINK_WAYS, categories_json, link_file, record_lines
+from spctrl.layout import Layout
+
+ANIMAL = "000000001996.jpg"
+PERSON = "HumanArt/images/2D_virtual_human/digital_art/000000001648.jpg"
+SCENARIO = "2D_virtual_human/digital_art/000000001648"
+Json = dict[str, Any]
+
+
+def layout(
+    dataset: Dataset, names: str = "readme", split: str = "train", style: str = "openpose", n: str = "1"
+) -> Layout:
+    return Layout(dataset=dataset, split=split, split_id=n, names=names, openpose_style=style)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("condition", "readme", "released"),
+    [
+        ("spatext", "pose_kptindex", "pose_kptindex"),
+        ("openpose", "mmpose_skeleton", "train_split1_openpose_skeleton"),
+        ("mask", "sam_hq_mask", "sam_hq_mask"),
+        ("depth", "zeo_depth", "zeo_depth"),
+        ("masked_depth", "zeo_depth_masked", "zeo_depth_masked"),
+    ],
+)
+def test_condition_folders_of_ap10k(condition: str, readme: str, released: str) -> None:
+    assert layout(AP10K).condition(condition, ANIMAL) == f"{readme}/000000001996.png"
+    assert layout(AP10K, "released").condition(condition, ANIMAL) == f"{released}/000000001996.png"
+
+
+@pytest.mark.parametrize(
+    ("condition", "folder"),
+    [
+        ("spatext", "humanart_kptindex"),
+        ("openpose", "humanart_openpose"),
+        ("mask", "sam_hq_mask"),
+        ("depth", "zeo_depth"),
+        ("masked_depth", "zeo_depth_masked"),
+    ],
+)
+@pytest.mark.parametrize("names", ["readme", "released"])
+def test_condition_folders_of_humanart(condition: str, folder: str, names: str) -> None:
+    assert layout(HUMANART, names).condition(condition, PERSON) == f"{folder}/{SCENARIO}.png"
+
+
+@pytest.mark.parametrize(("split", "n"), [("train", "1"), ("val", "1"), ("val", "3"), ("test", "2")])
+def test_released_renders_have_a_folder_for_each_split(split: str, n: str) -> None:
+    skeletons = layout(AP10K, "released", split, n=n)
+    keypoints = layout(AP10K, "released", split, "keypoints", n=n)
+    folder = f"{split}_split{n}_openpose"
+    assert skeletons.condition("openpose", ANIMAL) == f"{folder}_skeleton/000000001996.png"
+    assert keypoints.condition("openpose", ANIMAL) == f"only_keypoint/{folder}_keypoint/000000001996.png"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "readme", "released"),
+    [
+        (AP10K, "train", "train_split1.jsonl", "train_split1.jsonl"),
+        (AP10K, "val", "val_split1.jsonl", "val_split1.jsonl"),
+        (HUMANART, "train", "train_split1.jsonl", "humanart_training.jsonl"),
+        (HUMANART, "val", "val_split1.jsonl", "humanart_validation.jsonl"),
+    ],
+)
+def test_text_files(dataset: Dataset, split: str, readme: str, released: str) -> None:
+    assert layout(dataset, "readme", split).records == readme
+    assert layout(dataset, "released", split).records == released
+    assert layout(dataset, "readme", split).categories == "categories.jsonl"
+    assert layout(dataset, "released", split).categories == "catgories.jsonl"
+    assert layout(dataset, "readme", split).manifest == f"manifests/{split}_split1.parquet"
+
+
+def test_folders_images_and_heatmaps() -> None:
+    assert (layout(AP10K).folder, layout(HUMANART).folder) == ("AP-10K_triplet", "HumanArt_triplet")
+    assert layout(AP10K).image(ANIMAL) == "data/000000001996.jpg"
+    assert layout(HUMANART).image(PERSON) == f"images/{SCENARIO}.jpg"
+    assert layout(AP10K).heatmaps(ANIMAL) == "heatmap_multichannel_npy/000000001996.npy"
+    assert layout(HUMANART).heatmaps(PERSON) == f"humanart_heatmap_multichannel_npy/{SCENARIO}.npy"
+    assert layout(HUMANART).pose(PERSON) == f"pose/{SCENARIO}.json"
+    assert layout(HUMANART).dirname(PERSON) == "HumanArt/images/2D_virtual_human/digital_art"
+
+
+def test_a_name_without_the_datasets_own_name_leads_to_the_same_place() -> None:
+    short = PERSON.removeprefix("HumanArt/")
+    found = layout(HUMANART)
+    assert found.image(short) == found.image(PERSON)
+    assert found.condition("spatext", short) == found.condition("spatext", PERSON)
+    assert found.dirname(short) == found.dirname(PERSON)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("a.b.jpg", "a.b"), ("plain", "plain"), ("x.d/plain", "x.d/plain"), ("x.d/a.jpeg", "x.d/a")],
+)
+def test_only_the_suffix_is_replaced(name: str, stem: str) -> None:
+    assert layout(AP10K).condition("spatext", name) == f"pose_kptindex/{stem}.png"
+
+
+@pytest.mark.parametrize("dataset", [AP10K, HUMANART])
+@pytest.mark.parametrize("names", ["readme", "released"])
+def test_no_two_conditions_share_a_folder(dataset: Dataset, names: str) -> None:
+    conditions = ("spatext", "openpose", "mask", "depth", "masked_depth")
+    assert len({layout(dataset, names).condition(each, PERSON) for each in conditions}) == len(conditions)
+
+
+def test_annotation_files_of_the_raw_datasets() -> None:
+    assert AP10K.annotation_path("val", "2") == "annotations/ap10k-val-split2.json"
+    assert HUMANART.annotation_path("train", "humanart_coco") == "annotations/training_humanart_coco.json"
+    assert (
+        HUMANART.annotation_path("val", "humanart_oil_painting")
+        == "annotations/validation_humanart_oil_painting.json"
+    )
+    with pytest.raises(ValueError, match="split of HumanArt among train, val, found 'test'"):
+        HUMANART.annotation_path("test", "humanart")
+
+
+# JSON lines
+
+RAW_ANNOTATIONS = [
+    '{"id": 7, "image_id": 2, "bbox": [1.50, 2, 3e1, 4], "keypoints": [], "\\u00e9": "\\ud83e\\udd8a"}',
+    '{"image_id": 1, "id": 8, "area": 12345678901234567890.123456789, "nested": {"b": [true, null], "a": -0.0}}',
+    '{"id": 9, "image_id": 2, "iscrowd": 0, "text": "a \\/ b"}',
+]
+"""With the white space that Python's json writes, which the lines have too."""
+
+
+def annotation_file(folder: Path, images: list[Json], comma: str = ", ", colon: str = ": ") -> Path:
+    path = folder / "annotations.json"
+    annotations = [each.replace(", ", comma).replace(": ", colon) for each in RAW_ANNOTATIONS]
+    fox = {"id": 1, "name": "fox", "supercategory": "Canidae", "keypoints": ["left_eye", "root_of_tail"]}
+    categories = [{**fox, "skeleton": [[1, 2]]}, {"id": 12, "name": "polar bear"}]
+    sections = (json.dumps(images), f"[{comma.join(annotations)}]", json.dumps(categories))
+    path.write_text('{{"images": {}, "annotations": {}, "categories": {}}}'.format(*sections))
+    return path
+
+
+def animal(image_id: int, **more: Any) -> Json:
+    return {
+        "id": image_id,
+        "file_name": f"{image_id}.jpg",
+        "width": 640,
+        "height": 480,
+        "background": 9,
+        **more,
+    }
+
+
+def person(image_id: int, **more: Any) -> Json:
+    return {
+        "id": image_id,
+        "file_name": f"HumanArt/images/real_human/dance/{image_id}.jpg",
+        "width": 640,
+        "height": 480,
+        "picture_name": "Swan — 白鳥",
+        "category": "dance",
+        "description": "a dancer",
+        **more,
+    }
+
+
+def test_lines_are_those_of_the_wanted_images_in_file_order(tmp_path: Path) -> None:
+    path = annotation_file(tmp_path, [animal(2), animal(3), animal(1)])
+    found = list(record_lines(path, layout(AP10K), {1, 2}))
+    assert [name for name, _ in found] == ["2.jpg", "1.jpg"]
+    assert [json.loads(line)["image_id"] for _, line in found] == [2, 1]
+
+
+def test_a_line_of_ap10k_has_the_documented_fields(tmp_path: Path) -> None:
+    path = annotation_file(tmp_path, [animal(2, extra="x"), animal(1, background=None)])
+    lines = [json.loads(line) for _, line in record_lines(path, layout(AP10K), {1, 2})]
+    assert list(lines[0]) == ["filename", "image_id", "height", "width", "anns", "background"]
+    assert {key: value for key, value in lines[0].items() if key != "anns"} == {
+        "filename": "2.jpg",
+        "image_id": 2,
+        "height": 480,
+        "width": 640,
+        "background": 9,
+    }
+    assert lines[1]["background"] is None
+
+
+def test_a_line_of_humanart_has_the_documented_fields(tmp_path: Path) -> None:
+    path = annotation_file(tmp_path, [person(2), person(1, description=None), person(5, description="")])
+    lines = [json.loads(line) for _, line in record_lines(path, layout(HUMANART), {1, 2, 5})]
+    assert {key: value for key, value in lines[0].items() if key != "anns"} == {
+        "filename": "2.jpg",
+        "image_id": 2,
+        "height": 480,
+        "width": 640,
+        "dirname": "HumanArt/images/real_human/dance",
+        "picture_name": "Swan — 白鳥",
+        "category": "dance",
+        "caption": ["a dancer"],
+    }
+    assert [line["caption"] for line in lines[1:]] == [[], []]
+    assert lines[2]["anns"] == []
+
+
+def test_raw_annotation_objects_stay_as_they_are_to_the_byte(tmp_path: Path) -> None:
+    path = annotation_file(tmp_path, [animal(2), animal(1)])
+    lines = dict(record_lines(path, layout(AP10K), {1, 2}))
+    assert f'"anns": [{RAW_ANNOTATIONS[0]}, {RAW_ANNOTATIONS[2]}]'.encode() in lines["2.jpg"]
+    assert f'"anns": [{RAW_ANNOTATIONS[1]}]'.encode() in lines["1.jpg"]
+
+
+@pytest.mark.parametrize(("comma", "colon"), [(",", ":"), (",\n    ", ": "), (" ,\r\n\t", " :\n")])
+def test_a_line_is_the_same_line_whatever_the_white_space_of_the_file(
+    tmp_path: Path, comma: str, colon: str
+) -> None:
+    images = [animal(2), animal(1)]
+    expected = list(record_lines(annotation_file(tmp_path, images), layout(AP10K), {1, 2}))
+    found = list(record_lines(annotation_file(tmp_path, images, comma, colon), layout(AP10K), {1, 2}))
+    assert found == expected
+    assert not any(b"\n" in line or b"\r" in line for _, line in found)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "7",
+        "null",
+        "[]",
+        "{}",
+        '{"id": "2", "image_id": "2"}',
+        '{"id": [2], "image_id": [2]}',
+        '{"id": 3, "x": 1e999}',
+        '{"id": 1e999}',
+    ],
+)
+@pytest.mark.parametrize("section", ["images", "annotations"])
+def test_entries_that_the_index_rejected_do_not_stop_the_others(
+    tmp_path: Path, section: str, entry: str
+) -> None:
+    path = annotation_file(tmp_path, [animal(2)])
+    path.write_text(path.read_text().replace(f'"{section}": [', f'"{section}": [{entry}, '))
+    ((name, line),) = record_lines(path, layout(AP10K), {2})
+    assert name == "2.jpg"
+    assert [each["id"] for each in json.loads(line)["anns"]] == [7, 9]
+
+
+def test_categories_are_one_object_with_spaces_in_keypoint_names(tmp_path: Path) -> None:
+    found = json.loads(categories_json(annotation_file(tmp_path, [animal(1)])))
+    assert list(found) == ["1", "12"]
+    assert found["1"] == {
+        "id": 1,
+        "name": "fox",
+        "supercategory": "Canidae",
+        "keypoints": ["left eye", "root of tail"],
+        "skeleton": [[1, 2]],
+    }
+    assert found["12"] == {
+        "id": 12,
+        "name": "polar bear",
+        "supercategory": "",
+        "keypoints": [],
+        "skeleton": [],
+    }
+
+
+# Links
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "raw/1.jpg"
+    path.parent.mkdir()
+    path.write_bytes(b"image")
+    return path
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "export/1.jpg"
+    path.parent.mkdir()
+    return path
+
+
+def put(source: Path, target: Path, way: str) -> None:
+    link_file(source, target, way, temporary=target.with_name("temporary"))
+
+
+def kind_of(source: Path, target: Path) -> str:
+    if target.is_symlink():
+        return "symbolic"
+    return "hard" if target.samefile(source) else "copy"
+
+
+@pytest.mark.parametrize("way", LINK_WAYS)
+def test_an_image_gets_there_each_way(source: Path, target: Path, way: str) -> None:
+    put(source, target, way)
+    assert target.read_bytes() == b"image"
+    assert kind_of(source, target) == ("hard" if way == "auto" else way)
+    assert sorted(path.name for path in target.parent.iterdir()) == ["1.jpg"]
+
+
+@pytest.mark.parametrize("way", LINK_WAYS)
+@pytest.mark.parametrize("before", LINK_WAYS)
+def test_what_is_there_is_replaced_without_touching_the_source(
+    source: Path, target: Path, before: str, way: str
+) -> None:
+    put(source, target, before)
+    other = source.with_name("2.jpg")
+    other.write_bytes(b"another image")
+    for wanted in (other, source, source):
+        put(wanted, target, way)
+        assert target.read_bytes() == wanted.read_bytes()
+    assert kind_of(source, target) == ("hard" if way == "auto" else way)
+    assert (source.read_bytes(), other.read_bytes()) == (b"image", b"another image")
+    assert sorted(path.name for path in target.parent.iterdir()) == ["1.jpg"]
+
+
+def test_a_dangling_link_is_replaced(source: Path, target: Path) -> None:
+    target.symlink_to(target.with_name("nowhere"))
+    put(source, target, "copy")
+    assert target.read_bytes() == b"image"
+    assert not target.with_name("nowhere").exists()
+
+
+@pytest.mark.parametrize("way", ["hard", "symbolic"])
+def test_a_link_leads_to_the_file_itself_and_not_to_a_link(source: Path, target: Path, way: str) -> None:
+    alias = source.with_name("alias.jpg")
+    alias.symlink_to("1.jpg")
+    put(alias, target, way)
+    alias.unlink()
+    assert target.read_bytes() == b"image"
+    assert kind_of(source, target) == way
+
+
+def test_a_relative_source_works(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.parent)
+    for way in LINK_WAYS:
+        put(Path("1.jpg"), target, way)
+        assert target.read_bytes() == b"image"
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+
+def test_auto_takes_the_first_way_that_works(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", refuse)
+    put(source, target, "auto")
+    assert kind_of(source, target) == "symbolic"
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    put(source, target, "auto")
+    assert kind_of(source, target) == "copy"
+
+
+def test_a_way_that_does_not_work_is_an_error_and_keeps_what_is_there(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target.write_bytes(b"old")
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(OSError, match="cross-device"):
+        put(source, target, "hard")
+    assert target.read_bytes() == b"old"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["1.jpg"]
+
+
+@pytest.mark.parametrize("way", ["hard", "copy"])
+def test_a_missing_source_is_an_error(source: Path, target: Path, way: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        put(source.with_name("gone.jpg"), target, way)
+    assert list(target.parent.iterdir()) == []

@@ -74,7 +74,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
-# The tests need no torch, so none is installed for them.
+# The tests run the image models with tiny weights, so torch is among what they need.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,models]'
 	@touch $@ $(VENV)/.core

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import luigi
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipelines import BuildDataset
@@ -190,6 +191,18 @@ def sample(
 
 
 @app.command()
+def tiny_weights(folder: Annotated[Path, typer.Argument(help="for [paths] weights")]) -> None:
+    """Write very small models with random weights, in the formats of the real ones, to try the pipeline with.
+
+    Whatever is made with them says `weights: random`.
+    """
+    from spctrl.image_models.tiny import write_tiny_weights
+
+    for name, path in write_tiny_weights(folder):
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, found and writable, and which datasets can be built. Exits with 1 when none can."""
     versions = Table("package", "version", box=None, pad_edge=False)
@@ -213,9 +226,25 @@ def doctor() -> None:
     console.print()
     console.print(found)
     console.print(f"\nconditions of the settings: {', '.join(build.conditions)}", highlight=False)
+    console.print()
+    console.print(_weights_table())
     if not possible:
         console.print("No dataset can be built: say where one is in luigi.cfg, or try `spctrl sample`.")
         raise typer.Exit(FOUND_SOMETHING)
+
+
+def _weights_table() -> Table:
+    """Which weights of configs/weights.yaml are there, and which settings they make possible."""
+    from spctrl.weights import are_random, known_weights
+
+    table = Table("weights", "for", "there", box=None, pad_edge=False)
+    for name, entry in known_weights().items():
+        path = Path(settings.paths().weights) / entry.file
+        there = (
+            "random" if are_random(path) else "yes" if path.exists() else f"[dim]no: {entry.publisher}[/dim]"
+        )
+        table.add_row(name, escape(entry.setting), there)
+    return table
 
 
 def _version_or_none(distribution: str) -> str | None:

@@ -50,6 +50,20 @@ def mask_depth(record: Record, depth_png: bytes, mask_png: bytes) -> bytes:
     return encode_png(cv2.merge([np.where(mask == 255, depth, np.uint8(0))] * 3))
 
 
+def mask_iou(mask_png: bytes, truth_png: bytes) -> float:
+    """Intersection over union of two masks of one size, 0 to 1; two empty masks agree."""
+    mask, truth = (_foreground(data) for data in (mask_png, truth_png))
+    union = np.count_nonzero(mask | truth)
+    return np.count_nonzero(mask & truth) / union if union else 1.0
+
+
+def _foreground(mask_png: bytes) -> NDArray[np.bool_]:
+    pixels = cv2.imdecode(np.frombuffer(mask_png, np.uint8), cv2.IMREAD_GRAYSCALE)
+    if pixels is None:
+        raise ValueError("expected a mask as an image file, found bytes that do not decode to one")
+    return np.asarray(pixels > 0)
+
+
 def encode_png(pixels: cv2.typing.MatLike) -> bytes:
     """(H, W) or (H, W, 3) uint8 as a PNG file."""
     done, data = cv2.imencode(".png", pixels)

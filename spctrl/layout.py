@@ -64,7 +64,10 @@ class Layout:
     def image(self, file_name: str) -> str:
         return self.dataset.image_path(file_name)
 
-    def condition(self, name: str, file_name: str) -> str:
+    def condition(self, name: str, file_name: str) -> str | None:
+        """None for latents: they stay in the store's packs, which loaders map into memory."""
+        if name == "latents":
+            return None
         return f"{self._condition_folder(name)}/{self.dataset.artifact_stem(file_name)}.png"
 
     def heatmaps(self, file_name: str) -> str:

@@ -14,6 +14,7 @@ from tasks.base import StageTask
 from tasks.images import FileStage
 from tasks.index import DatasetStage
 from tasks.model_stage import ModelStage
+from tasks.packs import SAFETENSORS
 from tasks.record_stage import NOTHING, Prepared, RecordStage, artifact_locations
 from tasks.store import digest, parquet_bytes
 
@@ -218,7 +219,22 @@ class MaskedDepth(FromArtifacts):
         return [self.clone(condition_class("depth")), self.clone(condition_class("mask"))]
 
 
-CONDITIONS = ("spatext", "openpose", "mask", "depth", "masked_depth")
+class Latents(ModelStage):
+    """Stable Diffusion's latents of the training crop, for training without its image encoder."""
+
+    stage = "latents"
+    function = "spctrl.image_models.latents:load_latent_encoder"
+    section = settings.latents
+    suffix = SAFETENSORS
+
+    def weights_name(self) -> str:
+        return "vae"
+
+    def parameters(self) -> dict[str, Any]:
+        return {"resolution": settings.latents().resolution, "weights_digest": self.weights_digest}
+
+
+CONDITIONS = ("spatext", "openpose", "mask", "depth", "masked_depth", "latents")
 
 
 def condition_class(name: str) -> type[StageTask]:
@@ -230,4 +246,5 @@ def condition_class(name: str) -> type[StageTask]:
         "mask": Mask if settings.mask().backend == precomputed else SegmentedMask,
         "depth": Depth if settings.depth().backend == precomputed else EstimatedDepth,
         "masked_depth": MaskedDepth,
+        "latents": Latents,
     }[name]

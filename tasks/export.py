@@ -242,8 +242,8 @@ class Export(Manifest):
                 if row["image_path"] is not None:
                     yield Wanted(row["image_path"], f"{link} {row['image_digest']}", IMAGE, image_id, name)
                 for condition in self.conditions:
-                    made_from = row[f"{condition}_digest"]
-                    yield Wanted(row[f"{condition}_path"], made_from, condition, image_id, name)
+                    if (path := row[f"{condition}_path"]) is not None:
+                        yield Wanted(path, row[f"{condition}_digest"], condition, image_id, name)
                 if self.has_heatmaps:
                     made_from = digest(code, drawings[image_id])
                     yield Wanted(self.layout.heatmaps(name), made_from, HEATMAPS, image_id, name)

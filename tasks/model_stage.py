@@ -51,6 +51,11 @@ class ModelStage(ImageFiles):
 
     section: ClassVar[type[Any]]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if settings.executor().device != "cpu":
+            self.resources = {"gpu": 1}
+
     def weights_name(self) -> str:
         """Entry of configs/weights.yaml."""
         raise NotImplementedError

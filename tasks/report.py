@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from spctrl.audit import SplitTables
 
 PAGE = "report.html"
+MASKS_COMPARED = 200
+"""At most about so many images of a split are compared with known masks."""
 TEMPLATE = "spctrl/templates/report.html.j2"
 
 
@@ -92,7 +94,8 @@ class Report(StageTask):
                 splits.append(audit_split(split_tables(task)))
                 advance(1)
             written_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-            title, notes = "Pose dataset report", [note for task in tasks for note in weights_notes(task)]
+            notes = [note for task in tasks for note in (*weights_notes(task), *truth_notes(task))]
+            title = "Pose dataset report"
             page = render_report(splits, title=title, generated_at=written_at, notes=notes).encode()
         run.write(PAGE, page)
         write_atomic(self.page_path, page)
@@ -104,6 +107,34 @@ def weights_notes(task: Manifest) -> Iterator[str]:
     for name, condition in task.condition_tasks().items():
         if (weights := condition.weights_note()) is not None:
             yield f"{task.spec.title} {task.split}, {name}: weights: {weights}"
+
+
+def truth_notes(task: Manifest) -> Iterator[str]:
+    """How well masks agree with a folder of known ones ([mask] folder), where there is such a folder."""
+    import pyarrow.parquet as pq
+
+    from spctrl.conditions import mask_iou
+
+    truth = Path(settings.mask().folder.format(root=task.root, dataset=task.dataset))
+    if "mask" not in task.conditions or not truth.is_dir():
+        return
+    names = pq.read_table(
+        task.finished_run().path(MANIFEST), columns=["image_id", "file_name"], partitioning=None
+    )
+    rows = names.to_pylist()[:: max(names.num_rows // MASKS_COMPARED, 1)]
+    made = artifact_locations(task.condition_tasks()["mask"].finished_run())
+    ious = []
+    for row in rows:
+        path, found = truth / f"{task.spec.artifact_stem(row['file_name'])}.png", made[row["image_id"]]
+        if path.is_file():
+            mask = task.store.read("mask", found.pack, found.offset, found.size)
+            ious.append(mask_iou(mask, path.read_bytes()))
+    if ious:
+        mean, backend = sum(ious) / len(ious), settings.mask().backend
+        yield (
+            f"{task.spec.title} {task.split}, masks by {backend}: mean IoU {mean:.3f} against {truth} "
+            f"({len(ious):,} images)"
+        )
 
 
 def split_tables(task: Manifest) -> SplitTables:
@@ -138,7 +169,7 @@ def split_tables(task: Manifest) -> SplitTables:
         split=task.split,
         manifest=manifest,
         rejects=pq.read_table(run.path(REJECTS), partitioning=None),
-        conditions=task.conditions,
+        conditions=tuple(name for name in task.conditions if name != "latents"),  # nothing to look at
         read_image=read_image,
         read_condition=read_condition,
     )

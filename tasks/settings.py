@@ -100,6 +100,12 @@ class depth(luigi.Config):
     batch_size = luigi.IntParameter(default=4, description="images in one pass")
 
 
+class latents(luigi.Config):
+    resolution = luigi.IntParameter(default=512, description="side of the training crop in pixels")
+    weights = luigi.Parameter(default="", description="folder; default: the one of configs/weights.yaml")
+    batch_size = luigi.IntParameter(default=4, description="images in one pass")
+
+
 class export(luigi.Config):
     names = luigi.ChoiceParameter(
         default="readme",
@@ -118,7 +124,7 @@ class export(luigi.Config):
     )
 
 
-SECTIONS = (paths, ap10k, humanart, executor, index, spatext, openpose, mask, depth, export)
+SECTIONS = (paths, ap10k, humanart, executor, index, spatext, openpose, mask, depth, latents, export)
 
 
 def dataset_of(name: str) -> Dataset:

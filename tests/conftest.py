@@ -23,7 +23,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
-CODE_PACKAGES = ("spctrl", "eval", "tasks", "pipelines")
+CODE_FOLDERS = ("spctrl", "eval", "tasks", "pipelines", "configs")
 ANNOTATION_FILES = {
     ("ap10k", "train"): "AP-10K/annotations/ap10k-train-split1.json",
     ("ap10k", "val"): "AP-10K/annotations/ap10k-val-split1.json",
@@ -338,7 +338,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's packages as they are now, so that an edit while tests run does not come between two builds."""
     folder = tmp_path_factory.mktemp("code")
-    for package in CODE_PACKAGES:
+    for package in CODE_FOLDERS:
         if (REPOSITORY / package).is_dir():
             shutil.copytree(
                 REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")

@@ -217,6 +217,7 @@ def test_batch_size_order_and_passes_change_nothing(
     for masks, each in zip(expected[::-1], run(segmenter, scenes[::-1]), strict=True):
         assert_same(masks_of(each), masks)
     monkeypatch.setattr(segments, "PROMPTS_PER_PASS", 2)
+    monkeypatch.setattr(segments, "PROCESSOR_PASS_PX", 0)
     for masks, each in zip(expected, run(segmenter, scenes, batch_size=5), strict=True):
         assert_same(masks_of(each), masks)
 
@@ -232,6 +233,9 @@ def test_images_are_encoded_once_and_together(
     assert seen == [len(scenes)]
     run(segmenter, [nobody, nobody])
     assert seen == [len(scenes)]
+    monkeypatch.setattr(segments, "PROCESSOR_PASS_PX", 2 * 128 * 128)
+    run(segmenter, scenes, batch_size=7)
+    assert seen[1:] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("backend", ["sam", "sam_hq"])

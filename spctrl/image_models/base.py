@@ -1,7 +1,7 @@
 """What all image models share: batches, devices, and running out of memory.
 
-A model works in three steps. ``decode`` and ``encode`` are the processor's and run in threads beside ``infer``, which is the
-device's, so that neither waits for the other.
+A model works in three steps. ``decode`` and ``encode`` are the processor's and run in threads beside ``infer``,
+which is the device's, so that neither waits for the other.
 """
 
 from __future__ import annotations

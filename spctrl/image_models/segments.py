@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 PROMPTS_PER_PASS = 16
 """At the released size a prompt takes about 100 MB in the mask decoder."""
+PROCESSOR_PASS_PX = 512 * 512
+"""Most pixels in a pass of several images on a processor: what does not fit its caches is slower, not faster."""
 
 
 class Prompt(NamedTuple):
@@ -155,6 +157,15 @@ class Segmenter:
         return [Segments(*each) for each in zip(logits.split(counts), ious.split(counts), strict=True)]
 
     def _encode_images(self, images: Sequence[torch.Tensor]) -> _Features:
+        """All images in one pass, or on a processor in as few as are of use."""
+        size = len(images)
+        if self.device.type == "cpu":
+            size = max(PROCESSOR_PASS_PX // self.model.image_encoder.img_size**2, 1)
+        passes = [self._encode_pass(images[start : start + size]) for start in range(0, len(images), size)]
+        embeddings, hqs = zip(*passes, strict=True)
+        return _Features(torch.cat(embeddings), None if hqs[0] is None else torch.cat(hqs))
+
+    def _encode_pass(self, images: Sequence[torch.Tensor]) -> _Features:
         squares = torch.stack([self.model.preprocess(image.to(self.device)) for image in images])
         decoder = self.model.mask_decoder
         with mixed_precision(self.device):

@@ -1,0 +1,31 @@
+"""Measure, print tables with ratios and targets, and write build/benchmarks/<name>.json."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from benchmarks.common import CONSOLE, Report, machine
+
+BENCHMARKS = ("render", "index", "noop")
+"""Modules of this package, each with a function ``run``."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small inputs: shows that it works, the ratios mean little"
+    )
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.names) - set(BENCHMARKS)):
+        parser.error(f"expected names among {', '.join(BENCHMARKS)}, found {', '.join(unknown)}")
+    CONSOLE.print(machine(), highlight=False)
+    for name in arguments.names or BENCHMARKS:
+        report = Report(name, quick=arguments.quick)
+        importlib.import_module(f"benchmarks.{name}").run(report)
+        report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The Luigi graph that a benchmark runs: index, map and render of every record of AP-10K's train and val, no more."""
+
+from __future__ import annotations
+
+import luigi
+
+import pipelines  # noqa: F401 - sets return codes and quietens the log, as in a build
+from tasks.base import StageTask
+from tasks.conditions import CONDITIONS
+
+SPLITS = ("train", "val")
+DRAWN = ("spatext", "openpose")
+
+
+class Drawings(luigi.WrapperTask):
+    """Map and render of every record."""
+
+    def requires(self) -> list[StageTask]:
+        return [CONDITIONS[name](dataset="ap10k", split=split) for split in SPLITS for name in DRAWN]

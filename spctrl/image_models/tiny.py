@@ -1,0 +1,30 @@
+"""Very small models with random weights in the file formats of the real ones, to run everything with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from spctrl.image_models import depth, latents, sam_networks
+from spctrl.weights import known_weights
+
+SEGMENTERS: dict[str, tuple[sam_networks.Backend, sam_networks.ModelType]] = {
+    "sam_hq_vit_b": ("sam_hq", "vit_b"),
+    "sam_hq_vit_tiny": ("sam_hq", "vit_tiny"),
+    "sam_vit_b": ("sam", "vit_b"),
+}
+
+
+def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Write them below a folder under the file names of configs/weights.yaml; gives each name and path."""
+    known = known_weights()
+    for name, (backend, model_type) in SEGMENTERS.items():
+        path = folder / known[name].file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sam_networks.build_tiny(backend, model_type, path)
+        yield name, path
+    for name, build_tiny in (("zoedepth", depth.build_tiny), ("vae", latents.build_tiny)):
+        path = folder / known[name].file
+        path.mkdir(parents=True, exist_ok=True)
+        build_tiny(path)
+        yield name, path

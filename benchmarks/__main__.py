@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks.common import CONSOLE, Report, machine
 
-BENCHMARKS = ("render", "index", "noop")
+BENCHMARKS = ("render", "index", "noop", "masks", "depth")
 """Modules of this package, each with a function ``run``."""
 
 

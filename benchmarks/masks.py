@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.common import BUILD, Report, interleaved
+from benchmarks.common import BUILD, Report, interleaved, ms
 from benchmarks.inputs import SPLITS, ap10k_file, ap10k_root, jpeg_of_size
 from spctrl.datasets import AP10K
 from spctrl.index import write_index
@@ -116,7 +116,7 @@ def _compare(
         (
             name,
             f"{len(work) / cost.wall_s:.2f}",
-            f"{cost.cpu_s / len(work):.2f}",
+            ms(cost.cpu_s / len(work)),
             f"{base_s / cost.wall_s:.2f}",
         )
         for name, cost in costs.items()
@@ -125,7 +125,7 @@ def _compare(
     where = _device_name(device)
     report.table(
         f"Masks by {what} on {where}: {len(work)} images, {instances} instances, medians of {repeats} turns",
-        ("", "images/s", "CPU s/image", "times the released manner"),
+        ("", "images/s", "CPU ms/image", "times the released manner"),
         rows,
         f"From JPEG files in memory to PNG masks. Pixels that differ between the two sides: {different:.4%}.",
     )
@@ -163,8 +163,8 @@ def _work(count: int) -> Work:
 
 
 def _ours(segmenter: Segmenter, work: Work, batch_size: int) -> list[bytes]:
+    from spctrl.conditions import union_mask
     from spctrl.image_models.base import run_model
-    from spctrl.image_models.segments import union_mask
 
     masks = []
     for (record, _), result in zip(work, run_model(segmenter, work, batch_size=batch_size), strict=True):
@@ -229,9 +229,9 @@ def _matrix_rate(device: torch.device, side: int, repeats: int) -> float:
 
     factor = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     factor @ factor
-    torch.accelerator.synchronize(device)
+    torch.cuda.synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         factor @ factor
-    torch.accelerator.synchronize(device)
+    torch.cuda.synchronize(device)
     return 2 * side**3 * repeats / (time.perf_counter() - start)

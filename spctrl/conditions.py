@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import TYPE_CHECKING
 
 import cv2
@@ -48,6 +49,23 @@ def mask_depth(record: Record, depth_png: bytes, mask_png: bytes) -> bytes:
     """Depth x mask / 255 per pixel: an 8-bit RGB PNG that is 0 outside the mask."""
     depth, mask = _decode_gray(record, depth_png, "depth map"), _decode_gray(record, mask_png, "mask")
     return encode_png(cv2.merge([np.where(mask == 255, depth, np.uint8(0))] * 3))
+
+
+def union_mask(record: Record, segments_json: bytes) -> bytes:
+    """The pixels of any instance: an 8-bit single-channel PNG of 0 and 255, of the image's size.
+
+    Args:
+        record: the image's.
+        segments_json: of the stage ``segments``: COCO run lengths of each instance.
+    """
+    from pycocotools import mask as rle  # of the models extra
+
+    instances = json.loads(segments_json)["instances"]
+    width, height = record.size_wh
+    if not instances:
+        return encode_png(np.zeros((height, width), np.uint8))
+    union = rle.decode(rle.merge([{"size": each["size"], "counts": each["counts"]} for each in instances]))
+    return encode_png(np.ascontiguousarray(union) * np.uint8(255))
 
 
 def mask_iou(mask_png: bytes, truth_png: bytes) -> float:

@@ -97,7 +97,7 @@ class StageTask(luigi.Task):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Builds with other settings are other tasks, also to a scheduler that serves several builds.
-        self.task_id = f"{self.task_id}_{digest(settings.settings_text())[:10]}"
+        self.task_id = f"{self.task_id}_{settings.settings_digest()}"
 
     def parameters(self) -> dict[str, Any]:
         """What the result depends on besides code and inputs; JSON values."""
@@ -111,7 +111,7 @@ class StageTask(luigi.Task):
                 continue
             if (ingredients := task.ingredients()) is None:
                 return None
-            found[task.input_name] = ingredients.fingerprint
+            found[task.stage] = ingredients.fingerprint
         return found
 
     def make(self, run: Run) -> dict[str, int]:
@@ -122,11 +122,6 @@ class StageTask(luigi.Task):
     def part(self) -> str:
         """What the result covers: ``<dataset>-<split>``, or ``all``."""
         raise NotImplementedError
-
-    @property
-    def input_name(self) -> str:
-        """What readers of this stage call it."""
-        return self.stage
 
     @functools.cached_property
     def store(self) -> Store:
@@ -191,11 +186,7 @@ class StageTask(luigi.Task):
         self.fill_cache()
         if self.is_up_to_date():
             return
-        run = self.current_run()
-        if run is None:
-            raise RuntimeError(
-                f"the inputs of {self.stage} for {self.part} are not there; build with its upstream stages"
-            )
+        run = self.store.run(self.stage, self.part, self.made_from().fingerprint)
         started = time.time()
         counts = self.make(run)
         if (fault := self.reject_fault(counts)) is not None:
@@ -206,14 +197,12 @@ class StageTask(luigi.Task):
         """Find out what the inputs are where that takes long (reading many files)."""
 
     def commit(self, run: Run, counts: Mapping[str, int], started: float) -> None:
-        ingredients = self.ingredients()
-        assert ingredients is not None
         names = sorted(path.name for path in run.folder.glob("*") if not path.name.startswith(TEMPORARY))
         provenance = {
             "stage": self.stage,
             "part": self.part,
             "fingerprint": run.fingerprint,
-            **asdict(ingredients),
+            **asdict(self.made_from()),
             **({"weights": note} if (note := self.weights_note()) else {}),
             "counts": dict(counts),
             "started_at": _iso_time(started),

@@ -187,7 +187,7 @@ class SegmentedMask(FromArtifacts):
     """Foreground masks: the union of the instances' masks."""
 
     stage = "mask"
-    function = "spctrl.image_models.segments:union_mask"
+    function = "spctrl.conditions:union_mask"
     libraries = ("opencv-python-headless", "pycocotools")
 
     def sources(self) -> list[StageTask]:

@@ -14,6 +14,7 @@ from tasks.base import digest_cache
 from tasks.executor import run_jobs
 from tasks.images import ImageFiles
 from tasks.inputs import MISSING
+from tasks.store import digest
 
 if TYPE_CHECKING:
     from tasks.store import Location
@@ -73,6 +74,11 @@ class ModelStage(ImageFiles):
         """Digest of the weights' contents, wherever they lie."""
         cache, path = digest_cache(self.store.root), self.weights_path
         if not path.is_dir():
+            beside = path.with_name(
+                f"{path.name}.json"
+            )  # the sizes of a model that is not one of the known ones
+            if path.exists() and beside.exists():
+                return digest(cache.file_digest(path), cache.file_digest(beside))
             return cache.file_digest(path)
         names = sorted(str(each.relative_to(path)) for each in path.rglob("*") if each.is_file())
         return cache.list_digest(str(path), names) or MISSING

@@ -66,9 +66,7 @@ class RecordStage(StageTask):
 
     def salt(self) -> str:
         """What the keys of all records share."""
-        ingredients = self.ingredients()
-        assert ingredients is not None
-        return digest(json.dumps([ingredients.code_version, self.arguments()], sort_keys=True))
+        return digest(json.dumps([self.made_from().code_version, self.arguments()], sort_keys=True))
 
     def work_through(self, batches: Iterator[Batch]) -> Iterator[dict[str, Location]]:
         """Results of batches, by key, in order of completion."""

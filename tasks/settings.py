@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import luigi
+
+from tasks.store import digest
 
 if TYPE_CHECKING:
     from spctrl.datasets import Dataset
@@ -86,7 +89,9 @@ class mask(luigi.Config):
     empty = luigi.ChoiceParameter(
         default="reject", choices=["reject", "keep"], description="what becomes of images with an empty mask"
     )
-    batch_size = luigi.IntParameter(default=4, description="images in one pass")
+    batch_size = luigi.IntParameter(
+        default=0, description="images in one pass; 0: 8 on a GPU, 1 on a processor"
+    )
 
 
 class depth(luigi.Config):
@@ -97,13 +102,17 @@ class depth(luigi.Config):
         default="{root}/depth", description="precomputed: 8-bit PNG depth maps, near is bright"
     )
     weights = luigi.Parameter(default="", description="folder; default: the one of configs/weights.yaml")
-    batch_size = luigi.IntParameter(default=4, description="images in one pass")
+    batch_size = luigi.IntParameter(
+        default=0, description="images in one pass; 0: 8 on a GPU, 1 on a processor"
+    )
 
 
 class latents(luigi.Config):
     resolution = luigi.IntParameter(default=512, description="side of the training crop in pixels")
     weights = luigi.Parameter(default="", description="folder; default: the one of configs/weights.yaml")
-    batch_size = luigi.IntParameter(default=4, description="images in one pass")
+    batch_size = luigi.IntParameter(
+        default=0, description="images in one pass; 0: 8 on a GPU, 1 on a processor"
+    )
 
 
 class export(luigi.Config):
@@ -156,9 +165,10 @@ def split_id(name: str) -> str:
     return str(ap10k().split_id) if name == "ap10k" else "1"
 
 
-def settings_text() -> str:
-    """Every setting as one text, to tell builds with different settings apart."""
+@functools.cache  # every task asks
+def settings_digest() -> str:
+    """Ten hex digits that tell builds with different settings apart."""
     values = {
         section.__name__: dict(section().to_str_params()) for section in SECTIONS if section is not executor
     }
-    return json.dumps(values, sort_keys=True)
+    return digest(json.dumps(values, sort_keys=True))[:10]

@@ -61,7 +61,7 @@ class ModelBatch(Batch):
     Attributes:
         function: loads the model: ``function(**parameters, **loading)``.
         loading: what its loading needs and its output does not depend on: where the weights are, the device.
-        batch_size: images in one pass.
+        batch_size: images in one pass; 0 for what suits the device.
     """
 
     loading: Mapping[str, Any]
@@ -95,14 +95,16 @@ def make_pack(batch: Batch) -> dict[str, Location]:
 
 def make_model_pack(batch: ModelBatch) -> dict[str, Location]:
     """The same with an image model, which this process loads once."""
-    from spctrl.image_models.base import run_model
+    from spctrl.image_models.base import choose_device, run_model
 
     store = Store(batch.store_root)
     model = _loaded_model(batch.function, tuple(sorted({**batch.parameters, **batch.loading}.items())))
     work = (
         (record, _read(store, source)) for record, (source,) in zip(batch.records, batch.sources, strict=True)
     )
-    results = run_model(model, work, batch_size=batch.batch_size)
+    # A processor gains nothing from batches of real models, and its caches lose.
+    fitting = 8 if choose_device(batch.loading["device"]).type == "cuda" else 1
+    results = run_model(model, work, batch_size=batch.batch_size or fitting)
     return store.write_pack(batch.stage, batch.suffix, list(zip(batch.keys, results, strict=True)))
 
 

@@ -275,11 +275,12 @@ def _setting(value: Any) -> str:
 @contextlib.contextmanager
 def _luigi_settings(path: Path) -> Iterator[None]:
     """Luigi as a fresh process with one settings file would have it."""
-    from tasks import base
+    from tasks import base, settings
 
     def forget() -> None:
         luigi.task_register.Register.clear_instance_cache()
         base._digest_cache.cache_clear()
+        settings.settings_digest.cache_clear()
 
     parser = type(luigi.configuration.get_config())
     outer = parser._instance

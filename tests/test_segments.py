@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
 
-from spctrl.conditions import check_mask
+from spctrl.conditions import check_mask, union_mask
 from spctrl.errors import ExpectedError
 from spctrl.image_models import segments
 from spctrl.image_models.base import Result, run_model
 from spctrl.image_models.sam_networks import PACKAGES, Sizes, build_tiny, load_network, network_of_sizes
-from spctrl.image_models.segments import Segmenter, load_segmenter, union_mask
+from spctrl.image_models.segments import Segmenter, load_segmenter
 from spctrl.records import Record
 from spctrl.sample.scenes import draw_animal_scene, draw_people_scene
 

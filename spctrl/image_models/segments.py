@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
-from spctrl.conditions import encode_png
 from spctrl.image_models.base import choose_device, mixed_precision
 from spctrl.image_models.sam_networks import PACKAGES, PATCH_PX, Backend, ModelType, load_network
 from spctrl.images import FORMATS
@@ -247,21 +246,6 @@ class Segmenter:
                 "empty_mask", f"expected a mask, found no pixel for any of {len(instances)} instances"
             )
         return json.dumps({"instances": instances}).encode()
-
-
-def union_mask(record: Record, segments_json: bytes) -> bytes:
-    """The pixels of any instance: an 8-bit single-channel PNG of 0 and 255, of the image's size.
-
-    Args:
-        record: the image's.
-        segments_json: from ``Segmenter.encode``.
-    """
-    instances = json.loads(segments_json)["instances"]
-    width, height = record.size_wh
-    if not instances:
-        return encode_png(np.zeros((height, width), np.uint8))
-    union = rle.decode(rle.merge([{"size": each["size"], "counts": each["counts"]} for each in instances]))
-    return encode_png(np.ascontiguousarray(union) * np.uint8(255))
 
 
 def load_segmenter(

@@ -90,7 +90,7 @@ class mask(luigi.Config):
         default="reject", choices=["reject", "keep"], description="what becomes of images with an empty mask"
     )
     batch_size = luigi.IntParameter(
-        default=0, description="images in one pass; 0: 8 on a GPU, 1 on a processor"
+        default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
     )
 
 
@@ -103,7 +103,7 @@ class depth(luigi.Config):
     )
     weights = luigi.Parameter(default="", description="folder; default: the one of configs/weights.yaml")
     batch_size = luigi.IntParameter(
-        default=0, description="images in one pass; 0: 8 on a GPU, 1 on a processor"
+        default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
     )
 
 
@@ -111,7 +111,7 @@ class latents(luigi.Config):
     resolution = luigi.IntParameter(default=512, description="side of the training crop in pixels")
     weights = luigi.Parameter(default="", description="folder; default: the one of configs/weights.yaml")
     batch_size = luigi.IntParameter(
-        default=0, description="images in one pass; 0: 8 on a GPU, 1 on a processor"
+        default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
     )
 
 

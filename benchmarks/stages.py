@@ -6,14 +6,13 @@ import luigi
 
 import pipelines  # noqa: F401 - sets return codes and quietens the log, as in a build
 from tasks.base import StageTask
-from tasks.conditions import CONDITIONS
+from tasks.conditions import Openpose, Spatext
 
 SPLITS = ("train", "val")
-DRAWN = ("spatext", "openpose")
 
 
 class Drawings(luigi.WrapperTask):
     """Map and render of every record."""
 
     def requires(self) -> list[StageTask]:
-        return [CONDITIONS[name](dataset="ap10k", split=split) for split in SPLITS for name in DRAWN]
+        return [stage(dataset="ap10k", split=split) for split in SPLITS for stage in (Spatext, Openpose)]

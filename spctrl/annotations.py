@@ -10,7 +10,7 @@ Legend: R images, M annotations of the whole file, K keypoints (17).
 from __future__ import annotations
 
 import re
-from array import array
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spctrl.datasets import Dataset
+
+KEYPOINTS_21 = 21
+"""Keypoints of HumanArt's longer list."""
 
 MAX_FILE_NAME_BYTES = 230
 """Leaves room, in the 255 of common file systems, for a condition's suffix and a temporary file's prefix."""
@@ -283,9 +286,10 @@ def _decode_images(
 
 
 def _image_fault(image: ImageEntry, dataset: Dataset, max_pixels: int) -> tuple[str, str] | None:
-    if fault := unsafe_path(image.file_name) or unsafe_path(dataset.image_path(image.file_name)):
+    path = dataset.image_path(image.file_name)
+    if fault := unsafe_path(image.file_name) or (unsafe_path(path) if path != image.file_name else None):
         return "unsafe_path", f"file_name {image.file_name!r} {fault}"
-    if dataset.image_path(image.file_name).split("/")[0] not in dataset.image_folders:
+    if path.split("/", 1)[0] not in dataset.image_folders:
         known = " or ".join(f"{folder}/" for folder in dataset.image_folders)
         return "unsafe_path", f"expected file_name to lead into {known}, found {image.file_name!r}"
     width, height = image.width, image.height
@@ -332,8 +336,10 @@ def _decode_annotations(
     decoder = msgspec.json.Decoder(AnnotationEntry)
     known_images = {image.id: image for image in images}
     numbers = 3 * dataset.skeleton.num_keypoints
-    head, boxes, keypoints, keypoints_21 = array("q"), array("d"), array("d"), array("d")
-    areas, has_21 = array("d"), array("b")
+    # One row of bytes an instance: packing checks counts and ranges as it goes, and is the fastest way from Python's
+    # numbers to an array. What does not fit is looked at again, for the reason.
+    pack, pack_21 = struct.Struct(f"=5q5d{numbers}d").pack, struct.Struct(f"={3 * KEYPOINTS_21}d").pack
+    rows, rows_21, has_21 = bytearray(), bytearray(), bytearray()
     for position, entry in enumerate(entries):
         try:
             each = decoder.decode(entry)
@@ -345,18 +351,28 @@ def _decode_annotations(
             )
             continue
         image = known_images.get(each.image_id)
-        if fault := _annotation_fault(each, image, numbers, categories):
+        try:
+            row = pack(
+                each.id, each.image_id, each.category_id, each.num_keypoints, each.iscrowd,
+                each.area, *each.bbox, *each.keypoints,
+            )  # fmt: skip
+            row_21 = b"" if each.keypoints_21 is None else pack_21(*each.keypoints_21)
+            fits = image is not None and each.category_id in categories and 0 <= each.num_keypoints < 2**31
+        except struct.error:
+            fits = False
+        if not fits or len(each.bbox) != 4:
+            fault = _annotation_fault(each, image, numbers, categories)
             rejects.add(*fault, image or _int64_or_none(each.image_id), _int64_or_none(each.id))
             continue
-        head.extend((each.id, each.image_id, each.category_id, each.num_keypoints, each.iscrowd))
-        areas.append(each.area)
-        boxes.extend(each.bbox)
-        keypoints.extend(each.keypoints)
-        has_21.append(each.keypoints_21 is not None)
-        if each.keypoints_21 is not None:
-            keypoints_21.extend(each.keypoints_21)
+        rows += row
+        rows_21 += row_21
+        has_21.append(bool(row_21))
     entries.clear()  # with the last entry goes the file's text
-    ids, image_ids, category_ids, num_keypoints, iscrowd = np.frombuffer(head, np.int64).reshape(-1, 5).T
+    skeleton = (dataset.skeleton.num_keypoints, 3)
+    table = np.frombuffer(
+        rows, [("whole", "i8", 5), ("area", "f8"), ("bbox", "f8", 4), ("keypoints", "f8", skeleton)]
+    )
+    ids, image_ids, category_ids, num_keypoints, iscrowd = table["whole"].T
     return Annotations(
         images=images,
         ids=ids,
@@ -364,10 +380,10 @@ def _decode_annotations(
         category_ids=category_ids,
         num_keypoints=num_keypoints,
         iscrowd=iscrowd != 0,
-        areas=np.frombuffer(areas),
-        bboxes_xywh=np.frombuffer(boxes).reshape(-1, 4),
-        keypoints=np.frombuffer(keypoints).reshape(-1, dataset.skeleton.num_keypoints, 3),
-        keypoints_21=np.frombuffer(keypoints_21).reshape(-1, 21, 3),
+        areas=table["area"],
+        bboxes_xywh=table["bbox"],
+        keypoints=table["keypoints"],
+        keypoints_21=np.frombuffer(rows_21).reshape(-1, KEYPOINTS_21, 3),
         has_keypoints_21=np.frombuffer(has_21, bool),
         categories=categories,
         rejects=rejects.rows,
@@ -393,7 +409,8 @@ def _fits_int64(value: int) -> bool:
 
 def _annotation_fault(
     each: AnnotationEntry, image: ImageEntry | None, numbers: int, categories: dict[int, Category]
-) -> tuple[str, str] | None:
+) -> tuple[str, str]:
+    """Why an annotation cannot be used, given that it cannot."""
     if image is None:
         return (
             "unknown_image",
@@ -404,10 +421,11 @@ def _annotation_fault(
             "keypoint_count",
             f"expected {numbers} numbers in keypoints of annotation {each.id}, found {len(each.keypoints)}",
         )
-    if each.keypoints_21 is not None and len(each.keypoints_21) != 63:
+    if each.keypoints_21 is not None and len(each.keypoints_21) != 3 * KEYPOINTS_21:
         return (
             "keypoint_count",
-            f"expected 63 numbers in keypoints_21 of annotation {each.id}, found {len(each.keypoints_21)}",
+            f"expected {3 * KEYPOINTS_21} numbers in keypoints_21 of annotation {each.id}, "
+            f"found {len(each.keypoints_21)}",
         )
     if len(each.bbox) != 4:
         return "bad_bbox", f"expected x, y, width, height in bbox of annotation {each.id}, found {each.bbox}"
@@ -416,10 +434,7 @@ def _annotation_fault(
             "unknown_category",
             f"annotation {each.id} has category {each.category_id}, which the file does not list",
         )
-    whole_numbers = (each.id, each.category_id, each.iscrowd)
-    if not (all(map(_fits_int64, whole_numbers)) and 0 <= each.num_keypoints < 2**31):
-        return "bad_annotation_entry", f"annotation {each.id} holds a whole number that is out of range"
-    return None
+    return "bad_annotation_entry", f"annotation {each.id} holds a whole number that is out of range"
 
 
 def _check_numbers(flat: Annotations, rejects: _Rejects) -> None:

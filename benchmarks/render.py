@@ -96,10 +96,9 @@ def ours(record: Record) -> Files:
     """What the spatext and openpose stages do with a record."""
     sizes = {"keypoint_radius_px": 4, "link_half_width_px": 4}
     links, names = AP10K.skeleton.links, AP10K.skeleton.keypoint_names
-    return Files(
-        render_spatext(record, links=links, **sizes),
-        render_openpose(record, style="openpose", keypoint_names=names, links=links, **sizes),
-    )
+    index_map = render_spatext(record, links=links, **sizes)
+    render = render_openpose(record, index_map, style="openpose", keypoint_names=names, links=links, **sizes)
+    return Files(index_map, render)
 
 
 def _pairs(documents: Mapping[str, Json]) -> list[Pair]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from spctrl.records import Record
     from tasks.store import Location, Run
 
+OPENPOSE_COLOURS = 18
+"""Links that the style ``openpose`` has colours for; it leaves out the rest."""
+
 INSTANCES = "instances.parquet"
 """Masks of single instances, beside a run of ``segments``."""
 
@@ -32,6 +35,7 @@ class Spatext(DatasetStage, RecordStage):
     """Spatial-text index maps."""
 
     stage = "spatext"
+    priority = 1  # before the renders, which may colour its maps instead of drawing again
     function = "spctrl.rendering.spatext:render_spatext"
     libraries = ("opencv-python-headless",)
 
@@ -55,6 +59,7 @@ class Openpose(Spatext):
 
     stage = "openpose"
     function = "spctrl.rendering.openpose:render_openpose"
+    priority = 0
 
     def parameters(self) -> dict[str, Any]:
         section = settings.openpose()
@@ -65,6 +70,37 @@ class Openpose(Spatext):
             "keypoint_radius_px": section.keypoint_radius_px,
             "link_half_width_px": section.link_half_width_px,
         }
+
+    def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
+        from tasks.work import ArtifactSource
+
+        prepared = []
+        for plain, image_id in zip(super().prepare(rows), rows.column("image_id").to_pylist(), strict=True):
+            found = self._index_maps.get(image_id)
+            prepared.append(
+                plain._replace(sources=(ArtifactSource(Spatext.stage, found),)) if found else plain
+            )
+        return prepared
+
+    @functools.cached_property
+    def _index_maps(self) -> dict[int, Location]:
+        """Index maps that are there and show what the render shows; the render's bytes are the same either way."""
+        maps, section = settings.spatext(), settings.openpose()
+        same_sizes = (maps.keypoint_radius_px, maps.link_half_width_px) == (
+            section.keypoint_radius_px,
+            section.link_half_width_px,
+        )
+        run = self.clone(Spatext).current_run()
+        has_all_colours = len(self.spec.skeleton.links) <= OPENPOSE_COLOURS
+        if (
+            section.style == "openpose"
+            and same_sizes
+            and has_all_colours
+            and run is not None
+            and run.is_whole()
+        ):
+            return artifact_locations(run)
+        return {}
 
 
 class Precomputed(FileStage):

@@ -24,7 +24,7 @@ StartMethod = Literal["forkserver", "spawn"]
 """``spawn`` for what loads CUDA, always in a process of its own; ``forkserver`` starts faster."""
 
 JOBS_WAITING_PER_WORKER = 2
-PRELOADED = ["__main__", "tasks.work"]
+PRELOADED = ["__main__", "tasks.work", "spctrl.rendering.openpose", "spctrl.images", "spctrl.conditions"]
 
 
 class WorkerError(ExpectedError):

@@ -415,3 +415,13 @@ def test_files_of_real_records_are_no_larger_than_those_of_pil(tmp_path: Path) -
     map_bytes, map_bytes_by_pil, render_bytes, render_bytes_by_pil = np.sum(sizes, axis=0).tolist()
     assert map_bytes <= map_bytes_by_pil
     assert render_bytes <= render_bytes_by_pil
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_coloured_index_map_is_the_drawn_render_to_the_byte(seed: int) -> None:
+    size_wh = (97 + seed, 61)
+    drawn = record(random_keypoints(seed, size_wh, 2, False), size_wh)
+    sizes = {"keypoint_radius_px": 4, "link_half_width_px": 4}
+    style = {"style": "openpose", "keypoint_names": AP10K.keypoint_names, "links": AP10K.links}
+    index_map = render_spatext(drawn, links=AP10K.links, **sizes)
+    assert render_openpose(drawn, index_map, **style, **sizes) == render_openpose(drawn, **style, **sizes)

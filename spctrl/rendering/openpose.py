@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import cv2
 
-from spctrl.rendering.png import Canvas
+from spctrl.rendering.png import Canvas, with_palette
 from spctrl.rendering.spatext import FIRST_KEYPOINT, FIRST_LINK, draw_index_map
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ _MMPOSE_LINE_WIDTH_PX = 1
 
 def render_openpose(
     record: Record,
+    index_map_png: bytes | None = None,
     *,
     style: str,
     keypoint_names: Sequence[str],
@@ -64,6 +65,8 @@ def render_openpose(
 
     Args:
         record: the instances to draw.
+        index_map_png: of ``render_spatext`` for this record and these sizes, where it shows what this style shows: it
+            is coloured then instead of drawn again.
         style: one of ``STYLES``.
         keypoint_names: K names, which decide the colours of ``coco`` and ``mmpose``.
         links: pairs of 0-based keypoint indices; ``openpose`` draws the first 18, one for each colour of its
@@ -71,6 +74,9 @@ def render_openpose(
         keypoint_radius_px: radius of a keypoint's disc (not for ``mmpose``, which has its own thin lines).
         link_half_width_px: half the width of a link's ellipse (likewise).
     """
+    colours = palette(style, keypoint_names, links)
+    if index_map_png is not None:
+        return with_palette(index_map_png, colours)
     canvas = Canvas(record.size_wh)
     if style == "mmpose":
         _draw_thin(canvas.pixels, record.keypoints, links)
@@ -82,7 +88,7 @@ def render_openpose(
             keypoint_radius_px=keypoint_radius_px,
             link_half_width_px=link_half_width_px,
         )
-    return canvas.to_png(palette(style, keypoint_names, links))
+    return canvas.to_png(colours)
 
 
 def drawn_links(style: str, links: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:

@@ -40,13 +40,27 @@ class Canvas:
     def to_png(self, palette: Sequence[tuple[int, int, int]] | None = None) -> bytes:
         """The drawing as a grayscale PNG, or as an indexed one whose value i shows the RGB colour ``palette[i]``."""
         height, width = self.pixels.shape
-        header = struct.pack(">IIBBBBB", width, height, 8, _GRAY if palette is None else _PALETTE, 0, 0, 0)
-        chunks = [_SIGNATURE, _chunk(b"IHDR", header)]
+        chunks = [_SIGNATURE, _header(width, height, _GRAY if palette is None else _PALETTE)]
         if palette is not None:
-            chunks.append(_chunk(b"PLTE", bytes(channel for colour in palette for channel in colour)))
+            chunks.append(_palette_chunk(palette))
         chunks.append(_chunk(b"IDAT", zlib_ng.compress(self._scanlines, _COMPRESSION_LEVEL)))
         chunks.append(_chunk(b"IEND", b""))
         return b"".join(chunks)
+
+
+def with_palette(png: bytes, palette: Sequence[tuple[int, int, int]]) -> bytes:
+    """A grayscale PNG of ``Canvas.to_png`` as the indexed one that the same drawing gives with a palette."""
+    width, height = struct.unpack_from(">II", png, len(_SIGNATURE) + 8)
+    head = [_SIGNATURE, _header(width, height, _PALETTE), _palette_chunk(palette)]
+    return b"".join(head) + png[len(_SIGNATURE) + len(_header(width, height, _GRAY)) :]
+
+
+def _header(width: int, height: int, colour_type: int) -> bytes:
+    return _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))
+
+
+def _palette_chunk(palette: Sequence[tuple[int, int, int]]) -> bytes:
+    return _chunk(b"PLTE", bytes(channel for colour in palette for channel in colour))
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

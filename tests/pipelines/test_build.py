@@ -566,3 +566,19 @@ def test_a_split_that_no_dataset_has_is_refused(workspace: Workspace) -> None:
     assert build.exit_code != 0
     assert "humanart" in build.output
     assert not workspace.exports.exists()
+
+
+def test_renders_are_the_same_with_and_without_index_maps_to_colour(
+    make_workspace: Callable[..., Workspace], sample: Path
+) -> None:
+    exported = {}
+    for conditions in (["openpose"], ["spatext", "openpose"]):
+        workspace = make_workspace("-".join(conditions), sample)
+        workspace.configure("build", conditions=conditions)
+        assert workspace.build().succeeded
+        exported[len(conditions)] = {
+            path: found
+            for path, found in workspace.exported().items()
+            if "skeleton" in path or "openpose" in path
+        }
+    assert exported[1] == exported[2] != {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import forkserver
 from typing import Literal, TypeVar
 
@@ -88,10 +90,8 @@ def _run_in_processes(
     function: Callable[[Job], Result], jobs: Iterator[Job], workers: int, start_method: StartMethod
 ) -> Iterator[Result]:
     failures: list[Exception] = []
-    context = multiprocessing.get_context(start_method)
-    context.set_forkserver_preload(PRELOADED)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_live_as_long_as_the_parent) as pool:
-        running: set[Future[Result]] = set()
+    running: set[Future[Result]] = set()
+    with _pool(workers, start_method) as pool:
         try:
             while True:
                 room = workers * (1 + JOBS_WAITING_PER_WORKER) - len(running)
@@ -109,14 +109,34 @@ def _run_in_processes(
                         continue
                     yield result
         except BrokenProcessPool as error:
+            _kept_pool.cache_clear()
             raise WorkerError(
                 "a worker process died: killed, or out of memory. What was finished stays; run again, with fewer "
                 "[executor] workers if memory was short"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)
+            for future in running:
+                future.cancel()
+            wait(running)
     if failures:
         raise failures[0]
+
+
+def _pool(workers: int, start_method: StartMethod) -> AbstractContextManager[ProcessPoolExecutor]:
+    """Workers for one stage. Those that are forked stay for the next stage; a model's go, with the memory it took."""
+    if start_method == "forkserver":
+        return nullcontext(_kept_pool(workers, os.getpid()))
+    return ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_live_as_long_as_the_parent
+    )
+
+
+@functools.cache
+def _kept_pool(workers: int, pid: int) -> ProcessPoolExecutor:
+    """One pool for each process: a forked one must not use its parent's."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_live_as_long_as_the_parent)
 
 
 def _live_as_long_as_the_parent() -> None:

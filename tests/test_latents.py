@@ -32,9 +32,9 @@ from spctrl.image_models.latents import (  # noqa: E402
     build_tiny,
     latent_shape,
     load_latent_encoder,
-    open_rgb,
     training_crop,
 )
+from spctrl.image_models.loading import open_rgb  # noqa: E402
 
 Pixels = NDArray[np.uint8]
 RESOLUTION = 64

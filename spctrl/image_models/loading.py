@@ -1,0 +1,120 @@
+"""What the image models read: image files, and folders of weights, strictly."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, UnidentifiedImageError
+
+from spctrl.errors import ExpectedError
+from spctrl.images import FORMATS
+from spctrl.records import RecordError
+
+if TYPE_CHECKING:
+    from spctrl.records import Record
+
+_KEYS_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsFolder:
+    """What a folder of weights has to be, for checks and messages.
+
+    Attributes:
+        what, source, files: what it is, where to get it, and the files in it.
+        setting: which setting names the folder.
+        kind: key and value that its ``config.json`` must have.
+    """
+
+    what: str
+    source: str
+    files: str
+    setting: str
+    kind: tuple[str, str]
+
+
+def open_rgb(record: Record, data: bytes) -> Image.Image:
+    """An image file as an RGB image of the annotated size; an orientation tag turns nothing, as in the index.
+
+    Raises:
+        RecordError: not an image, broken, or of more pixels than PIL decodes (``bad_image``); or of another size
+            than annotated (``image_size``), which is found before anything is decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.size != record.size_wh:
+                expected = f"the annotated {record.size_wh[0]} x {record.size_wh[1]} pixels"
+                raise RecordError(
+                    "image_size", f"expected {expected}, found {image.size[0]} x {image.size[1]}"
+                )
+            return image.convert("RGB")
+    except RecordError:
+        raise
+    except UnidentifiedImageError:  # whose own message holds a memory address
+        raise RecordError("bad_image", f"expected an image ({', '.join(FORMATS)}), found none") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RecordError("bad_image", f"the image cannot be decoded: {error}") from None
+
+
+def load_strictly(
+    expected: WeightsFolder, folder: Path, load: Callable[[Path], tuple[Any, Mapping[str, Any]]]
+) -> Any:
+    """A model from a local folder, all of whose weights are the file's.
+
+    Args:
+        expected: what the folder has to be.
+        folder: where it is.
+        load: a ``from_pretrained`` that returns the model and its loading info.
+
+    Raises:
+        ExpectedError: the folder or a file is missing, broken or another model's, or keys do not match; the message
+            names the setting, the folder and what to get.
+    """
+    from safetensors import SafetensorError
+
+    where = f"{expected.setting}: {folder}"
+    remedy = f"Get {expected.what} from {expected.source} ({expected.files})"
+    if not folder.is_dir():
+        raise ExpectedError(
+            f"{where} is not a folder. {remedy} and put it there, or set {expected.setting} to where it is."
+        )
+    key, value = expected.kind
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        found = config.get(key) if isinstance(config, dict) else None
+    except (OSError, ValueError) as error:
+        raise ExpectedError(f"{where}: config.json cannot be read: {error}. {remedy}.") from None
+    if found != value:
+        raise ExpectedError(f"{where}: expected {key} = {value} in config.json, found {found}. {remedy}.")
+    try:
+        model, info = load(folder)
+    except (
+        OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError
+    ) as error:  # fmt: skip
+        raise ExpectedError(
+            f"{where}: the weights cannot be read: {error}. A file may be missing or cut short. {remedy}."
+        ) from error
+    wrong = [_keys(name, info[f"{name}_keys"]) for name in ("missing", "unexpected", "mismatched")]
+    if any(wrong):
+        raise ExpectedError(
+            f"{where}: expected {value}'s own keys: {'; '.join(filter(None, wrong))}. {remedy}."
+        )
+    return model
+
+
+def _keys(how: str, keys: Sequence[Any]) -> str:
+    """For example "2 missing (a, b)"; mismatched ones come with their shapes."""
+    names = sorted(each if isinstance(each, str) else str(each[0]) for each in keys)
+    more = ", ..." if len(names) > _KEYS_NAMED else ""
+    return f"{len(names)} {how} ({', '.join(names[:_KEYS_NAMED])}{more})" if names else ""
+
+
+def mark_random(folder: Path) -> None:
+    """Say beside weights that they are random, for the provenance of what is made with them."""
+    (folder / "spctrl.json").write_text(json.dumps({"weights": "random"}) + "\n")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from spctrl.image_models import depth, latents, sam_networks
+from spctrl.image_models import depth, sam_networks
+from spctrl.models import tiny
 from spctrl.weights import known_weights
 
 SEGMENTERS: dict[str, tuple[sam_networks.Backend, sam_networks.ModelType]] = {
@@ -23,7 +24,14 @@ def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         sam_networks.build_tiny(backend, model_type, path)
         yield name, path
-    for name, build_tiny in (("zoedepth", depth.build_tiny), ("vae", latents.build_tiny)):
+    stable_diffusion = folder / known["stable_diffusion"].file
+    builders: dict[str, Callable[[Path], None]] = {
+        "zoedepth": depth.build_tiny,
+        "stable_diffusion": tiny.build_stable_diffusion,
+        "controlnet": lambda path: tiny.build_controlnet(path, stable_diffusion),
+        "t2i_adapter": tiny.build_t2i_adapter,
+    }
+    for name, build_tiny in builders.items():
         path = folder / known[name].file
         path.mkdir(parents=True, exist_ok=True)
         build_tiny(path)

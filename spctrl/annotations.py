@@ -33,6 +33,8 @@ MAX_FILE_NAME_BYTES = 230
 """Leaves room, in the 255 of common file systems, for a condition's suffix and a temporary file's prefix."""
 MAX_PATH_CHARACTERS = 512
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
+_PLAIN_PATH = re.compile(r"(?:[\w-][\w. -]{0,99}/){0,4}[\w-][\w. -]{0,99}", re.ASCII)
+"""What nearly all paths look like, and no rule of ``unsafe_path`` forbids: one look instead of seven."""
 _STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _INT32 = range(-(2**31), 2**31)
@@ -307,6 +309,8 @@ def _image_fault(image: ImageEntry, dataset: Dataset, max_pixels: int) -> tuple[
 
 def unsafe_path(path: str) -> str | None:
     """Why a relative path may not be joined to a folder, or None when it is harmless."""
+    if _PLAIN_PATH.fullmatch(path):
+        return None
     if path.startswith("/") or path[1:2] == ":":
         return "is absolute"
     parts = path.split("/")

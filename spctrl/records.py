@@ -7,6 +7,7 @@ truncates them to integers, and float32 would move some pixels.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,6 +134,15 @@ def records_from_table(table: pa.Table | pa.RecordBatch) -> list[Record]:
             strict=True,
         )
     ]
+
+
+def instance_categories(table: pa.Table | pa.RecordBatch) -> list[list[str]]:
+    """Names of the instances' categories, for each row of an index table."""
+    instances = _one_chunk(table.column("instances"))
+    offsets = instances.offsets.to_pylist()
+    first, last = offsets[0], offsets[-1]
+    names = instances.values.field("category")[first:last].to_pylist()
+    return [names[a - first : b - first] for a, b in itertools.pairwise(offsets)]
 
 
 def _one_chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:

@@ -30,6 +30,11 @@ class Skeleton:
     def num_keypoints(self) -> int:
         return len(self.keypoint_names)
 
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """K words that stand for the keypoints in prompts, such as ``<left-eye>``: tokens of their own."""
+        return tuple(f"<{name.replace('_', '-')}>" for name in self.keypoint_names)
+
 
 AP10K = Skeleton(
     keypoint_names=(

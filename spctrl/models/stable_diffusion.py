@@ -1,0 +1,139 @@
+"""The parts of a Stable Diffusion 1.5 folder in diffusers' format, each read strictly and in float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spctrl.errors import ExpectedError
+from spctrl.image_models.loading import WeightsFolder, load_strictly
+
+PARTS = ("unet", "text_encoder", "tokenizer", "scheduler", "vae")
+"""Folders of a Stable Diffusion folder that are read; what else lies there is not."""
+
+
+def _part(name: str, kind: tuple[str, str]) -> WeightsFolder:
+    return WeightsFolder(
+        what=f"Stable Diffusion 1.5's {name} in diffusers' format",
+        source=f"the folder {name} of stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face hub",
+        files="config.json and the weights beside it",
+        setting="the folder of Stable Diffusion 1.5",
+        kind=kind,
+    )
+
+
+def load_unet(folder: Path) -> Any:
+    """The ``UNet2DConditionModel`` of a Stable Diffusion folder.
+
+    Raises:
+        ExpectedError: it is missing, broken, or another model.
+    """
+    from diffusers import UNet2DConditionModel
+
+    return _load(
+        UNet2DConditionModel, _part("unet", ("_class_name", "UNet2DConditionModel")), folder / "unet"
+    )
+
+
+def load_vae(folder: Path) -> Any:
+    """The ``AutoencoderKL`` of a Stable Diffusion folder.
+
+    Raises:
+        ExpectedError: it is missing, broken, or another model.
+    """
+    from diffusers import AutoencoderKL
+
+    return _load(AutoencoderKL, _part("vae", ("_class_name", "AutoencoderKL")), folder / "vae")
+
+
+def load_text_encoder(folder: Path) -> Any:
+    """The ``CLIPTextModel`` of a Stable Diffusion folder.
+
+    Raises:
+        ExpectedError: it is missing, broken, or another model.
+    """
+    import torch
+    from transformers import CLIPTextModel
+
+    def load(part: Path) -> tuple[Any, Mapping[str, Any]]:
+        return CLIPTextModel.from_pretrained(  # type: ignore[no-any-return]
+            part, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
+
+    return load_strictly(
+        _part("text_encoder", ("model_type", "clip_text_model")), folder / "text_encoder", load
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The ``CLIPTokenizer`` of a Stable Diffusion folder.
+
+    Raises:
+        ExpectedError: its files are missing or broken.
+    """
+    from transformers import CLIPTokenizer
+
+    part = folder / "tokenizer"
+    if not (part / "vocab.json").is_file() or not (part / "merges.txt").is_file():
+        raise ExpectedError(
+            f"expected the tokenizer of Stable Diffusion 1.5 (vocab.json, merges.txt) in {part}, found none. Get the "
+            "folder tokenizer of stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face hub"
+        )
+    try:
+        return CLIPTokenizer.from_pretrained(part, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ExpectedError(f"{part}: the tokenizer cannot be read: {error}") from error
+
+
+def noise_schedule(folder: Path) -> Any:
+    """A ``DDPMScheduler`` with the noise schedule of a Stable Diffusion folder, for training.
+
+    Raises:
+        ExpectedError: there is no schedule, or the model predicts something other than the noise.
+    """
+    from diffusers import DDPMScheduler
+
+    try:
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ExpectedError(
+            f"expected the noise schedule of Stable Diffusion 1.5 in {folder / 'scheduler'}, found a fault: {error}"
+        ) from error
+    if scheduler.config.prediction_type != "epsilon":
+        raise ExpectedError(
+            f"{folder / 'scheduler'}: expected a model that predicts noise (prediction_type epsilon), as Stable "
+            f"Diffusion 1.5, found {scheduler.config.prediction_type}"
+        )
+    return scheduler
+
+
+def latent_scale(folder: Path) -> float:
+    """What latents are multiplied by before noise is added (0.18215), without loading the autoencoder.
+
+    Raises:
+        ExpectedError: there is no such number in the autoencoder's config.
+    """
+    path = folder / "vae" / "config.json"
+    try:
+        return float(json.loads(path.read_bytes()).get("scaling_factor", 0.18215))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ExpectedError(f"{path}: expected the autoencoder's config, found a fault: {error}") from error
+
+
+def _load(model: Any, expected: WeightsFolder, folder: Path) -> Any:
+    import torch
+
+    return load_strictly(
+        expected,
+        folder,
+        lambda part: model.from_pretrained(
+            part,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed then, and load_strictly names them
+            low_cpu_mem_usage=False,
+            torch_dtype=torch.float32,
+        ),
+    )

@@ -44,7 +44,7 @@ def build_stable_diffusion(folder: Path) -> None:
     from diffusers import PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with _random_weights(0):
+    with random_weights(0):
         unet = UNet2DConditionModel(
             sample_size=64,
             block_out_channels=BLOCK_WIDTHS,
@@ -77,7 +77,7 @@ def build_stable_diffusion(folder: Path) -> None:
     text_encoder.save_pretrained(folder / "text_encoder")
     scheduler.save_pretrained(folder / "scheduler")
     latents.build_tiny(folder / "vae")
-    _write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     _write_json(
         folder / "model_index.json",
         {
@@ -102,7 +102,7 @@ def build_controlnet(folder: Path, stable_diffusion: Path) -> None:
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet", low_cpu_mem_usage=False)
-    with _random_weights(1):
+    with random_weights(1):
         controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=CONDITION_WIDTHS)
         _let_condition_show(controlnet)
     controlnet.save_pretrained(folder)
@@ -113,7 +113,7 @@ def build_t2i_adapter(folder: Path) -> None:
     """Write a T2I-Adapter for RGB conditions."""
     from diffusers import T2IAdapter
 
-    with _random_weights(2):
+    with random_weights(2):
         adapter = T2IAdapter(in_channels=3, channels=list(BLOCK_WIDTHS), num_res_blocks=2, downscale_factor=8)
     adapter.save_pretrained(folder)
     mark_random(folder)
@@ -129,7 +129,7 @@ def _let_condition_show(controlnet: Any) -> None:
 
 
 @contextmanager
-def _random_weights(seed: int) -> Iterator[None]:
+def random_weights(seed: int) -> Iterator[None]:
     """Weights drawn inside depend on the seed alone, and random numbers outside are none the wiser."""
     import torch
 
@@ -138,7 +138,7 @@ def _random_weights(seed: int) -> Iterator[None]:
         yield
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """CLIP's byte-pair tokenizer, in the files of Stable Diffusion 1.5.
 
     It has CLIP's 49,408 entries, of which all but those for ``WORDS`` and single characters are never used.

@@ -42,3 +42,9 @@ def are_random(weights: Path) -> bool:
         return bool(json.loads(beside.read_bytes()).get("weights") == "random")
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def find_weights(name_or_path: str, folder: Path) -> Path:
+    """Where weights are: below ``folder`` for an entry of configs/weights.yaml, else at the path itself."""
+    entry = known_weights().get(name_or_path)
+    return folder / entry.file if entry else Path(name_or_path)

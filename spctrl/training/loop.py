@@ -1,0 +1,421 @@
+"""The training loop: steps, checkpoints, and going on after an interruption as if there had been none."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from spctrl.errors import ExpectedError
+from spctrl.training.checkpoints import (
+    STATE,
+    checkpoints,
+    read_state,
+    remove_checkpoints,
+    remove_partial,
+    write_checkpoint,
+)
+from spctrl.training.config import TrainingConfig, decisive_settings
+from spctrl.training.dataset import SpCtrlDataset
+from spctrl.training.networks import HALF, Networks, load_networks
+from spctrl.training.objective import Batch, draw, objective_of, step_seed
+from spctrl.training.schedule import (
+    Schedule,
+    base_learning_rate,
+    learning_rate_factor,
+    make_schedule,
+    token_learning_rate,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from spctrl.training.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingInputs:
+    """Where a run finds what it reads.
+
+    Attributes:
+        manifest: Parquet manifest of the images to train on.
+        store: that has their conditions and latents.
+        data_root: the raw dataset, with the images.
+        weights: folder of the entries of configs/weights.yaml.
+        keypoint_radius_px, link_half_width_px: sizes in index maps and renders that are drawn.
+        needs_vae: whether the image autoencoder is wanted for more than training, such as drawing images.
+    """
+
+    manifest: Path
+    store: Path
+    data_root: Path
+    weights: Path
+    keypoint_radius_px: int = 4
+    link_half_width_px: int = 4
+    needs_vae: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What became of a step.
+
+    Attributes:
+        step: steps that are done.
+        schedule: of the run.
+        resumed_at: the step that this process started from.
+        losses: means over micro-batches and processes; None in steps of which only the number is known.
+        norms: of the gradients before clipping, by group; None likewise.
+        rates: learning rates of the step, by group.
+        networks: for drawing images.
+    """
+
+    step: int
+    schedule: Schedule
+    resumed_at: int
+    losses: dict[str, float] | None
+    norms: dict[str, float] | None
+    rates: dict[str, float]
+    networks: Networks
+
+
+GROUPS = ("control", "tokens")
+"""Names of the groups of trained parameters, in the optimizer's order."""
+
+
+def train(
+    config: TrainingConfig,
+    inputs: TrainingInputs,
+    output: Path,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+) -> Path:
+    """Train until the end, from the latest checkpoint where there is one.
+
+    Run it in as many processes as ``accelerate launch`` starts. On the processor, a run that is killed at any moment
+    and started again ends with the same weights, to the bit, as one that is left alone.
+
+    Args:
+        config: what to train.
+        inputs: where to find what it reads.
+        output: folder of the checkpoints.
+        on_step: told of every step, in the main process.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        ExpectedError: weights or data are missing or do not fit; the checkpoints are another configuration's; a
+            checkpoint cannot be written; or the loss is not finite.
+    """
+    accelerator = make_accelerator(config)
+    run = prepare(config, inputs, accelerator)
+    with objective_of(run.networks, config) as objective:
+        return _Loop(run, objective, accelerator, output, on_step).run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """Everything that a run has loaded before its first step."""
+
+    config: TrainingConfig
+    dataset: SpCtrlDataset
+    networks: Networks
+    schedule: Schedule
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Accelerate's view of the processes and devices of this run.
+
+    Raises:
+        ExpectedError: float16 without a GPU.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import PartialState
+
+    if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":
+        raise ExpectedError("mixed_precision: expected a GPU for fp16, found none. Set it to no or bf16")
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def prepare(config: TrainingConfig, inputs: TrainingInputs, accelerator: Accelerator) -> PreparedRun:
+    """Load data and networks and bring the networks onto the device.
+
+    Raises:
+        ExpectedError: weights or data are missing or do not fit.
+    """
+    with_vae = inputs.needs_vae or not config.use_cached_latents
+    networks = load_networks(config, inputs.weights, with_vae=with_vae)
+    dataset = training_dataset(config, inputs, networks.tokenizer)
+    half = HALF[config.mixed_precision]
+    networks.unet.to(accelerator.device, half)
+    # Trained rows stay in float32, and the networks around them in autocast's hands.
+    networks.text_encoder.to(accelerator.device, half if networks.token_rows is None else torch.float32)
+    networks.control.to(accelerator.device)
+    if networks.vae is not None:
+        networks.vae.to(accelerator.device)
+    if config.gradient_checkpointing:
+        networks.unet.enable_gradient_checkpointing()
+        if config.model == "controlnet":
+            networks.control.enable_gradient_checkpointing()
+    if config.torch_compile:
+        networks.unet.compile()
+        networks.control.compile()
+    schedule = make_schedule(config, images=len(dataset), processes=accelerator.num_processes)
+    return PreparedRun(config=config, dataset=dataset, networks=networks, schedule=schedule)
+
+
+def training_dataset(config: TrainingConfig, inputs: TrainingInputs, tokenizer: Any) -> SpCtrlDataset:
+    """The images of a run.
+
+    Raises:
+        ExpectedError: the manifest or something that it names is missing or does not fit.
+    """
+    needs_heatmaps = config.add_cross_attn_loss or config.heatmap_reweight_loss is not None
+    return SpCtrlDataset(
+        inputs.manifest,
+        data_root=inputs.data_root,
+        tokenizer=tokenizer,
+        store=inputs.store,
+        conditioning_mode=config.conditioning_mode,
+        use_extra_mask=config.use_extra_mask,
+        stored_conditions=config.stored_conditions,
+        resolution=config.resolution,
+        latents=config.use_cached_latents,
+        templates=None if config.prompt_templates is None else Path(config.prompt_templates),
+        enable_learnable_kpttoken=config.enable_learnable_kpttoken,
+        add_keypoint_prompt=config.add_keypoint_prompt,
+        proportion_empty_prompts=config.proportion_empty_prompts,
+        heatmap_type=config.heatmap_type if needs_heatmaps else None,
+        heatmap_target=config.heatmap_target,
+        seed=config.seed,
+        max_samples=config.max_train_samples,
+        keypoint_radius_px=inputs.keypoint_radius_px,
+        link_half_width_px=inputs.link_half_width_px,
+    )
+
+
+def make_optimizer(config: TrainingConfig, groups: list[list[torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters; their learning rates are set in each step.
+
+    Raises:
+        ExpectedError: 8-bit states are asked for and bitsandbytes is not installed.
+    """
+    adam = torch.optim.AdamW
+    if config.use_8bit_adam:
+        try:
+            adam = importlib.import_module("bitsandbytes.optim").AdamW8bit
+        except ImportError as error:
+            raise ExpectedError(
+                f"use_8bit_adam: expected the package bitsandbytes, found none ({error}). Install it with pip install "
+                "bitsandbytes, or set use_8bit_adam to false"
+            ) from error
+    return adam(
+        [{"params": group} for group in groups],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+
+
+class _Loop:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        run: PreparedRun,
+        objective: Objective,
+        accelerator: Accelerator,
+        output: Path,
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        self.config, self.schedule, self.networks = run.config, run.schedule, run.networks
+        self.dataset = run.dataset
+        self.accelerator = accelerator
+        self.output = output
+        self.on_step = on_step
+        self.groups = dict(zip(GROUPS, self.networks.trained_groups(), strict=False))
+        optimizer = make_optimizer(self.config, list(self.groups.values()))
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.base_rate = base_learning_rate(self.config, self.schedule)
+        self.rate_factor = learning_rate_factor(self.config, self.schedule.total_steps)
+        self.start = 0
+
+    def run(self) -> Path:
+        self.start = self._restore()
+        batches: Iterator[Batch] = iter(())
+        for step in range(self.start, self.schedule.total_steps):
+            if step == self.start or step % self.schedule.steps_per_epoch == 0:
+                batches = self._batches(step)
+            self._train_step(step, batches)
+            if self._is_checkpoint(step + 1):
+                self._save(step + 1)
+        return checkpoints(self.output)[-1]
+
+    def _is_checkpoint(self, done: int) -> bool:
+        return done % self.config.checkpointing_steps == 0 or done == self.schedule.total_steps
+
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        """Micro-batches of this process on its device, from a step to the end of its epoch."""
+        self.dataset.set_epoch(self.schedule.epoch(first_step))
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.schedule.batches(first_step, self.accelerator.process_index),
+            num_workers=self.config.dataloader_num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        for batch in loader:
+            yield {
+                name: value.to(self.accelerator.device, non_blocking=True)
+                for name, value in batch.items()
+                if isinstance(value, torch.Tensor)
+            }
+
+    def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
+        rates = {
+            "control": self.base_rate * self.rate_factor(step),
+            "tokens": token_learning_rate(self.config, self.schedule, step),
+        }
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            group["lr"] = rates[name]
+        losses = self._backward(step, batches)
+        self.accelerator.unscale_gradients()
+        norms = {
+            name: torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            for name, parameters in self.groups.items()
+        }
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._report(step, losses, norms, {name: rates[name] for name in self.groups})
+
+    def _backward(self, step: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
+        """Add up the gradients of a step's micro-batches; returns the mean losses."""
+        micro_batches = self.schedule.micro_batches
+        total: dict[str, torch.Tensor] = {}
+        for number in range(micro_batches):
+            seed = step_seed(self.config, step, number, self.accelerator.process_index)
+            draws = draw(
+                seed,
+                batch_size=self.schedule.batch_size,
+                resolution=self.config.resolution,
+                num_timesteps=len(self.networks.noise.betas),
+            )
+            torch.manual_seed(seed)  # for dropout
+            # Gradients are gathered from all processes once, with the last of a step's micro-batches.
+            waits = number < micro_batches - 1
+            with self.accelerator.no_sync(self.objective) if waits else nullcontext():
+                losses = self.objective(next(batches), draws.to(self.accelerator.device))
+                self.accelerator.backward(losses["loss"] / micro_batches)
+            for name, value in losses.items():
+                total[name] = total.get(name, 0.0) + value.detach() / micro_batches
+        return total
+
+    def _report(
+        self,
+        step: int,
+        losses: dict[str, torch.Tensor],
+        norms: dict[str, torch.Tensor],
+        rates: dict[str, float],
+    ) -> None:
+        """Tell of a step. Reading a number from a GPU waits for it, so only some steps do."""
+        done = step + 1
+        is_logged = done % self.config.logging_steps == 0 or step == self.start or self._is_checkpoint(done)
+        found = found_norms = None
+        if is_logged:
+            found = {name: float(self.accelerator.reduce(value, "mean")) for name, value in losses.items()}
+            found_norms = {name: float(value) for name, value in norms.items()}
+            self._check_finite(done, found)
+        if self.accelerator.is_main_process:
+            self.on_step(
+                StepReport(
+                    step=done,
+                    schedule=self.schedule,
+                    resumed_at=self.start,
+                    losses=found,
+                    norms=found_norms,
+                    rates=rates,
+                    networks=self.networks,
+                )
+            )
+
+    def _check_finite(self, step: int, losses: dict[str, float]) -> None:
+        wrong = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+        if wrong:
+            raise ExpectedError(
+                f"step {step}: expected a finite loss, found {', '.join(wrong)}. Lower learning_rate or "
+                f"text_encoder_lr, or use another mixed_precision; the checkpoints in {self.output} are from before"
+            )
+
+    # Checkpoints
+
+    def _state(self, step: int) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": step,
+            "settings": decisive_settings(self.config),
+            "images": self.schedule.images,
+            "processes": self.schedule.processes,
+            "optimizer": self.optimizer.state_dict(),
+            "loss_scale": None if scaler is None else scaler.state_dict(),
+        }
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint after so many steps; the other processes wait."""
+
+        def write(folder: Path) -> None:
+            self.networks.save(folder)
+            torch.save(self._state(step), folder / STATE)
+
+        if self.accelerator.is_main_process:
+            write_checkpoint(self.output, step, write, keep=self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> int:
+        """Take everything from the latest checkpoint; returns the number of the next step.
+
+        Raises:
+            ExpectedError: the checkpoints were made with other settings, images or processes.
+        """
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            remove_partial(self.output)
+            if self.config.resume_from_checkpoint is None:
+                remove_checkpoints(self.output)
+        self.accelerator.wait_for_everyone()
+        if not (found := checkpoints(self.output)):
+            return 0
+        state = read_state(found[-1])
+        expected = self._state(state["step"])
+        _check_same(found[-1], state, expected)
+        self.networks.restore(found[-1])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["loss_scale"] is not None:
+            self.accelerator.scaler.load_state_dict(state["loss_scale"])
+        return int(state["step"])
+
+
+def _check_same(checkpoint: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """
+    Raises:
+        ExpectedError: a checkpoint was made with other settings, images or processes; names them.
+    """
+    pairs = [(name, found[name], expected[name]) for name in ("images", "processes")]
+    names = sorted({*found["settings"], *expected["settings"]})
+    pairs += [(name, found["settings"].get(name), expected["settings"].get(name)) for name in names]
+    changed = [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
+    if changed:
+        raise ExpectedError(
+            f"{checkpoint}: expected a checkpoint of this run, found one of another: {'; '.join(changed)}. Train into "
+            "another folder, or start anew with resume_from_checkpoint: null"
+        )

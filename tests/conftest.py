@@ -108,18 +108,17 @@ class Workspace:
 
     # Building
 
-    def build(self) -> Build:
-        """Build in this process: no start-up time, but its code is what was imported."""
+    def build(self, family: str = "BuildDataset", **parameters: Any) -> Build:
+        """Build a pipeline in this process: no start-up time, but its code is what was imported."""
         before = self._state()
         started: list[str] = []
         errors: list[str] = []
         with _luigi_settings(self.settings_file()), _luigi_events(started, errors), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Luigi's, of config_path
-            from pipelines import BuildDataset
+            import pipelines
 
-            result = luigi.build(
-                [BuildDataset()], local_scheduler=True, detailed_summary=True, log_level="ERROR"
-            )
+            task = getattr(pipelines, family)(**parameters)
+            result = luigi.build([task], local_scheduler=True, detailed_summary=True, log_level="ERROR")
         return self._account(
             before, succeeded=result.status.name == "SUCCESS", started=started, errors=errors
         )
@@ -133,12 +132,12 @@ class Workspace:
             before, succeeded=process.returncode == 0, exit_code=process.returncode, output=output
         )
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, family: str = "BuildDataset") -> subprocess.Popen[str]:
         """Start a build in a process group of its own."""
         script = Path(sys.executable).with_name("luigi")
         command = [str(script)] if script.exists() else [sys.executable, "-m", "luigi"]
         return subprocess.Popen(
-            [*command, "--module", "pipelines", "BuildDataset", "--local-scheduler", *arguments],
+            [*command, "--module", "pipelines", family, "--local-scheduler", *arguments],
             cwd=self.folder,
             env={
                 **os.environ,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -75,6 +75,31 @@ PROTOCOLS = {
 """The paper's evaluation, by dataset."""
 
 
+def choose_protocol(
+    dataset: str,
+    codec: str | None = None,
+    flip_test: bool | None = None,
+    shift_heatmap: bool | None = None,
+    expert: int | None = None,
+) -> Protocol:
+    """A dataset's protocol, with other settings where they are given.
+
+    Raises:
+        ValueError: an unknown dataset or codec.
+    """
+    if dataset not in PROTOCOLS:
+        raise ValueError(f"expected a dataset among {', '.join(PROTOCOLS)}, found {dataset!r}")
+    if codec not in (None, "msra", "udp"):
+        raise ValueError(f"expected a codec among msra, udp, found {codec!r}")
+    given: dict[str, Any] = {
+        "codec": codec,
+        "flip_test": flip_test,
+        "shift_heatmap": shift_heatmap,
+        "expert": expert,
+    }
+    return replace(PROTOCOLS[dataset], **{name: value for name, value in given.items() if value is not None})
+
+
 class PoseEstimates(NamedTuple):
     """Estimated poses, image by image and box by box in the order given.
 
@@ -118,7 +143,7 @@ class PoseEstimator:
         path: Path | str,
         dataset: str = "ap10k",
         *,
-        codec: Codec | None = None,
+        codec: str | None = None,
         flip_test: bool | None = None,
         shift_heatmap: bool | None = None,
         expert: int | None = None,
@@ -140,18 +165,7 @@ class PoseEstimator:
             ExpectedError: the weights cannot be used (see ``load_vitpose``), or have not 17 keypoints.
             ValueError: an unknown dataset, codec or device.
         """
-        if dataset not in PROTOCOLS:
-            raise ValueError(f"expected a dataset among {', '.join(PROTOCOLS)}, found {dataset!r}")
-        if codec not in (None, "msra", "udp"):
-            raise ValueError(f"expected a codec among msra, udp, found {codec!r}")
-        usual = PROTOCOLS[dataset]
-        protocol = Protocol(
-            skeleton=usual.skeleton,
-            expert=usual.expert if expert is None else expert,
-            codec=codec or usual.codec,
-            flip_test=usual.flip_test if flip_test is None else flip_test,
-            shift_heatmap=usual.shift_heatmap if shift_heatmap is None else shift_heatmap,
-        )
+        protocol = choose_protocol(dataset, codec, flip_test, shift_heatmap, expert)
         model, _ = load_vitpose(Path(path), expert=protocol.expert)
         if model.config.num_labels != NUM_KEYPOINTS:
             raise PoseWeightsError(
@@ -181,7 +195,7 @@ class PoseEstimator:
             ImageError: an image is missing, broken or not RGB.
             PoseInputError: a box is not finite or has no area, or the arguments differ in length.
         """
-        crops = self._crops(_rows(images, bboxes_xywh, annotated_wh))
+        crops = self._crops(rows_of_images(images, bboxes_xywh, annotated_wh))
         found: list[PoseEstimates] = []
         while batch := list(itertools.islice(crops, self.batch_size)):
             found.append(self._poses(batch, keep_heatmaps))
@@ -253,10 +267,10 @@ class PoseEstimator:
             keypoints * factors, scores.cpu().numpy(), heatmaps.cpu().numpy() if keep_heatmaps else None
         )
 
-    def _crops(self, rows: Iterable[_Row]) -> Iterator[_Crop]:
+    def _crops(self, rows: Iterable[Row]) -> Iterator[_Crop]:
         """All instances' crops in order, made ahead in threads."""
 
-        def crops_of_image(row: _Row) -> list[_Crop]:
+        def crops_of_image(row: Row) -> list[_Crop]:
             return _crops_of_image(row, self.protocol.codec)
 
         with_boxes = (row for row in rows if len(row.boxes))
@@ -276,7 +290,7 @@ class _Crop:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """An image, its boxes (n, 4), and the size of the image that they were annotated in, where it is another one."""
 
     image: ImageLike
@@ -284,7 +298,7 @@ class _Row:
     annotated_wh: tuple[int, int] | None
 
 
-def _crops_of_image(row: _Row, codec: Codec) -> list[_Crop]:
+def _crops_of_image(row: Row, codec: Codec) -> list[_Crop]:
     pixels = read_rgb(row.image)
     own_wh = (pixels.shape[1], pixels.shape[0])
     annotated_wh = row.annotated_wh or own_wh
@@ -301,11 +315,11 @@ def _crops_of_image(row: _Row, codec: Codec) -> list[_Crop]:
 _NOTHING = object()
 
 
-def _rows(
+def rows_of_images(
     images: Iterable[ImageLike],
     bboxes_xywh: Iterable[ArrayLike],
     annotated_wh: Iterable[tuple[int, int]] | None,
-) -> Iterator[_Row]:
+) -> Iterator[Row]:
     """The arguments of ``predict`` image by image.
 
     Raises:
@@ -321,7 +335,7 @@ def _rows(
                 f"expected {', '.join(columns)} of one length, found only {number} in {ended[0]}"
             )
         image, boxes, size = (*row, None)[:3]
-        yield _Row(image, _checked_boxes(boxes, number), size)
+        yield Row(image, _checked_boxes(boxes, number), size)
 
 
 def _checked_boxes(boxes: ArrayLike, number: int) -> NDArray[np.float64]:

@@ -39,7 +39,10 @@ EXPERTS: Mapping[str, int] = {"coco": 0, "aic": 1, "mpii": 2, "ap10k": 3, "apt36
 """ViTPose+'s experts; transformers calls the number ``dataset_index``. HumanArt's keypoints are COCO's."""
 
 HEADS_OF_WIDTH: Mapping[int, int] = {384: 12, 768: 12, 1024: 16, 1280: 16}
-"""Attention heads of ViTPose-S, -B, -L and -H: a checkpoint's shapes do not tell. Other widths: 64 channels a head."""
+"""Attention heads of ViTPose-S, -B, -L and -H: a checkpoint's shapes do not tell."""
+
+HEAD_WIDTH = 64
+"""Channels of a head in networks of other widths."""
 
 PATCH, IMAGE_HW, LAYER_NORM_EPS = 16, (256, 192), 1e-6
 """Of every published ViTPose; checkpoints do not hold them."""
@@ -204,8 +207,8 @@ def recognise(state: State, path: Path) -> Format:
 
 
 def attention_heads(width: int) -> int:
-    """Of a ViT of that width: the published ones, else one for every 64 channels."""
-    return HEADS_OF_WIDTH.get(width, max(1, width // 64))
+    """Of a ViT of that width: the published ones, else one for every ``HEAD_WIDTH`` channels."""
+    return HEADS_OF_WIDTH.get(width, max(1, width // HEAD_WIDTH))
 
 
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ Legend: K keypoints (17), T tokens of a prompt (77, CLIP's context).
 
 from __future__ import annotations
 
+import functools
 import random
 from bisect import bisect_left
 from pathlib import Path
@@ -88,8 +89,8 @@ class Tokens(NamedTuple):
     Attributes:
         input_ids: (T,) int64.
         token_mask: (T,) bool: the tokens that stand for the concept. Of the keypoints: one token each, in keypoint
-            order, as many as ``keypoint_mask`` has; of a name of several words, the last one's. Of the whole object: the
-            last token of the class name; none in an empty prompt.
+            order, as many as ``keypoint_mask`` has; of a name of several words, the last one's. Of the whole object:
+            the last token of the class name; none in an empty prompt.
         keypoint_mask: (K,) bool: the keypoints that the prompt names, without those that were cut off.
     """
 
@@ -155,9 +156,10 @@ def _template_fault(template: str) -> str | None:
     return None
 
 
-def fields_of(template: str) -> set[str]:
+@functools.cache
+def fields_of(template: str) -> frozenset[str]:
     """Names of a template's fields."""
-    return {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+    return frozenset(field for _, field, _, _ in Formatter().parse(template) if field is not None)
 
 
 def usable(templates: Sequence[str], subject: Subject) -> list[str]:
@@ -249,9 +251,9 @@ def fill(template: str, subject: Subject, dataset: str, *, keypoints: KeypointWo
             if keypoints is None or not subject.labelled.any():
                 text = text.rstrip()
                 continue
-            opening = "<"
+            words, opening = keypoint_words(dataset, keypoints), "<"
             for k in np.flatnonzero(subject.labelled).tolist():
-                word = keypoint_words(dataset, keypoints)[k]
+                word = words[k]
                 text += opening
                 keypoint_spans[k] = len(text), len(text) + len(word)
                 text += word

@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from spctrl.crops import training_crop
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import run_model
 from spctrl.records import Record, RecordError
@@ -32,7 +33,6 @@ from spctrl.image_models.latents import (  # noqa: E402
     build_tiny,
     latent_shape,
     load_latent_encoder,
-    training_crop,
 )
 from spctrl.image_models.loading import open_rgb  # noqa: E402
 

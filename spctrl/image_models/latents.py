@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
+from spctrl.crops import training_crop
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device
 from spctrl.image_models.loading import WeightsFolder, load_strictly, mark_random, open_rgb
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spctrl.records import Record
-
-LONGEST_SIDES = 4
-"""Images longer than this many times their short side are cropped before they are resized, not after."""
-
 
 VAE = WeightsFolder(
     what="the image autoencoder of Stable Diffusion 1.5 in diffusers' format",
@@ -135,27 +131,6 @@ def latent_shape(resolution: int, config: Mapping[str, Any]) -> tuple[int, int, 
             f"[latents] resolution: expected a multiple of {factor}, as the autoencoder needs it, found {resolution}"
         )
     return 2 * int(config["latent_channels"]), resolution // factor, resolution // factor
-
-
-def training_crop(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
-    """(R, R, 3) uint8: the short side resized to R, then the centre cropped.
-
-    The same pixels as torchvision's ``Resize(R)`` (bilinear) and ``CenterCrop(R)`` of the PIL image. Where the long
-    side is more than ``LONGEST_SIDES`` times the short one, only the crop is computed, since the whole resized image
-    could fill any memory; positions then round differently, so that some pixels may differ by one level.
-    """
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    resized_long = int(resolution * long / short)
-    resized_wh = (resolution, resized_long) if width <= height else (resized_long, resolution)
-    left, top = (round((side - resolution) / 2) for side in resized_wh)
-    if long <= LONGEST_SIDES * short:
-        resized = image.resize(resized_wh, Image.Resampling.BILINEAR)
-        return np.array(resized.crop((left, top, left + resolution, top + resolution)))
-    across, down = width / resized_wh[0], height / resized_wh[1]
-    right, bottom = min((left + resolution) * across, width), min((top + resolution) * down, height)
-    box = (left * across, top * down, right, bottom)
-    return np.array(image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box))
 
 
 def build_tiny(folder: Path) -> None:

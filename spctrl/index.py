@@ -61,13 +61,14 @@ def write_index(source: Path, dataset: Dataset, split: str, destination: Path, *
     """
     with _no_garbage_collection():
         annotations = read_annotations(source, dataset, max_pixels=max_pixels)
+    # Not compressed: packing coordinates would take as long as all other writing, to halve a file that only stages read.
     texts = [field.name for field in INDEX_SCHEMA if field.type in (pa.string(), pa.int32())]
     with (
         ThreadPoolExecutor(
             1
         ) as writing,  # compressing needs no interpreter, so it runs beside making the next batch
         pq.ParquetWriter(
-            destination, INDEX_SCHEMA, compression="snappy", use_dictionary=texts, write_statistics=False
+            destination, INDEX_SCHEMA, compression="none", use_dictionary=texts, write_statistics=False
         ) as writer,
     ):
         written = None

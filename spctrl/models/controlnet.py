@@ -147,20 +147,21 @@ class SpCtrlControlNetModel(ControlNetModel):
         With ``output_loading_info`` the model and what did not match are returned, and nothing is checked.
 
         Raises:
-            ExpectedError: weights are missing, left over or of another shape.
+            ExpectedError: weights are missing, left over, of another shape, or cannot be loaded.
         """
         if kwargs.pop("output_loading_info", False):
             return super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
+        expected = f"{pretrained_model_name_or_path}: expected the weights of an SP-Ctrl ControlNet"
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, output_loading_info=True, **kwargs
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ExpectedError(f"{expected}, which cannot be loaded: {error}") from error
         wrong = {what: info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched")}
         if any(wrong.values()):
-            listed = "; ".join(f"{what}: {', '.join(map(str, keys))}" for what, keys in wrong.items() if keys)
-            raise ExpectedError(
-                f"{pretrained_model_name_or_path}: expected the weights of an SP-Ctrl ControlNet, found {listed}. "
-                "Is it a folder of another model, or cut short?"
-            )
+            listed = "; ".join(f"{what} {', '.join(map(str, keys))}" for what, keys in wrong.items() if keys)
+            raise ExpectedError(f"{expected}, found {listed}. Is it another model's folder, or cut short?")
         return model
 
     def to_json_string(self) -> str:

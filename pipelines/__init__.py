@@ -8,12 +8,15 @@ from typing import Any
 
 import luigi
 
+from pipelines.generate import Generate
 from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.conditions import CONDITIONS
 from tasks.export import Export
 from tasks.names import NamesParameter
 from tasks.report import Report, print_summary
+
+__all__ = ["BuildDataset", "Generate"]
 
 
 class BuildDataset(luigi.WrapperTask):

@@ -14,6 +14,7 @@ from tasks.base import digest_cache
 from tasks.executor import run_jobs
 from tasks.images import ImageFiles
 from tasks.inputs import MISSING
+from tasks.record_stage import RecordStage
 from tasks.store import digest
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ class Weights(luigi.ExternalTask):
         return False
 
 
-class ModelStage(ImageFiles):
-    """A record stage whose function loads an image model: ``function(**arguments, **loading)``."""
+class OnDevice(RecordStage):
+    """A record stage whose function loads a model, which one process runs on the device.
+
+    ``function(**model_parameters, **model_paths, device=...)`` gives an ``ImageModel``.
+    """
 
     section: ClassVar[type[Any]]
 
@@ -57,45 +61,16 @@ class ModelStage(ImageFiles):
         if settings.executor().device != "cpu":
             self.resources = {"gpu": 1}
 
-    def weights_name(self) -> str:
-        """Entry of configs/weights.yaml."""
+    def model_parameters(self) -> dict[str, Any]:
+        """What decides the model's output; hashable values."""
         raise NotImplementedError
 
-    @functools.cached_property
-    def weights_path(self) -> Path:
-        if self.section().weights:
-            return Path(self.section().weights)
-        from spctrl.weights import known_weights
-
-        return Path(settings.paths().weights) / known_weights()[self.weights_name()].file
-
-    @functools.cached_property
-    def weights_digest(self) -> str:
-        """Digest of the weights' contents, wherever they lie."""
-        cache, path = digest_cache(self.store.root), self.weights_path
-        if not path.is_dir():
-            beside = path.with_name(
-                f"{path.name}.json"
-            )  # the sizes of a model that is not one of the known ones
-            if path.exists() and beside.exists():
-                return digest(cache.file_digest(path), cache.file_digest(beside))
-            return cache.file_digest(path)
-        names = sorted(str(each.relative_to(path)) for each in path.rglob("*") if each.is_file())
-        return cache.list_digest(str(path), names) or MISSING
-
-    def requires(self) -> list[luigi.Task]:
-        return [self.index_task(), Weights(name=self.weights_name(), path=str(self.weights_path))]
-
-    def inputs(self) -> dict[str, str] | None:
-        return None if self.weights_digest == MISSING else super().inputs()
+    def model_paths(self) -> dict[str, Path]:
+        """Where its weights are."""
+        raise NotImplementedError
 
     def records_per_pack(self, total: int) -> int:
         return RECORDS_PER_PACK
-
-    def weights_note(self) -> str | None:
-        from spctrl.weights import are_random
-
-        return "random" if are_random(self.weights_path) else self.weights_digest
 
     def work_through(self, batches: Iterator[Batch]) -> Iterator[dict[str, Location]]:
         from tasks.work import make_model_pack
@@ -108,14 +83,67 @@ class ModelStage(ImageFiles):
     def batch(self, **work: Any) -> Batch:
         from tasks.work import ModelBatch
 
-        parameters = {name: value for name, value in self.arguments().items() if name != "weights_digest"}
         return ModelBatch(
             function=self.function,
-            parameters=parameters,
-            loading={"weights": self.weights_path, "device": settings.executor().device},
+            parameters=self.model_parameters(),
+            loading={**self.model_paths(), "device": settings.executor().device},
             batch_size=self.section().batch_size,
             store_root=self.store.root,
             stage=self.stage,
             suffix=self.suffix,
             **work,
         )
+
+
+class ModelStage(OnDevice, ImageFiles):
+    """A stage that runs an image model over the images."""
+
+    def weights_name(self) -> str:
+        """Entry of configs/weights.yaml."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def weights_path(self) -> Path:
+        return weights_at(self.section().weights or self.weights_name())
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        return weights_digest(self.store.root, self.weights_path)
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.index_task(), Weights(name=self.weights_name(), path=str(self.weights_path))]
+
+    def inputs(self) -> dict[str, str] | None:
+        return None if self.weights_digest == MISSING else super().inputs()
+
+    def weights_note(self) -> str | None:
+        from spctrl.weights import are_random
+
+        return "random" if are_random(self.weights_path) else self.weights_digest
+
+    def model_parameters(self) -> dict[str, Any]:
+        return {name: value for name, value in self.arguments().items() if name != "weights_digest"}
+
+    def model_paths(self) -> dict[str, Path]:
+        return {"weights": self.weights_path}
+
+
+def weights_at(name: str) -> Path:
+    """Where weights lie: an entry of configs/weights.yaml, below ``[paths] weights``; or else the path itself."""
+    from spctrl.weights import known_weights
+
+    known = known_weights()
+    return Path(settings.paths().weights) / known[name].file if name in known else Path(name)
+
+
+def weights_digest(store_root: Path, path: Path) -> str:
+    """Digest of weights' contents, wherever they lie; ``MISSING`` where there are none."""
+    cache = digest_cache(store_root)
+    if not path.is_dir():
+        # The sizes of a model that is not one of the known ones.
+        beside = path.with_name(f"{path.name}.json")
+        if path.exists() and beside.exists():
+            return digest(cache.file_digest(path), cache.file_digest(beside))
+        return cache.file_digest(path)
+    names = sorted(str(each.relative_to(path)) for each in path.rglob("*") if each.is_file())
+    return cache.list_digest(str(path), names) or MISSING

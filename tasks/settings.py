@@ -115,6 +115,18 @@ class latents(luigi.Config):
     )
 
 
+class generate(luigi.Config):
+    batch_size = luigi.IntParameter(
+        default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
+    )
+
+
+class train(luigi.Config):
+    num_processes = luigi.IntParameter(
+        default=1, description="processes that train together, one for each GPU; a step has the images of all"
+    )
+
+
 class export(luigi.Config):
     names = luigi.ChoiceParameter(
         default="readme",
@@ -133,7 +145,21 @@ class export(luigi.Config):
     )
 
 
-SECTIONS = (paths, ap10k, humanart, executor, index, spatext, openpose, mask, depth, latents, export)
+SECTIONS = (
+    paths,
+    ap10k,
+    humanart,
+    executor,
+    index,
+    spatext,
+    openpose,
+    mask,
+    depth,
+    latents,
+    generate,
+    train,
+    export,
+)
 
 
 def dataset_of(name: str) -> Dataset:

@@ -36,7 +36,13 @@ class ArtifactSource(NamedTuple):
     location: Location
 
 
-Source = FileSource | ArtifactSource
+class TextSource(NamedTuple):
+    """A text that is the input itself."""
+
+    text: str
+
+
+Source = FileSource | ArtifactSource | TextSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +110,8 @@ def make_model_pack(batch: ModelBatch) -> dict[str, Location]:
     store = Store(batch.store_root)
     model = _loaded_model(batch.function, tuple(sorted({**batch.parameters, **batch.loading}.items())))
     work = (
-        (record, _read(store, source)) for record, (source,) in zip(batch.records, batch.sources, strict=True)
+        (record, *(_read(store, source) for source in sources))
+        for record, sources in zip(batch.records, batch.sources, strict=True)
     )
     fitting = FITTING_BATCH[choose_device(batch.loading["device"]).type]
     results = run_model(model, work, batch_size=batch.batch_size or fitting)
@@ -126,6 +133,8 @@ def resolve(function: str) -> Callable[..., Any]:
 def _read(store: Store, source: Source) -> bytes:
     if isinstance(source, ArtifactSource):
         return store.read(source.stage, source.location.pack, source.location.offset, source.location.size)
+    if isinstance(source, TextSource):
+        return source.text.encode()
     data = Path(source.path).read_bytes()
     if content_digest(data) != source.digest:
         raise InputChangedError(

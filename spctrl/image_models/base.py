@@ -32,8 +32,8 @@ BATCHES_AHEAD = 2
 class ImageModel(Protocol[Decoded, Output]):
     """A model that makes one artifact of each record and its image."""
 
-    def decode(self, record: Record, data: bytes) -> Decoded:
-        """The model's input, on the processor.
+    def decode(self, record: Record, *data: bytes) -> Decoded:
+        """The model's input, on the processor: of the image file, or of what else the model reads.
 
         Raises:
             RecordError: the image cannot be used.
@@ -58,9 +58,9 @@ class ImageModel(Protocol[Decoded, Output]):
 
 
 def run_model(
-    model: ImageModel[Any, Any], work: Iterable[tuple[Record, bytes]], *, batch_size: int
+    model: ImageModel[Any, Any], work: Iterable[tuple[Record, *tuple[bytes, ...]]], *, batch_size: int
 ) -> Iterator[Result]:
-    """Results of a model for records and their image files, in their order.
+    """Results of a model for records and their files, such as their images, in their order.
 
     A batch that does not fit into the device's memory is halved and tried again, down to single images. Records are
     decoded a few batches ahead, and artifacts encoded behind, while the device works.
@@ -72,7 +72,7 @@ def run_model(
         waiting: deque[list[tuple[Record, Future[Any]]]] = deque()
         encoding: deque[list[Future[Result]]] = deque()
         for batch in itertools.chain(_batched(work, batch_size), itertools.repeat((), BATCHES_AHEAD)):
-            waiting.append([(record, threads.submit(model.decode, record, data)) for record, data in batch])
+            waiting.append([(record, threads.submit(model.decode, record, *data)) for record, *data in batch])
             if len(waiting) <= BATCHES_AHEAD:
                 continue
             encoding.append(_infer_and_encode(model, waiting.popleft(), threads))

@@ -28,6 +28,8 @@ def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
     builders: dict[str, Callable[[Path], None]] = {
         "zoedepth": depth.build_tiny,
         "stable_diffusion": tiny.build_stable_diffusion,
+        "spctrl_ap10k": lambda path: tiny.build_spctrl(path, stable_diffusion, "ap10k"),
+        "spctrl_humanart": lambda path: tiny.build_spctrl(path, stable_diffusion, "humanart"),
         "controlnet": lambda path: tiny.build_controlnet(path, stable_diffusion),
         "t2i_adapter": tiny.build_t2i_adapter,
     }

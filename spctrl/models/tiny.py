@@ -27,7 +27,10 @@ BLOCK_WIDTHS = (16, 32, 32, 32)
 CONDITION_WIDTHS = (4, 8, 8, 16)
 """Of the ControlNet's stem, which works at the condition's full size."""
 NORM_GROUPS = 4
-CONDITION_STRENGTH = 0.1
+LEARNED_EMBEDS = "learned_embeds.bin"
+TOKEN_SPREAD = 0.02
+"""Of the rows of the text encoder's token embedding."""
+CONDITION_STRENGTH = 0.2
 """Spread of the weights that a ControlNet starts with at zero, so that its condition shows."""
 
 WORDS = (
@@ -109,6 +112,26 @@ def build_controlnet(folder: Path, stable_diffusion: Path) -> None:
     mark_random(folder)
 
 
+def build_spctrl(folder: Path, stable_diffusion: Path, dataset: str) -> None:
+    """Write a checkpoint in the released manner: the folder ``controlnet``, and keypoint tokens beside it."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from spctrl.models import SpCtrlControlNetModel
+    from spctrl.models.tokens import PLACEHOLDERS, save_learned_embeds
+
+    unet = UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet", low_cpu_mem_usage=False)
+    with random_weights(3):
+        controlnet = SpCtrlControlNetModel.from_unet(
+            unet, conditioning_embedding_out_channels=CONDITION_WIDTHS
+        )
+        _let_condition_show(controlnet)
+        rows = TOKEN_SPREAD * torch.randn((len(PLACEHOLDERS[dataset]), TEXT_WIDTH))
+    controlnet.save_pretrained(folder / "controlnet")
+    save_learned_embeds(folder / LEARNED_EMBEDS, dict(zip(PLACEHOLDERS[dataset], rows, strict=True)))
+    mark_random(folder / "controlnet")
+
+
 def build_t2i_adapter(folder: Path) -> None:
     """Write a T2I-Adapter for RGB conditions."""
     from diffusers import T2IAdapter
@@ -120,12 +143,15 @@ def build_t2i_adapter(folder: Path) -> None:
 
 
 def _let_condition_show(controlnet: Any) -> None:
-    """Give the layers that start at zero small random weights."""
+    """Give what starts at zero random weights, and the stem such weights that the condition comes through it."""
     from torch import nn
 
     for parameter in controlnet.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=CONDITION_STRENGTH)
+    for layer in controlnet.controlnet_cond_embedding.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from tasks.conditions import CONDITIONS
 from tasks.export import Export
 from tasks.names import NamesParameter
 from tasks.report import Report, print_summary
+from tasks.train import Train
 
-__all__ = ["BuildDataset", "Generate"]
+__all__ = ["BuildDataset", "Generate", "Train"]
 
 
 class BuildDataset(luigi.WrapperTask):

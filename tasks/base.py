@@ -197,13 +197,17 @@ class StageTask(luigi.Task):
         """Find out what the inputs are where that takes long (reading many files)."""
 
     def commit(self, run: Run, counts: Mapping[str, int], started: float) -> None:
-        names = sorted(path.name for path in run.folder.glob("*") if not path.name.startswith(TEMPORARY))
+        paths = [path for path in run.folder.rglob("*") if path.is_file()]
+        names = sorted(
+            path.relative_to(run.folder).as_posix() for path in paths if not path.name.startswith(TEMPORARY)
+        )
         provenance = {
             "stage": self.stage,
             "part": self.part,
             "fingerprint": run.fingerprint,
             **asdict(self.made_from()),
             **({"weights": note} if (note := self.weights_note()) else {}),
+            **self.notes(),
             "counts": dict(counts),
             "started_at": _iso_time(started),
             "finished_at": _iso_time(time.time()),
@@ -219,6 +223,10 @@ class StageTask(luigi.Task):
     def weights_note(self) -> str | None:
         """Of what a model made: ``random``, or the digest of the model's weights."""
         return None
+
+    def notes(self) -> dict[str, Any]:
+        """What else the provenance says; JSON values."""
+        return {}
 
     def packs_of(self, run: Run) -> Sequence[str]:
         """Names of the packs that the run refers to."""

@@ -6,22 +6,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 LINE_EVERY_S = 5.0
 
-Advance = Callable[[int], None]
+_Show = Callable[[int, str], None]
+
+
+class Advance(Protocol):
+    """Takes how many records were finished since, and what else there is to say, in a few words."""
+
+    def __call__(self, count: int, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress(title: str, total: int, set_percentage: Callable[[int], object] | None) -> Iterator[Advance]:
-    """Show how far a stage is; the function that is handed out takes how many records were finished since."""
+    """Show how far a stage is; the function that is handed out is told of what is done."""
     done = 0
     with _shown(title, total) as show:
 
-        def advance(count: int) -> None:
+        def advance(count: int, note: str = "") -> None:
             nonlocal done
             done += count
-            show(done)
+            show(done, note)
             if set_percentage is not None:
                 set_percentage(100 * done // max(total, 1))
 
@@ -29,7 +36,7 @@ def progress(title: str, total: int, set_percentage: Callable[[int], object] | N
 
 
 @contextmanager
-def _shown(title: str, total: int) -> Iterator[Advance]:
+def _shown(title: str, total: int) -> Iterator[_Show]:
     if not sys.stderr.isatty():
         yield _line_printer(title, total)
         return
@@ -50,22 +57,30 @@ def _shown(title: str, total: int) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        shown = bar.add_task(title, total=total)
-        yield lambda done: bar.update(shown, completed=done)
+        shown = bar.add_task(title, total=total, note="")
+        yield lambda done, note: bar.update(shown, completed=done, note=note)
 
 
-def _line_printer(title: str, total: int) -> Advance:
-    started = last = time.monotonic()
+def _line_printer(title: str, total: int) -> _Show:
+    last = time.monotonic()
+    first: tuple[float, int] | None = None
 
-    def show(done: int) -> None:
-        nonlocal last
+    def show(done: int, note: str) -> None:
+        nonlocal last, first
         now = time.monotonic()
+        if first is None:
+            # What an earlier build did counts at once, and says nothing of how fast this one is.
+            first = now, done
         if now - last < LINE_EVERY_S:
             return
         last = now
-        left_s = (now - started) / max(done, 1) * (total - done)
-        print(f"{title}: {done:,} of {total:,}, about {left_s:,.0f} s left", file=sys.stderr, flush=True)
+        facts = [f"{title}: {done:,} of {total:,}"]
+        if done > first[1]:
+            left_s = (now - first[0]) / (done - first[1]) * (total - done)
+            facts.append(f"about {left_s:,.0f} s left")
+        print(", ".join([*facts, note] if note else facts), file=sys.stderr, flush=True)
 
     return show

@@ -272,3 +272,8 @@ def decisive_settings(config: TrainingConfig) -> dict[str, Any]:
     """Everything that the trained weights depend on, defaults included; JSON values."""
     settings = msgspec.to_builtins(config)
     return {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+
+
+def write_training_config(config: TrainingConfig, path: Path) -> None:
+    """Write all settings, defaults included, as a file that ``read_training_config`` reads."""
+    path.write_bytes(msgspec.yaml.encode(config))

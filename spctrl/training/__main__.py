@@ -1,0 +1,200 @@
+"""One process of a training run: ``accelerate launch -m spctrl.training``, as the Luigi task ``Train`` starts it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spctrl.errors import ExpectedError
+from spctrl.training.config import TrainingConfig, read_training_config
+
+ERROR = "error.txt"
+"""Below the output: why a run stopped, in words."""
+LINE_EVERY_S, JSON_EVERY_S = 5.0, 0.5
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/train/ap10k_spctrl.yaml")],
+    manifest: Annotated[Path, typer.Option(help="Parquet manifest of the images to train on")],
+    store: Annotated[Path, typer.Option(help="folder of everything computed")] = Path("store"),
+    data_root: Annotated[
+        Path | None, typer.Option(help="folder of the raw dataset; cached latents do without")
+    ] = None,
+    weights: Annotated[Path, typer.Option(help="folder of the entries of configs/weights.yaml")] = Path(
+        "weights"
+    ),
+    output: Annotated[
+        Path | None, typer.Option(help="folder of the checkpoints; default: output_dir")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="of the run, for trackers; default: the file's")] = None,
+    validation_manifest: Annotated[Path | None, typer.Option(help="manifest of the images to draw")] = None,
+    keypoint_radius_px: Annotated[int, typer.Option(help="in index maps and renders")] = 4,
+    link_half_width_px: Annotated[int, typer.Option(help="in index maps and renders")] = 4,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="load everything, say what would be done")
+    ] = False,
+    json_progress: Annotated[
+        bool, typer.Option("--json-progress", help="one JSON object a line on standard output")
+    ] = False,
+) -> None:
+    """Train, or go on training, what a configuration describes.
+
+    Checkpoints go below the output; a run that was stopped goes on from the latest one when it is started again.
+    Without Luigi: python -m spctrl.training CONFIG --manifest FILE --output FOLDER. On several GPUs: accelerate launch
+    --num_processes N -m spctrl.training CONFIG ...
+    """
+    found = output
+    try:
+        settings = read_training_config(config)
+        found = output or (Path(settings.output_dir) if settings.output_dir else None)
+        if found is None:
+            raise ExpectedError(f"{config}: expected output_dir, or --output FOLDER, found neither")
+        from spctrl.training.loop import TrainingInputs
+
+        inputs = TrainingInputs(
+            manifest=manifest,
+            store=store,
+            data_root=data_root,
+            weights=weights,
+            keypoint_radius_px=keypoint_radius_px,
+            link_half_width_px=link_half_width_px,
+            needs_vae=validation_manifest is not None and settings.validation_steps is not None,
+        )
+        if dry_run:
+            _describe(settings, inputs, found)
+        else:
+            _train(settings, inputs, found, validation_manifest, name or config.stem, json_progress)
+    except ExpectedError as error:
+        print(error, file=sys.stderr, flush=True)
+        if found is not None and not dry_run:
+            found.mkdir(parents=True, exist_ok=True)
+            (found / ERROR).write_text(f"{error}\n")
+        raise typer.Exit(1) from error
+
+
+def _train(
+    config: TrainingConfig,
+    inputs: Any,
+    output: Path,
+    validation_manifest: Path | None,
+    name: str,
+    json_progress: bool,
+) -> None:
+    from spctrl.training.loop import train
+    from spctrl.training.watch import Watcher
+
+    show = _json_lines() if json_progress else _text_lines()
+    with _alone(output):
+        (output / ERROR).unlink(missing_ok=True)
+        watcher = Watcher(config, inputs, validation_manifest, output, name, show)
+        try:
+            last = train(config, inputs, output, watcher)
+        finally:
+            watcher.close()
+    if not json_progress and _is_main():
+        print(f"trained: {last}")
+
+
+def _describe(config: TrainingConfig, inputs: Any, output: Path) -> None:
+    """Load everything and print what a run would do."""
+    from spctrl.training.checkpoints import checkpoints
+    from spctrl.training.loop import make_accelerator, prepare
+
+    accelerator = make_accelerator(config)
+    run = prepare(config, inputs, accelerator)
+    schedule = run.schedule
+    sizes = [sum(parameter.numel() for parameter in group) for group in run.networks.trained_groups()]
+    tokens = f" and {len(run.networks.token_rows):,} token embeddings" if len(sizes) > 1 else ""
+    source = "cached latents" if config.use_cached_latents else "images encoded in every step"
+    earlier = checkpoints(output)
+    print(
+        f"trains: {type(run.networks.control).__name__}, {sizes[0] / 1e6:,.1f} million parameters{tokens}\n"
+        f"on: {schedule.images:,} images of {inputs.manifest}, {config.resolution} x {config.resolution}, {source}\n"
+        f"in: {schedule.total_steps:,} steps of {schedule.step_images:,} images ({schedule.batch_size} x "
+        f"{schedule.micro_batches} micro-batches x {schedule.processes} processes), {schedule.steps_per_epoch:,} an "
+        f"epoch\nwith: precision {config.mixed_precision} on {accelerator.device}\n"
+        f"into: {output}, {f'going on from {earlier[-1].name}' if earlier else 'from the start'}"
+    )
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Be the only run that writes to a folder; wait for one that is about to end."""
+    if not _is_main():
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{output}: another run is training here; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_main() -> bool:
+    """Whether this is the first of the processes that ``accelerate launch`` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _text_lines() -> Callable[[dict[str, Any]], None]:
+    last = 0.0
+
+    def show(progress: dict[str, Any]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_EVERY_S and progress["step"] < progress["total"]:
+            return
+        last = now
+        print(progress_line(progress), flush=True)
+
+    return show
+
+
+def _json_lines() -> Callable[[dict[str, Any]], None]:
+    """Lines for the process that started this one; writing them fails, and ends this run, when that one is gone."""
+    last = 0.0
+
+    def show(progress: dict[str, Any]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < JSON_EVERY_S and progress["step"] < progress["total"]:
+            return
+        last = now
+        print(json.dumps(progress), flush=True)
+
+    return show
+
+
+def progress_line(progress: dict[str, Any]) -> str:
+    """A step, its losses and the time that is left, for people."""
+    losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in progress["losses"].items())
+    left = (
+        ""
+        if progress["left_s"] is None
+        else f", {progress['steps_per_s']:.2f} steps/s, {_time(progress['left_s'])} left"
+    )
+    return f"step {progress['step']:,} of {progress['total']:,}: {losses}{left}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,304 @@
+"""The training stage: a run of configs/train/ on what the dataset's stages made."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import luigi
+
+from spctrl.errors import ExpectedError
+from tasks import settings
+from tasks.base import MANIFEST, StageTask
+from tasks.code_version import ROOT
+from tasks.conditions import Latents
+from tasks.inputs import MISSING
+from tasks.manifest import Manifest
+from tasks.model_stage import Weights, weights_at, weights_digest
+from tasks.progress import progress
+from tasks.store import Run, digest
+
+if TYPE_CHECKING:
+    from spctrl.training.config import TrainingConfig
+
+CONFIG, LOG, ERROR, STATE = "config.yaml", "train.log", "error.txt", "state.pt"
+KEPT = (CONFIG, "losses.jsonl", "validation", "logs")
+"""What is kept of a run beside its last checkpoint, where it is there."""
+MESSAGE_LINES = 30
+
+
+class Train(StageTask):
+    """Train what a file of configs/train/ describes; a run that was stopped goes on from its last checkpoint.
+
+    ``luigi --module pipelines Train --config configs/train/ap10k_spctrl.yaml --local-scheduler``
+
+    The result is the last checkpoint: ``controlnet/`` or ``adapter/``, and ``learned_embeds.bin`` where keypoint tokens
+    were trained. Earlier checkpoints lie below ``training/`` in the store until the run is done.
+    """
+
+    stage = "train"
+    function = "spctrl.training.loop:train"
+    libraries = ("torch", "diffusers", "transformers", "accelerate")
+
+    config = luigi.Parameter(description="a file of configs/train/")
+    on_bad_record = luigi.ChoiceParameter(
+        default="quarantine",
+        choices=["quarantine", "fail"],
+        config_path={"section": "build", "name": "on_bad_record"},
+        description="quarantine: set bad records aside; fail: stop",
+    )
+    max_reject_share = luigi.FloatParameter(
+        default=0.05,
+        config_path={"section": "build", "name": "max_reject_share"},
+        description="share of bad records above which the run fails",
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if settings.executor().device != "cpu":
+            self.resources = {"gpu": 1}
+
+    @functools.cached_property
+    def how(self) -> TrainingConfig:
+        from spctrl.training.config import read_training_config
+
+        return read_training_config(Path(self.config))
+
+    @property
+    def part(self) -> str:
+        return Path(self.config).stem
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints lie until the run is done."""
+        return self.store.root / "training" / self.part / self.made_from().fingerprint
+
+    # What it is made from
+
+    def manifest_task(self, split: str = "train") -> Manifest:
+        """The images of a split; those of validation are only looked at, so they need no latents."""
+        conditions = [name for name in self.how.conditions if split == "train" or name != Latents.stage]
+        return Manifest(
+            dataset=self.how.dataset_name,
+            split=split,
+            conditions=conditions,
+            images="required",
+            on_bad_record=self.on_bad_record,
+            max_reject_share=self.max_reject_share,
+        )
+
+    def requires(self) -> list[luigi.Task]:
+        how = self.how
+        start = how.controlnet_model_name_or_path
+        needed: list[luigi.Task] = [
+            self.manifest_task(),
+            Weights(name="stable_diffusion", path=str(self.stable_diffusion)),
+        ]
+        if start:
+            needed.append(Weights(name="controlnet", path=str(weights_at(start))))
+        if how.validation_steps:
+            needed.append(self.manifest_task("val"))
+        return needed
+
+    @functools.cached_property
+    def stable_diffusion(self) -> Path:
+        return weights_at(self.how.pretrained_model_name_or_path)
+
+    def parameters(self) -> dict[str, Any]:
+        from spctrl.training.config import decisive_settings
+
+        return {
+            "settings": decisive_settings(self.how),
+            "num_processes": settings.train().num_processes,
+            **self._drawing(),
+        }
+
+    def _drawing(self) -> dict[str, int]:
+        """Sizes in the conditions that training draws."""
+        section = settings.spatext() if self.how.conditioning_mode == "spatext" else settings.openpose()
+        return {
+            "keypoint_radius_px": section.keypoint_radius_px,
+            "link_half_width_px": section.link_half_width_px,
+        }
+
+    def inputs(self) -> dict[str, str] | None:
+        manifest = self.manifest_task().ingredients()
+        files = self._files()
+        found = {name: weights_digest(self.store.root, path) for name, path in files.items()}
+        if manifest is None or MISSING in found.values():
+            return None
+        return {"manifest": manifest.fingerprint, **found}
+
+    def _files(self) -> dict[str, Path]:
+        """Files and folders that the result depends on."""
+        how = self.how
+        parts = ["unet", "text_encoder", "tokenizer", "scheduler", "vae"]
+        templates = how.prompt_templates or ROOT / "configs" / "prompts" / f"{how.dataset_name}.yaml"
+        files = {part: self.stable_diffusion / part for part in parts} | {"prompts": Path(templates)}
+        if how.controlnet_model_name_or_path:
+            files["start"] = weights_at(how.controlnet_model_name_or_path)
+        if how.spatext_init_emb:
+            files["keypoint_embeddings"] = Path(how.spatext_init_emb)
+        return files
+
+    def weights_note(self) -> str | None:
+        from spctrl.weights import are_random
+
+        if are_random(self.stable_diffusion):
+            return "random"
+        return digest(*(f"{name} {found}" for name, found in sorted(self.made_from().inputs.items())))
+
+    def notes(self) -> dict[str, Any]:
+        return {"git_commit": git_commit()}
+
+    # How it is made
+
+    def run(self) -> None:
+        super().run()
+        if self.is_up_to_date():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def make(self, run: Run) -> dict[str, int]:
+        self._check_latents()
+        self._train()
+        checkpoint = max(self.folder.glob("checkpoint-*"))
+        self._take_result(checkpoint, run)
+        images = self.manifest_task().finished_run().provenance()["counts"]["made"]
+        steps = int(checkpoint.name.removeprefix("checkpoint-"))
+        return {"records": images, "made": steps, "rejected": 0}
+
+    def _check_latents(self) -> None:
+        """Cached latents must be those that the run's own autoencoder would give."""
+        if not self.how.use_cached_latents:
+            return
+        latents = self.manifest_task().clone(Latents)
+        own = weights_digest(self.store.root, self.stable_diffusion / "vae")
+        if latents.weights_digest != own:
+            raise ExpectedError(
+                f"expected cached latents of the autoencoder in {self.stable_diffusion / 'vae'}, found those of "
+                f"{latents.weights_path}, which is another. Set [latents] weights to the former, or use_cached_latents "
+                f"to false in {self.config}"
+            )
+
+    def _train(self) -> None:
+        """Run the training processes until they are done, showing how far they are.
+
+        Raises:
+            ExpectedError: what stopped them, where they could say.
+            RuntimeError: they failed in another way; with the end of what they wrote.
+        """
+        from spctrl.training.config import write_training_config
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_training_config(self.how, self.folder / CONFIG)  # also what a later edit would change
+        error, log = self.folder / ERROR, self.folder / LOG
+        error.unlink(missing_ok=True)
+        with log.open("ab") as output, running(self.command(), self.environment(), output) as process:
+            assert process.stdout is not None
+            self._show(json.loads(line) for line in process.stdout if line.startswith("{"))
+            failed = process.wait() != 0
+        if failed and error.is_file():
+            raise ExpectedError(f"{self.config}: {error.read_text().strip()}")
+        if failed:
+            tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-MESSAGE_LINES:])
+            raise RuntimeError(f"training {self.part} failed; the end of {log}:\n{tail}")
+
+    def _show(self, reports: Iterator[dict[str, Any]]) -> None:
+        """Show step, loss and the time that is left."""
+        if (first := next(reports, None)) is None:
+            return
+        title = f"{self.stage} {self.part}"
+        with progress(title, first["total"], self.set_progress_percentage) as advance:
+            done = 0
+            for report in itertools.chain([first], reports):
+                advance(report["step"] - done, f"loss {report['losses']['loss']:.4f}")
+                done = report["step"]
+
+    def command(self) -> list[str]:
+        """Arguments that start the training processes."""
+        how, processes = self.how, settings.train().num_processes
+        launch = {"num_processes": processes, "num_machines": 1, "dynamo_backend": "no"}
+        inputs: dict[str, Any] = {
+            "manifest": self.manifest_task().finished_run().path(MANIFEST),
+            "store": self.store.root,
+            "data_root": settings.dataset_root(how.dataset_name),
+            "weights": settings.paths().weights,
+            "output": self.folder,
+            **self._drawing(),
+        }
+        if how.validation_steps:
+            inputs["validation_manifest"] = self.manifest_task("val").finished_run().path(MANIFEST)
+        return [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *(f"--{name}={value}" for name, value in launch.items()),
+            f"--mixed_precision={how.mixed_precision}",
+            *(["--multi_gpu", "--main_process_port=0"] if processes > 1 else []),
+            *("-m", "spctrl.training", str(self.folder / CONFIG), f"--name={self.part}", "--json-progress"),
+            *(f"--{name.replace('_', '-')}={value}" for name, value in inputs.items()),
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """The environment of the training processes: this project's code, the chosen device, no downloads."""
+        device = settings.executor().device
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        chosen = {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:")} if device.startswith("cuda:") else {}
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "ACCELERATE_USE_CPU": str(device == "cpu").lower(),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",  # it warns of each loader process otherwise
+            **chosen,
+        }
+
+    def _take_result(self, checkpoint: Path, run: Run) -> None:
+        """Copy what is kept into the run's folder; whatever a killed build left there goes."""
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.folder.mkdir(parents=True)
+        results = [path for path in checkpoint.iterdir() if path.name != STATE]
+        kept = [self.folder / name for name in KEPT]
+        for path in (*results, *(path for path in kept if path.exists())):
+            if path.is_dir():
+                shutil.copytree(path, run.folder / path.name)
+            else:
+                shutil.copyfile(path, run.folder / path.name)
+
+
+@contextmanager
+def running(
+    command: Sequence[str], environment: Mapping[str, str], log: IO[bytes]
+) -> Iterator[subprocess.Popen[str]]:
+    """A process whose standard output is read; it and those that it started do not outlive the context."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # checkpoints are whole or absent, whenever that comes
+            raise
+
+
+def git_commit() -> str | None:
+    """The commit of this project's code, marked where files differ from it; None outside a repository."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

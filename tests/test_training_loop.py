@@ -1,0 +1,457 @@
+"""The training loop with tiny models: it learns, changes only what it may, and goes on as if never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+torch = pytest.importorskip("torch", reason="the train extra is not installed")
+pytest.importorskip("accelerate", reason="the train extra is not installed")
+
+from spctrl.errors import ExpectedError  # noqa: E402
+from spctrl.models import tiny  # noqa: E402
+from spctrl.training.checkpoints import STATE, checkpoints  # noqa: E402
+from spctrl.training.config import TrainingConfig  # noqa: E402
+from spctrl.training.loop import StepReport, TrainingInputs, make_optimizer, train, training_dataset  # noqa: E402
+from spctrl.training.networks import Networks, load_networks  # noqa: E402
+from spctrl.training.objective import draw, objective_of  # noqa: E402
+from spctrl.weights import known_weights  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+OLD_ROWS = 49_408
+
+SPCTRL: dict[str, Any] = {
+    "conditioning_mode": "spatext",
+    "add_keypoint_prompt": 0.8,
+    "proportion_empty_prompts": 0.2,
+    "enable_learnable_kpttoken": True,
+    "text_encoder_lr": 0.5,
+    "text_encoder_lr_scheduler": 0.5,
+    "add_cross_attn_loss": True,
+    "attn_loss_weight": 0.1,
+    "attn_loss_type": "mse",
+    "attn_loss_select_layer_type": "down_blocks.2",
+    "attn_loss_detach_query": True,
+    "heatmap_type": "partition",
+}
+"""The recommended objective, without its timestep window, which a small batch might miss."""
+
+
+@pytest.fixture(scope="module")
+def inputs(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
+    """The sample's AP-10K training split, built, and tiny weights."""
+    from conftest import Workspace
+
+    folder = tmp_path_factory.mktemp("training")
+    workspace = Workspace(folder / "built", sample)
+    workspace.store.mkdir()
+    workspace.configure("build", datasets=["ap10k"], splits=["train"], conditions=["mask"])
+    assert workspace.build().succeeded
+    tiny.build_stable_diffusion(folder / "weights" / known_weights()["stable_diffusion"].file)
+    (manifest,) = workspace.store.glob("runs/manifest/ap10k-train/*/manifest.parquet")
+    return TrainingInputs(
+        manifest=manifest, store=workspace.store, data_root=sample / "AP-10K", weights=folder / "weights"
+    )
+
+
+def settings(**chosen: Any) -> dict[str, Any]:
+    return {
+        "dataset_name": "ap10k",
+        "conditioning_mode": "spatext",
+        "resolution": 64,
+        "use_cached_latents": False,
+        "train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "max_train_steps": 6,
+        "logging_steps": 1,
+        "report_to": "none",
+        **chosen,
+    }
+
+
+def config(**chosen: Any) -> TrainingConfig:
+    return msgspec.convert(settings(**chosen), TrainingConfig)
+
+
+def trained(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the latest checkpoint: network, tokens and optimizer."""
+    from safetensors.torch import load_file
+
+    latest = checkpoints(folder)[-1]
+    found = {}
+    for path in sorted(latest.rglob("*.safetensors")):
+        found |= load_file(path)
+    if (latest / "learned_embeds.bin").is_file():
+        found |= torch.load(latest / "learned_embeds.bin", weights_only=True)
+    state = torch.load(latest / STATE, weights_only=True)
+    for number, values in state["optimizer"]["state"].items():
+        found |= {f"optimizer {number} {name}": value for name, value in values.items()}
+    return found
+
+
+def equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+# Going on
+
+
+RESUMED = settings(
+    **SPCTRL,
+    gradient_accumulation_steps=2,
+    max_train_steps=7,
+    checkpointing_steps=2,
+    checkpoints_total_limit=2,
+)
+"""Two steps an epoch, so that the run crosses epochs."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: TrainingInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(msgspec.convert(RESUMED, TrainingConfig), inputs, folder)
+    return folder
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 6])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    inputs: TrainingInputs, undisturbed: Path, tmp_path: Path, stop_after: int
+) -> None:
+    def stop(report: StepReport) -> None:
+        if report.step == stop_after:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(msgspec.convert(RESUMED, TrainingConfig), inputs, tmp_path, stop)
+    torch.rand(100)  # whatever else draws random numbers does not matter
+    steps: list[int] = []
+    train(
+        msgspec.convert(RESUMED, TrainingConfig), inputs, tmp_path, lambda report: steps.append(report.step)
+    )
+    assert steps[0] == 2 * (stop_after // 2) + 1
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000007"]
+    assert equal(trained(tmp_path), trained(undisturbed))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process")
+def test_a_killed_run_goes_on_to_the_same_bits(
+    inputs: TrainingInputs, undisturbed: Path, tmp_path: Path
+) -> None:
+    configuration = tmp_path / "run.yaml"
+    configuration.write_bytes(msgspec.yaml.encode(RESUMED))
+    command = [
+        *(sys.executable, "-m", "spctrl.training", configuration, "--output", tmp_path / "out"),
+        *("--manifest", inputs.manifest, "--store", inputs.store),
+        *("--data-root", inputs.data_root, "--weights", inputs.weights),
+    ]
+    # As many threads as here, since sums depend on it.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 120
+        while not checkpoints(tmp_path / "out") and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        output = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, output
+    reached = [path.name for path in checkpoints(tmp_path / "out")]
+    assert reached, output
+    assert reached[-1] != "checkpoint-00000007"
+    train(msgspec.convert(RESUMED, TrainingConfig), inputs, tmp_path / "out")
+    assert equal(trained(tmp_path / "out"), trained(undisturbed))
+
+
+def test_nothing_is_done_where_all_is_done(inputs: TrainingInputs, undisturbed: Path) -> None:
+    last = train(
+        msgspec.convert(RESUMED, TrainingConfig),
+        inputs,
+        undisturbed,
+        lambda report: pytest.fail("another step"),
+    )
+    assert last == undisturbed / "checkpoint-00000007"
+
+
+def test_checkpoints_of_other_settings_are_refused(inputs: TrainingInputs, undisturbed: Path) -> None:
+    other = msgspec.convert({**RESUMED, "learning_rate": 1e-4}, TrainingConfig)
+    with pytest.raises(ExpectedError, match=r"learning_rate was 0\.001, is 0\.0001"):
+        train(other, inputs, undisturbed)
+
+
+def test_a_run_can_start_anew(inputs: TrainingInputs, tmp_path: Path) -> None:
+    train(config(max_train_steps=2, checkpointing_steps=1), inputs, tmp_path)
+    steps: list[int] = []
+    anew = config(max_train_steps=1, learning_rate=1e-4, resume_from_checkpoint=None)
+    train(anew, inputs, tmp_path, lambda report: steps.append(report.step))
+    assert steps == [1]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000001"]
+
+
+# Learning
+
+
+def test_two_images_can_be_learned_by_heart(inputs: TrainingInputs, tmp_path: Path) -> None:
+    losses: list[float] = []
+
+    def keep(report: StepReport) -> None:
+        assert report.losses is not None
+        losses.append(report.losses["denoising"])
+
+    by_heart = config(
+        max_train_samples=2,
+        max_train_steps=400,
+        checkpointing_steps=400,
+        learning_rate=3e-3,
+        adam_weight_decay=0,
+    )
+    train(by_heart, inputs, tmp_path, keep)
+    start, end = sum(losses[:20]) / 20, sum(losses[-20:]) / 20
+    assert end < start / 3, (start, end)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "spctrl": SPCTRL,
+    "spctrl, all of the embedding, extra mask": {
+        **SPCTRL,
+        "spatext_skeleton_type": "rand",
+        "spatext_enable_learn_kpt": True,
+        "spatext_enable_learn_sks": True,
+        "use_extra_mask": True,
+    },
+    "spctrl, frozen embedding": {"spatext_freeze_embedding": True},
+    "whole object": {
+        "add_cross_attn_loss": True,
+        "heatmap_type": "whole",
+        "attn_loss_type": "bce",
+        "add_keypoint_prompt": 0.5,
+    },
+    "controlnet on renders": {"conditioning_mode": "openpose", "heatmap_reweight_loss": "humansd"},
+    "controlnet on masks": {"conditioning_mode": "sam_hq_mask"},
+    "t2i_adapter": {"conditioning_mode": "keypoint", "model": "t2i_adapter", "use_extra_mask": True},
+}
+
+
+def parameters_of(networks: Networks) -> dict[str, Tensor]:
+    parts = ("control", "text_encoder", "unet", "vae")
+    return {
+        f"{part}.{name}": parameter
+        for part in parts
+        for name, parameter in getattr(networks, part).named_parameters()
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_trained_parameter_changes_and_nothing_else(
+    inputs: TrainingInputs, tmp_path: Path, variant: str
+) -> None:
+    chosen = config(
+        **VARIANTS[variant],
+        max_train_steps=4,
+        adam_weight_decay=0,  # so that only a gradient changes anything
+    )
+    found: list[Networks] = []
+    train(chosen, inputs, tmp_path, lambda report: found.append(report.networks))
+    before = load_networks(chosen, inputs.weights, with_vae=True)
+    after = parameters_of(found[-1])
+    old = parameters_of(before)
+    changed = {name for name, value in after.items() if not torch.equal(value, old[name])}
+    wanted = {name for name, value in after.items() if value.requires_grad}
+    assert changed == wanted
+    assert {name.split(".")[0] for name in wanted} <= {"control", "text_encoder"}
+    frozen = {name for name in after if "spatext_embedding" in name} - wanted
+    is_frozen = variant == "spctrl, frozen embedding"
+    assert (any("spatext_embedding.linear_in" in name for name in frozen)) == is_frozen
+    table = found[-1].text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[:OLD_ROWS], before.text_encoder.get_input_embeddings().weight[:OLD_ROWS])
+    assert ("text_encoder" in {name.split(".")[0] for name in wanted}) == bool(
+        chosen.enable_learnable_kpttoken
+    )
+
+
+def test_all_old_token_rows_of_a_saved_run_are_those_of_the_start(
+    inputs: TrainingInputs, undisturbed: Path
+) -> None:
+    """Put into a fresh text encoder, the saved tokens leave its other rows as they are."""
+    from spctrl.models import stable_diffusion, tokens
+
+    folder = inputs.weights / known_weights()["stable_diffusion"].file
+    fresh = stable_diffusion.load_text_encoder(folder).get_input_embeddings().weight.clone()
+    tokenizer, encoder = stable_diffusion.load_tokenizer(folder), stable_diffusion.load_text_encoder(folder)
+    embeds = tokens.load_learned_embeds(checkpoints(undisturbed)[-1] / "learned_embeds.bin")
+    ids = tokens.set_learned_embeds(tokenizer, encoder, embeds)
+    assert len(fresh) == OLD_ROWS
+    assert ids == list(range(OLD_ROWS, OLD_ROWS + 17))
+    assert torch.equal(encoder.get_input_embeddings().weight[:OLD_ROWS], fresh)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(inputs: TrainingInputs) -> None:
+    def gradients(**how: Any) -> dict[str, Tensor]:
+        chosen = config(**{**SPCTRL, "proportion_empty_prompts": 0.0}, **how)
+        networks = load_networks(chosen, inputs.weights, with_vae=True)
+        if chosen.gradient_checkpointing:
+            networks.unet.enable_gradient_checkpointing()
+            networks.control.enable_gradient_checkpointing()
+        batch = first_batch(chosen, inputs, networks)
+        with objective_of(networks, chosen) as objective:
+            torch.manual_seed(0)
+            losses = objective(batch, draw(0, batch_size=2, resolution=64, num_timesteps=1000))
+            losses["loss"].backward()
+        assert losses["keypoint_concept"] > 0
+        return {name: each.grad for name, each in parameters_of(networks).items() if each.grad is not None}
+
+    plain, saving = gradients(), gradients(gradient_checkpointing=True)
+    assert plain.keys() == saving.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(saving[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def first_batch(chosen: TrainingConfig, inputs: TrainingInputs, networks: Networks) -> dict[str, Tensor]:
+    dataset = training_dataset(chosen, inputs, networks.tokenizer)
+    batch = torch.utils.data.default_collate([dataset[0], dataset[1]])
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def test_cached_latents_are_those_of_the_image_encoder(inputs: TrainingInputs) -> None:
+    chosen = config()
+    networks = load_networks(chosen, inputs.weights, with_vae=True)
+    batch = first_batch(chosen, inputs, networks)
+    posterior = networks.vae.encode(batch["pixel_values"]).latent_dist
+    cached = {"latents_mean": posterior.mean.half(), "latents_logvar": posterior.logvar.half()}
+    draws = draw(0, batch_size=2, resolution=64, num_timesteps=1000)
+    with objective_of(networks, chosen) as objective:
+        encoded, stored = objective.latents(batch, draws.encoding), objective.latents(cached, draws.encoding)
+    assert encoded.shape == draws.noise.shape
+    torch.testing.assert_close(stored, encoded, rtol=2e-3, atol=2e-3)
+    scaled = (posterior.mean + posterior.std * draws.encoding) * networks.vae.config.scaling_factor
+    torch.testing.assert_close(encoded, scaled)
+
+
+def test_a_run_can_start_from_another_ones_result(
+    inputs: TrainingInputs, undisturbed: Path, tmp_path: Path
+) -> None:
+    start = checkpoints(undisturbed)[-1]
+    chosen = config(**SPCTRL, controlnet_model_name_or_path=str(start))
+    networks = load_networks(chosen, inputs.weights, with_vae=False)
+    networks.save(tmp_path)
+    before = {name: value for name, value in trained(undisturbed).items() if not name.startswith("optimizer")}
+    from safetensors.torch import load_file
+
+    after = load_file(tmp_path / "controlnet" / "diffusion_pytorch_model.safetensors")
+    after |= torch.load(tmp_path / "learned_embeds.bin", weights_only=True)
+    assert equal(after, before)
+    other = config(**SPCTRL, controlnet_model_name_or_path=str(start), spatext_cond_channels=4)
+    with pytest.raises(
+        ExpectedError, match=r"expected conditioning_channels = 4.*found conditioning_channels = 3"
+    ):
+        load_networks(other, inputs.weights, with_vae=False)
+
+
+# What a user meets
+
+
+def test_images_of_validation_do_not_disturb_training(inputs: TrainingInputs, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from spctrl.training.watch import HISTORY, Watcher
+
+    shown: list[dict[str, Any]] = []
+    plain = {**SPCTRL, "max_train_steps": 3}
+    looking = config(**plain, validation_steps=2, num_validation_images=1, report_to="tensorboard")
+    watcher = Watcher(looking, inputs, inputs.manifest, tmp_path / "looking", "run", shown.append)
+    train(looking, inputs, tmp_path / "looking", watcher)
+    watcher.close()
+    train(config(**plain), inputs, tmp_path / "plain")
+    assert equal(trained(tmp_path / "looking"), trained(tmp_path / "plain"))
+    (picture,) = (tmp_path / "looking" / "validation").rglob("*.jpg")
+    assert picture.parent.name == "step-00000002"
+    assert Image.open(picture).size == (64, 64)
+    lines = [json.loads(line) for line in (tmp_path / "looking" / HISTORY).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(
+        {"loss/loss", "loss/keypoint_concept", "learning_rate/tokens"} <= line.keys() for line in lines
+    )
+    assert list((tmp_path / "looking" / "logs").rglob("events.out.tfevents*"))
+    assert [(each["step"], each["total"]) for each in shown] == [(1, 3), (2, 3), (3, 3)]
+    assert shown[0]["left_s"] is None
+    assert shown[1]["left_s"] > 0
+
+
+def command_line(tmp_path: Path, inputs: TrainingInputs, *arguments: str, **chosen: Any) -> tuple[int, str]:
+    """Exit code and output of ``python -m spctrl.training``, in this process."""
+    from typer.testing import CliRunner
+
+    from spctrl.training.__main__ import app
+
+    path = tmp_path / "run.yaml"
+    path.write_bytes(msgspec.yaml.encode(settings(**chosen)))
+    given = [
+        *(str(path), "--manifest", str(inputs.manifest), "--store", str(inputs.store)),
+        *("--data-root", str(inputs.data_root), "--weights", str(inputs.weights)),
+    ]
+    result = CliRunner().invoke(app, [*given, *arguments])
+    return result.exit_code, result.output
+
+
+def test_a_dry_run_says_what_would_be_done(inputs: TrainingInputs, tmp_path: Path) -> None:
+    code, output = command_line(tmp_path, inputs, "--dry-run", "--output", str(tmp_path / "out"), **SPCTRL)
+    assert code == 0, output
+    assert "trains: SpCtrlControlNetModel" in output
+    assert "17 token embeddings" in output
+    assert "on: 8 images" in output
+    assert "6 steps of 2 images (2 x 1 micro-batches x 1 processes), 4 an epoch" in output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"pretrained_model_name_or_path": "nowhere"}, "expected the tokenizer of Stable Diffusion 1.5"),
+        ({"mixed_precision": "fp16"}, "expected a GPU for fp16"),
+        ({"use_cached_latents": True}, "expected latents of all 8 records"),
+        ({"conditioning_mode": "zeo_depth_masked"}, "expected masked_depth of all 8 records"),
+        ({"use_8bit_adam": True}, "expected the package bitsandbytes"),
+        ({"controlnet_model_name_or_path": "nowhere"}, "nowhere is not a folder"),
+        ({"learning_rate": 1e30}, "expected a finite loss"),
+    ],
+)
+def test_a_fault_is_explained(
+    inputs: TrainingInputs, tmp_path: Path, chosen: dict[str, Any], message: str
+) -> None:
+    code, output = command_line(tmp_path, inputs, "--output", str(tmp_path / "out"), **chosen)
+    assert code == 1
+    assert message in output
+    assert message in (tmp_path / "out" / "error.txt").read_text()
+
+
+def test_a_run_without_luigi_needs_a_place(inputs: TrainingInputs, tmp_path: Path) -> None:
+    code, output = command_line(tmp_path, inputs)
+    assert code == 1
+    assert "expected output_dir, or --output FOLDER" in output
+
+
+def test_the_optimizer_has_the_settings(inputs: TrainingInputs) -> None:
+    chosen = config(adam_beta1=0.5, adam_epsilon=1e-3, adam_weight_decay=0.3)
+    parameter: Callable[..., Any] = torch.nn.Parameter
+    optimizer = make_optimizer(chosen, [[parameter(torch.zeros(2))], [parameter(torch.zeros(3))]])
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.5, 0.999)] * 2
+    assert {(group["eps"], group["weight_decay"]) for group in optimizer.param_groups} == {(1e-3, 0.3)}

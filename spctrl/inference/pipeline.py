@@ -100,7 +100,7 @@ def index_maps(image: Any) -> Tensor:
     if isinstance(image, Image.Image):
         if image.mode not in ("L", "P", "I"):
             raise ValueError(f"expected an index map of mode L, found an image of mode {image.mode}")
-        image = np.asarray(image)
+        image = np.array(image)
     maps = torch.as_tensor(image).float()
     maps = maps.reshape((1,) * (4 - maps.ndim) + maps.shape)
     if maps.ndim != 4 or maps.shape[1] != 1:

@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks.common import CONSOLE, Report, machine
 
-BENCHMARKS = ("render", "index", "noop", "masks", "depth")
+BENCHMARKS = ("render", "index", "noop", "masks", "depth", "loader", "pose", "pose_ap", "frechet")
 """Modules of this package, each with a function ``run``."""
 
 

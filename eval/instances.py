@@ -1,0 +1,413 @@
+"""Annotated and predicted poses as flat arrays, from COCO files and dicts, our own tables, or arrays.
+
+Legend: I images, G annotated instances, D predictions, C categories, K keypoints. Coordinates are pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from spctrl.errors import ExpectedError
+from spctrl.records import KEYPOINTS_TYPE, NUM_KEYPOINTS
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+
+PREDICTION_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("annotation_id", pa.int64()),
+        ("category_id", pa.int64()),
+        ("bbox_xywh", pa.list_(pa.float64(), 4)),
+        ("bbox_score", pa.float64()),
+        ("keypoints", KEYPOINTS_TYPE),
+    ]
+)
+"""What a pose estimator found, one row per box: a keypoint is x, y and its score; ``annotation_id`` is that of the box,
+null for a detected one."""
+
+NO_ANNOTATION = -1
+
+
+class InstancesError(ExpectedError, ValueError):
+    """Annotations or predictions that cannot be evaluated."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroundTruth:
+    """The annotated instances of some images.
+
+    Attributes:
+        image_ids: (I,) int64, ascending; also those without instances.
+        scenarios: (I,) names of the images' own categories (HumanArt's scenarios; empty where there is none).
+        category_ids: (C,) int64, ascending; those of the file, also without instances.
+        category_names: C names.
+        image_of: (G,) int64, position in ``image_ids``.
+        category_of: (G,) int64, position in ``category_ids``.
+        annotation_ids: (G,) int64.
+        keypoints: (G, K, 3) float64: x, y and visibility; 0 means not labelled.
+        bboxes_xywh: (G, 4) float64.
+        areas: (G,) float64, square pixels.
+        crowd: (G,) bool.
+        ignored: (G,) bool: crowds, and instances without a labelled keypoint.
+    """
+
+    image_ids: Integers
+    scenarios: tuple[str, ...]
+    category_ids: Integers
+    category_names: tuple[str, ...]
+    image_of: Integers
+    category_of: Integers
+    annotation_ids: Integers
+    keypoints: Floats
+    bboxes_xywh: Floats
+    areas: Floats
+    crowd: Booleans
+    ignored: Booleans
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Poses:
+    """What a pose estimator found in boxes, before it is scored.
+
+    Attributes:
+        image_ids, category_ids: (D,) int64.
+        annotation_ids: (D,) int64, whose box it was; ``NO_ANNOTATION`` for a detected box.
+        bboxes_xywh: (D, 4) float64.
+        bbox_scores: (D,) float64 in [0, 1]; 1 for a ground-truth box.
+        keypoints: (D, K, 2) float64.
+        keypoint_scores: (D, K) float64, in [0, 1] or a little above.
+    """
+
+    image_ids: Integers
+    category_ids: Integers
+    annotation_ids: Integers
+    bboxes_xywh: Floats
+    bbox_scores: Floats
+    keypoints: Floats
+    keypoint_scores: Floats
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictions:
+    """Scored predictions, as the COCO protocol ranks them.
+
+    Attributes:
+        image_ids, category_ids: (D,) int64.
+        keypoints: (D, K, 2) float64.
+        scores: (D,) float64.
+        areas: (D,) float64, square pixels: an unmatched prediction counts against the area range that it is in.
+    """
+
+    image_ids: Integers
+    category_ids: Integers
+    keypoints: Floats
+    scores: Floats
+    areas: Floats
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+# Ground truth
+
+
+def read_ground_truth(source: Path | str | Mapping[str, Any] | pa.Table | GroundTruth) -> GroundTruth:
+    """Ground truth from a COCO keypoint file or its content, or from a table of records (``RECORD_SCHEMA``).
+
+    Annotations of images that are not listed are left out, as pycocotools does.
+
+    Raises:
+        InstancesError: it cannot be read, lacks something, or names an image twice.
+    """
+    if isinstance(source, GroundTruth):
+        return source
+    if isinstance(source, pa.Table):
+        return _ground_truth_of_table(source)
+    if isinstance(source, Mapping):
+        return _ground_truth_of_coco(source, "the annotations")
+    content = _read_json(Path(source))
+    if not isinstance(content, Mapping):
+        raise InstancesError(
+            f"{source}: expected a COCO file (a JSON object), found {type(content).__name__}"
+        )
+    return _ground_truth_of_coco(content, str(source))
+
+
+def _ground_truth_of_coco(content: Mapping[str, Any], where: str) -> GroundTruth:
+    missing = [name for name in ("images", "annotations") if name not in content]
+    if missing:
+        raise InstancesError(f"{where}: expected the section {missing[0]!r}, found {', '.join(content)}")
+    images = sorted(content["images"], key=lambda image: image["id"])
+    image_ids = np.array([image["id"] for image in images], np.int64)
+    listed = set(image_ids.tolist())
+    annotations = [each for each in content["annotations"] if each["image_id"] in listed]
+    names = {each["id"]: each["name"] for each in content.get("categories", ())}
+    keypoints = _keypoint_triplets(annotations, where)
+    return _ground_truth(
+        where,
+        image_ids=image_ids,
+        scenarios=tuple(str(image.get("category") or "") for image in images),
+        names=names,
+        instances_image_ids=_column(annotations, "image_id", np.int64, where),
+        instances_category_ids=_column(annotations, "category_id", np.int64, where),
+        annotation_ids=_column(annotations, "id", np.int64, where),
+        keypoints=keypoints,
+        bboxes_xywh=_column(annotations, "bbox", np.float64, where).reshape(-1, 4),
+        areas=_column(annotations, "area", np.float64, where),
+        crowd=np.array([bool(each.get("iscrowd")) for each in annotations], bool),
+        labelled=np.array(
+            [
+                each["num_keypoints"] if "num_keypoints" in each else int((points[:, 2] > 0).sum())
+                for each, points in zip(annotations, keypoints, strict=True)
+            ],
+            np.int64,
+        ),
+    )
+
+
+def _ground_truth_of_table(table: pa.Table) -> GroundTruth:
+    table = table.sort_by("image_id").combine_chunks()
+    image_ids = table.column("image_id").to_numpy().astype(np.int64)
+    lists = table.column("instances").combine_chunks()
+    counts = np.diff(lists.offsets.to_numpy())
+    instances = lists.flatten()
+    categories = instances.field("category").to_pylist()
+    category_ids = instances.field("category_id").to_numpy().astype(np.int64)
+    keypoints = instances.field("keypoints").flatten().flatten().to_numpy().reshape(len(instances), -1, 3)
+    return _ground_truth(
+        "the records",
+        image_ids=image_ids,
+        scenarios=tuple(each or "" for each in table.column("category").to_pylist()),
+        names=dict(zip(category_ids.tolist(), categories, strict=True)),
+        instances_image_ids=np.repeat(image_ids, counts),
+        instances_category_ids=category_ids,
+        annotation_ids=instances.field("annotation_id").to_numpy().astype(np.int64),
+        keypoints=keypoints.astype(np.float64),
+        bboxes_xywh=instances.field("bbox_xywh").flatten().to_numpy().reshape(-1, 4).astype(np.float64),
+        areas=instances.field("area").to_numpy().astype(np.float64),
+        crowd=instances.field("iscrowd").to_numpy(zero_copy_only=False).astype(bool),
+        labelled=instances.field("num_keypoints").to_numpy().astype(np.int64),
+    )
+
+
+def _ground_truth(
+    where: str,
+    *,
+    image_ids: Integers,
+    scenarios: tuple[str, ...],
+    names: Mapping[int, str],
+    instances_image_ids: Integers,
+    instances_category_ids: Integers,
+    annotation_ids: Integers,
+    keypoints: Floats,
+    bboxes_xywh: Floats,
+    areas: Floats,
+    crowd: Booleans,
+    labelled: Integers,
+) -> GroundTruth:
+    if not len(annotation_ids):
+        raise InstancesError(f"{where}: expected annotated instances, found none")
+    if (np.diff(image_ids) == 0).any():
+        twice = image_ids[1:][np.diff(image_ids) == 0]
+        raise InstancesError(f"{where}: expected each image once, found image {twice[0]} again")
+    _check_finite(where, "keypoints", keypoints[..., :2][keypoints[..., 2] > 0])
+    _check_finite(where, "area", areas)
+    category_ids = np.unique(np.concatenate([instances_category_ids, np.array(list(names), np.int64)]))
+    return GroundTruth(
+        image_ids=image_ids,
+        scenarios=scenarios,
+        category_ids=category_ids,
+        category_names=tuple(names.get(each, str(each)) for each in category_ids.tolist()),
+        image_of=np.searchsorted(image_ids, instances_image_ids),
+        category_of=np.searchsorted(category_ids, instances_category_ids),
+        annotation_ids=annotation_ids,
+        keypoints=keypoints,
+        bboxes_xywh=bboxes_xywh,
+        areas=areas,
+        crowd=crowd,
+        ignored=crowd | (labelled == 0),
+    )
+
+
+# Predictions
+
+
+def read_poses(source: Path | str | pa.Table | Poses) -> Poses:
+    """What a pose estimator found, from a table (``PREDICTION_SCHEMA``) or a Parquet file of one.
+
+    Raises:
+        InstancesError: it cannot be read or lacks something.
+    """
+    if isinstance(source, Poses):
+        return source
+    where = "the predictions" if isinstance(source, pa.Table) else str(source)
+    table = source if isinstance(source, pa.Table) else _read_parquet(Path(source))
+    missing = [name for name in PREDICTION_SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise InstancesError(
+            f"{where}: expected the columns {', '.join(PREDICTION_SCHEMA.names)}, found no {missing[0]!r}"
+        )
+    table = table.select(PREDICTION_SCHEMA.names).cast(PREDICTION_SCHEMA).combine_chunks()
+    triplets = _flat(table, "keypoints").flatten().to_numpy()
+    K = len(triplets) // (3 * len(table)) if len(table) else NUM_KEYPOINTS
+    if len(triplets) != 3 * K * len(table):
+        raise InstancesError(f"{where}: expected the same number of keypoints in each row")
+    keypoints = triplets.reshape(len(table), K, 3)
+    return Poses(
+        image_ids=table.column("image_id").to_numpy(),
+        category_ids=table.column("category_id").to_numpy(),
+        annotation_ids=table.column("annotation_id").fill_null(NO_ANNOTATION).to_numpy(),
+        bboxes_xywh=_flat(table, "bbox_xywh").to_numpy().reshape(-1, 4),
+        bbox_scores=table.column("bbox_score").to_numpy(),
+        keypoints=keypoints[..., :2],
+        keypoint_scores=keypoints[..., 2],
+    )
+
+
+def poses_table(poses: Poses) -> pa.Table:
+    """The same as a table of ``PREDICTION_SCHEMA``."""
+    triplets = np.concatenate([poses.keypoints, poses.keypoint_scores[..., None]], axis=-1)
+    D, K = triplets.shape[:2]
+    points = pa.FixedSizeListArray.from_arrays(pa.array(triplets.reshape(-1)), 3)
+    offsets = pa.array(np.arange(D + 1, dtype=np.int32) * K)
+    return pa.Table.from_arrays(
+        [
+            pa.array(poses.image_ids),
+            pa.array(poses.annotation_ids, mask=poses.annotation_ids == NO_ANNOTATION),
+            pa.array(poses.category_ids),
+            pa.FixedSizeListArray.from_arrays(pa.array(poses.bboxes_xywh.reshape(-1)), 4),
+            pa.array(poses.bbox_scores),
+            pa.ListArray.from_arrays(offsets, points),
+        ],
+        schema=PREDICTION_SCHEMA,
+    )
+
+
+def read_results(source: Path | str | Sequence[Mapping[str, Any]] | Predictions) -> Predictions:
+    """Scored predictions from a COCO results list (``image_id, category_id, keypoints, score``) or its JSON file.
+
+    Areas are those of the results' boxes where the first one has a ``bbox``, and else of the keypoints' extent, as
+    pycocotools' ``loadRes`` takes them.
+
+    Raises:
+        InstancesError: it cannot be read or lacks something.
+    """
+    if isinstance(source, Predictions):
+        return source
+    where = str(source) if isinstance(source, Path | str) else "the predictions"
+    results = _read_json(Path(source)) if isinstance(source, Path | str) else source
+    if not isinstance(results, Sequence):
+        raise InstancesError(
+            f"{where}: expected a COCO results list (a JSON array), found {type(results).__name__}"
+        )
+    keypoints = _keypoint_triplets(results, where)[..., :2]
+    if results and results[0].get("bbox"):
+        areas = _column(results, "bbox", np.float64, where).reshape(-1, 4)[:, 2:].prod(axis=1)
+    else:
+        areas = np.ptp(keypoints, axis=1).prod(axis=-1)
+    return Predictions(
+        image_ids=_column(results, "image_id", np.int64, where),
+        category_ids=_column(results, "category_id", np.int64, where),
+        keypoints=keypoints,
+        scores=_column(results, "score", np.float64, where),
+        areas=areas,
+    )
+
+
+def check_predictions(predictions: Predictions, truth: GroundTruth) -> None:
+    """
+    Raises:
+        InstancesError: numbers that are not finite, another number of keypoints, or images or categories that the
+            ground truth does not have.
+    """
+    where = "the predictions"
+    _check_finite(where, "keypoints", predictions.keypoints)
+    _check_finite(where, "scores", predictions.scores)
+    expected, found = truth.keypoints.shape[1], predictions.keypoints.shape[1]
+    if len(predictions) and expected != found:
+        raise InstancesError(f"{where}: expected {expected} keypoints an instance, found {found}")
+    for what, known, used in (
+        ("image", truth.image_ids, predictions.image_ids),
+        ("category", truth.category_ids, predictions.category_ids),
+    ):
+        unknown = np.setdiff1d(used, known)
+        if len(unknown):
+            raise InstancesError(
+                f"{where}: expected ids of the ground truth, found {len(unknown)} {what} ids that it does not have, "
+                f"such as {unknown[0]}. Evaluate against the annotations that the predictions were made for."
+            )
+
+
+# Reading
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise InstancesError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        try:  # NaN and Infinity are no JSON, but Python writes them
+            return json.loads(path.read_bytes())
+        except ValueError:
+            raise InstancesError(f"{path} is not JSON: {error}") from error
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, partitioning=None)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InstancesError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _flat(table: pa.Table, name: str) -> pa.Array:
+    return table.column(name).combine_chunks().flatten()
+
+
+def _column(entries: Iterable[Mapping[str, Any]], name: str, dtype: type, where: str) -> NDArray[Any]:
+    try:
+        return np.array([each[name] for each in entries], dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        _refuse(name, error, where)
+
+
+def _keypoint_triplets(entries: Sequence[Mapping[str, Any]], where: str) -> Floats:
+    """(N, K, 3) of entries whose ``keypoints`` are flat lists of 3K numbers."""
+    try:
+        lengths = {len(each["keypoints"]) for each in entries}
+        if len(lengths) > 1 or any(length % 3 for length in lengths):
+            raise ValueError(f"expected 3K numbers, as many for each, found {sorted(lengths)}")
+        flat = itertools.chain.from_iterable(each["keypoints"] for each in entries)
+        # A flat iterator: numpy takes half as long again to look into a list of lists.
+        K = max(lengths) // 3 if lengths else NUM_KEYPOINTS
+        return np.fromiter(flat, np.float64).reshape(len(entries), K, 3)
+    except (KeyError, TypeError, ValueError) as error:
+        _refuse("keypoints", error, where)
+
+
+def _refuse(name: str, error: Exception, where: str) -> NoReturn:
+    problem = "an entry has none" if isinstance(error, KeyError) else str(error)
+    raise InstancesError(f"{where}: {name!r} of all entries cannot be read: {problem}") from error
+
+
+def _check_finite(where: str, what: str, values: Floats) -> None:
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise InstancesError(f"{where}: {what}: expected finite numbers, found {bad} that are not")

@@ -1,0 +1,316 @@
+"""Pose AP and PCK: what may be given, what is refused, and what comes with the numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eval.bootstrap import bootstrap, difference, interval, resamples, weighted_mean
+from eval.instances import (
+    NO_ANNOTATION,
+    PREDICTION_SCHEMA,
+    GroundTruth,
+    InstancesError,
+    Poses,
+    poses_table,
+    read_ground_truth,
+    read_poses,
+    read_results,
+)
+from eval.pck import pck
+from eval.pose_ap import METRICS, evaluate
+from spctrl.datasets import AP10K
+from spctrl.index import write_index
+
+Json = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def annotation_file(sample: Path) -> Path:
+    return sample / "AP-10K/annotations/ap10k-val-split1.json"
+
+
+@pytest.fixture
+def document(annotation_file: Path) -> Json:
+    content: Json = json.loads(annotation_file.read_bytes())
+    return content
+
+
+def results_of(document: Json) -> list[Json]:
+    return [
+        {**{name: each[name] for name in ("image_id", "category_id", "keypoints")}, "score": 0.5 + i / 1000}
+        for i, each in enumerate(document["annotations"])
+    ]
+
+
+def poses_of(truth: GroundTruth) -> Poses:
+    """The annotations themselves, found with certainty."""
+    return Poses(
+        image_ids=truth.image_ids[truth.image_of],
+        category_ids=truth.category_ids[truth.category_of],
+        annotation_ids=truth.annotation_ids,
+        bboxes_xywh=truth.bboxes_xywh,
+        bbox_scores=np.ones(len(truth.areas)),
+        keypoints=truth.keypoints[..., :2].copy(),
+        keypoint_scores=np.ones(truth.keypoints.shape[:2]),
+    )
+
+
+def same(found: dict[str, float], expected: dict[str, float]) -> bool:
+    """To the last bit, where NaN is the same as NaN."""
+    return list(found) == list(expected) and np.array_equal(
+        list(found.values()), list(expected.values()), equal_nan=True
+    )
+
+
+# What may be given
+
+
+def test_files_dicts_tables_and_arrays_give_the_same(
+    annotation_file: Path, document: Json, tmp_path: Path
+) -> None:
+    results = results_of(document)
+    results[0]["keypoints"] = (np.array(results[0]["keypoints"]) + 15).tolist()
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    write_index(annotation_file, AP10K, "val", tmp_path / "index.parquet", max_pixels=10**8)
+    records = pq.read_table(tmp_path / "index.parquet", partitioning=None)
+    expected = evaluate(results, document, "ap10k").scores
+    assert 0.5 < expected["AP"] < 1
+    for source in (annotation_file, str(annotation_file), records, read_ground_truth(document)):
+        assert same(evaluate(results, source, "ap10k").scores, expected)
+    assert same(evaluate(tmp_path / "results.json", document, AP10K).scores, expected)
+    assert same(evaluate(read_results(results), document, AP10K).scores, expected)
+
+
+def test_poses_survive_a_parquet_file(document: Json, tmp_path: Path) -> None:
+    truth = read_ground_truth(document)
+    poses = poses_of(truth)
+    poses = replace(
+        poses, annotation_ids=np.where(np.arange(len(poses)) == 0, NO_ANNOTATION, poses.annotation_ids)
+    )
+    path = tmp_path / "poses.parquet"
+    pq.write_table(poses_table(poses), path)
+    again = read_poses(path)
+    for name in poses.__dataclass_fields__:
+        assert np.array_equal(getattr(again, name), getattr(poses, name)), name
+    assert same(evaluate(path, truth, "ap10k").scores, evaluate(poses, document, "ap10k").scores)
+    assert evaluate(path, truth, "ap10k").scores["AP"] == 1
+
+
+def test_no_predictions_score_zero(document: Json) -> None:
+    assert evaluate([], document, "ap10k").scores["AP"] == 0
+    assert evaluate(PREDICTION_SCHEMA.empty_table(), document, "ap10k").scores["AR"] == 0
+
+
+def test_an_annotation_of_id_zero_can_be_matched(document: Json) -> None:
+    """pycocotools takes it for unmatched."""
+    document["annotations"][0]["id"] = 0
+    assert evaluate(results_of(document), document, "ap10k").scores["AP"] == 1
+
+
+def test_area_ranges_without_instances_are_nan(document: Json) -> None:
+    for each in document["annotations"]:
+        each["area"] = 50.0**2
+    scores = evaluate(results_of(document), document, "ap10k").scores
+    assert scores["AP-M"] == 1 and np.isnan(scores["AP-L"])
+
+
+# What comes with the numbers
+
+
+def test_species_scenarios_and_thresholds(document: Json) -> None:
+    results = results_of(document)
+    species = {each["id"]: each["name"] for each in document["categories"]}
+    lost = document["annotations"][0]["category_id"]
+    for number, image in enumerate(document["images"]):
+        image["category"] = "cartoon" if number % 2 else ""
+    found = evaluate([each for each in results if each["category_id"] != lost], document, "ap10k")
+    present = {each["category_id"] for each in document["annotations"]}
+    assert found.per_category == {species[each]: float(each != lost) for each in present}
+    assert found.scores["AP"] == pytest.approx(np.mean(list(found.per_category.values())))
+    assert list(found.per_threshold) == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+    assert found.per_threshold[0.5] == found.scores["AP50"]
+    cartoons = {image["id"] for image in document["images"] if image["category"]}
+    only = {
+        **document,
+        "images": [image for image in document["images"] if image["id"] in cartoons],
+        "annotations": [each for each in document["annotations"] if each["image_id"] in cartoons],
+    }
+    kept = [each for each in results if each["image_id"] in cartoons and each["category_id"] != lost]
+    assert found.per_scenario == {"cartoon": pytest.approx(evaluate(kept, only, "ap10k").scores["AP"])}
+
+
+def test_best_oks_tells_good_cases_from_bad(document: Json) -> None:
+    truth = read_ground_truth(document)
+    poses = poses_of(truth)
+    poses.keypoints[1] += 10_000
+    found = evaluate(poses, truth, "ap10k")
+    assert found.matches.best_oks[0] == 1 and found.matches.best_oks[1] < 1e-6
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(document: Json, bad: float) -> None:
+    results = results_of(document)
+    results[3]["keypoints"] = [bad, *results[3]["keypoints"][1:]]
+    with pytest.raises(InstancesError, match="keypoints: expected finite numbers, found 1 that are not"):
+        evaluate(results, document, "ap10k")
+    results = results_of(document)
+    results[3]["score"] = bad
+    with pytest.raises(InstancesError, match="scores: expected finite numbers, found 1"):
+        evaluate(results, document, "ap10k")
+
+
+@pytest.mark.parametrize("what", ["image", "category"])
+def test_predictions_for_other_annotations_are_refused(document: Json, what: str) -> None:
+    results = results_of(document)
+    results[0][f"{what}_id"] = 987654
+    with pytest.raises(InstancesError, match=f"found 1 {what} ids that it does not have, such as 987654"):
+        evaluate(results, document, "ap10k")
+
+
+def test_other_numbers_of_keypoints_are_refused(document: Json) -> None:
+    results = results_of(document)
+    with pytest.raises(InstancesError, match="expected 17 keypoints an instance, found 16"):
+        evaluate([{**each, "keypoints": each["keypoints"][:48]} for each in results], document, "ap10k")
+    results[0]["keypoints"] = results[0]["keypoints"][:50]
+    with pytest.raises(InstancesError, match=r"'keypoints' of all entries cannot be read: .*\[50, 51\]"):
+        evaluate(results, document, "ap10k")
+
+
+def test_incomplete_files_are_refused(document: Json, tmp_path: Path) -> None:
+    with pytest.raises(InstancesError, match=r"none\.json: cannot be read: No such file"):
+        evaluate([], tmp_path / "none.json", "ap10k")
+    (tmp_path / "cut.json").write_text(json.dumps(document)[:-20])
+    with pytest.raises(InstancesError, match=r"cut\.json is not JSON"):
+        evaluate([], tmp_path / "cut.json", "ap10k")
+    with pytest.raises(InstancesError, match="expected the section 'images', found annotations"):
+        evaluate([], {"annotations": []}, "ap10k")
+    with pytest.raises(InstancesError, match="expected annotated instances, found none"):
+        evaluate([], {**document, "annotations": []}, "ap10k")
+    with pytest.raises(InstancesError, match="expected each image once"):
+        evaluate([], {**document, "images": [*document["images"], document["images"][0]]}, "ap10k")
+    with pytest.raises(InstancesError, match="'score' of all entries cannot be read: an entry has none"):
+        evaluate([{k: v for k, v in results_of(document)[0].items() if k != "score"}], document, "ap10k")
+    with pytest.raises(InstancesError, match=r"expected the columns image_id, .* found no 'annotation_id'"):
+        evaluate(pa.table({"image_id": [1]}), document, "ap10k")
+    with pytest.raises(InstancesError, match=r"poses\.parquet: cannot be read as Parquet"):
+        evaluate(tmp_path / "poses.parquet", document, "ap10k")
+    with pytest.raises(ValueError, match="expected a dataset among ap10k, humanart, found 'coco'"):
+        evaluate([], document, "coco")
+
+
+# PCK
+
+
+def test_pck_of_each_keypoint(document: Json) -> None:
+    truth = read_ground_truth(document)
+    poses = poses_of(truth)
+    labelled = truth.keypoints[..., 2] > 0
+    sides = truth.bboxes_xywh[:, 2:].max(axis=1)
+    poses.keypoints[:, 2, 0] += 0.049 * sides  # nose: just near enough
+    poses.keypoints[:, 4, 1] -= 0.051 * sides  # root of the tail: just too far
+    poses.keypoints[0, 0] += sides[0]
+    found = pck(poses, truth, "ap10k")
+    scores = found.scores
+    assert scores["nose"] == scores["right_eye"] == 1 and scores["root_of_tail"] == 0
+    assert scores["left_eye"] == pytest.approx(1 - labelled[0, 0] / labelled[:, 0].sum())
+    assert scores["PCK"] == pytest.approx(np.mean([scores[name] for name in found.keypoint_names]))
+    assert pck(poses, truth, AP10K, threshold=0.06).scores["root_of_tail"] == 1
+
+
+def test_pck_counts_instances_without_a_pose_as_missed(document: Json) -> None:
+    truth = read_ground_truth(document)
+    poses = poses_of(truth)
+    half = Poses(**{name: getattr(poses, name)[::2] for name in poses.__dataclass_fields__})
+    labelled = truth.keypoints[..., 2] > 0
+    expected = labelled[::2].sum(axis=0) / labelled.sum(axis=0)
+    assert list(pck(half, truth, "ap10k").scores.values())[1:] == pytest.approx(expected.tolist())
+
+
+def test_pck_needs_poses_in_annotated_boxes(document: Json) -> None:
+    truth = read_ground_truth(document)
+    poses = poses_of(truth)
+    detected = replace(poses, annotation_ids=np.full(len(poses), NO_ANNOTATION))
+    with pytest.raises(InstancesError, match=f"found {len(poses)} of others"):
+        pck(detected, truth, "ap10k")
+    twice = replace(poses, annotation_ids=np.full(len(poses), poses.annotation_ids[0]))
+    with pytest.raises(InstancesError, match="two of the same one"):
+        pck(twice, truth, "ap10k")
+
+
+def test_a_keypoint_that_is_never_labelled_has_no_score(document: Json) -> None:
+    for each in document["annotations"]:
+        each["keypoints"][2] = 0
+    truth = read_ground_truth(document)
+    scores = pck(poses_of(truth), truth, "ap10k").scores
+    assert np.isnan(scores["left_eye"]) and scores["PCK"] == 1
+
+
+# Bootstrap
+
+
+def test_resamples_are_draws_with_replacement_and_repeat() -> None:
+    drawn = np.stack(list(resamples(50, 200, seed=3)))
+    assert (drawn.sum(axis=1) == 50).all() and (drawn == 0).any()
+    assert drawn.mean() == 1 and abs(drawn.var() - 0.98) < 0.05  # binomial: 1 - 1/50
+    assert np.array_equal(drawn, np.stack(list(resamples(50, 200, seed=3))))
+    assert not np.array_equal(drawn, np.stack(list(resamples(50, 200, seed=4))))
+    with pytest.raises(ValueError, match="expected images and resamples"):
+        next(resamples(0))
+
+
+def test_the_interval_of_a_mean_is_that_of_theory() -> None:
+    values = np.random.default_rng(0).normal(10, 2, 400)
+    samples = bootstrap(lambda weights: weighted_mean(values, weights), 400, 2000)
+    found = interval(values.mean(), samples)
+    error = 1.96 * values.std() / 20
+    assert found.low == pytest.approx(values.mean() - error, abs=0.03)
+    assert found.high == pytest.approx(values.mean() + error, abs=0.03)
+
+
+def test_paired_differences_are_sharper_than_the_numbers() -> None:
+    rng = np.random.default_rng(1)
+    hard = rng.normal(0, 5, 300)  # what makes an image hard is the same for both
+    one, other = hard + rng.normal(0.5, 0.5, 300), hard + rng.normal(0, 0.5, 300)
+    a, b = (bootstrap(lambda w, v=v: weighted_mean(v, w), 300) for v in (one, other))
+    apart = difference(one.mean(), a, other.mean(), b)
+    assert apart.low > 0 and apart.value == pytest.approx(0.5, abs=0.1)
+    assert interval(one.mean(), a).low < interval(other.mean(), b).high  # alone they would not tell
+    with pytest.raises(ValueError, match="samples of the same resamples"):
+        difference(1, a, 1, b[:10])
+
+
+def test_intervals_of_shifted_and_of_missing_samples() -> None:
+    samples = np.random.default_rng(0).normal(3, 1, 1000)
+    found = interval(2.0, samples, centred=True)
+    assert (found.low + found.high) / 2 == pytest.approx(2, abs=0.15)
+    holes = np.where(np.arange(1000) % 2, samples, np.nan)
+    assert interval(3.0, holes).low == pytest.approx(interval(3.0, samples).low, abs=0.2)
+    assert np.isnan(interval(0.0, np.full(5, np.nan)).low)
+    with pytest.raises(ValueError, match="expected"):
+        interval(0.0, np.zeros((3, 2)))
+
+
+def test_ap_and_pck_of_resamples(document: Json) -> None:
+    """As many numbers for each resample as for all images, scattered about them."""
+    truth = read_ground_truth(document)
+    poses = poses_of(truth)
+    poses.keypoints[::3] += 40
+    ap = evaluate(poses, truth, "ap10k")
+    samples = bootstrap(ap.at, len(ap.image_ids), 50)
+    assert samples.shape == (50, len(METRICS))
+    found = interval(ap.scores["AP"], samples[:, 0])
+    assert found.low <= found.value <= found.high and found.low < found.high
+    correct = pck(poses, truth, "ap10k")
+    assert bootstrap(correct.at, len(correct.image_ids), 3).shape == (3, 18)
+    assert correct.at(np.ones(len(truth.image_ids)))[0] == correct.scores["PCK"]

@@ -6,7 +6,9 @@ the image's side, the names and the number of layers. So whatever loads the real
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,16 +202,28 @@ def _words() -> list[str]:
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, learned until each word is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """Byte-pair merges, learned until each word is one token.
 
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE, min_frequency=1, end_of_word_suffix="</w>", show_progress=False
-    )
-    tokenizer.train_from_iterator(words, trainer)
-    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokenizers' own trainer breaks ties at random.
+    """
+    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges = []
+    while counts := Counter(pair for parts in spelled for pair in itertools.pairwise(parts)):
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        spelled = [_merged(parts, best) for parts in spelled]
+    return merges
+
+
+def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """A word's parts with each occurrence of a pair joined, from the left."""
+    joined: list[str] = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def _byte_characters() -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ HeatmapType = Literal["partition", "whole"]
 
 _LEVELS = 255
 _KEPT_AXES = 512
-"""Matrices kept for the next image of the same size; at most 16 MB."""
+"""Matrices kept for the next image of the same size; at most 18 MB."""
 
 
 def heatmap_targets(
@@ -73,60 +73,80 @@ def crop_heatmaps(
     """
     K, _, cells = heatmaps.shape
     targets = np.zeros((K, CELLS, CELLS), np.float32)
-    levels = np.floor(np.minimum(heatmaps, 1) * _LEVELS).astype(np.float32)
-    shown = np.flatnonzero(levels.any(axis=(1, 2)))
-    if not len(shown):
-        return targets
     resized_wh, left, top = crop_of(size_wh, resolution)
-    axis = _nearest_axis if binary else _bilinear_axis
-    across = axis(size_wh[0], resized_wh[0], left, resolution, cells)
-    down = axis(size_wh[1], resized_wh[1], top, resolution, cells)
-    if binary:
-        share = _samples(resolution)[1].astype(np.float32)
-        for k in shown.tolist():
-            _draw_disc(targets[k], levels[k], down, across, share)
-    else:
-        targets[shown] = np.clip(down @ (levels[shown] @ across.T) / _LEVELS, 0, 1)
+    across = _axis(size_wh[0], resized_wh[0], left, resolution, cells, nearest=binary)
+    down = _axis(size_wh[1], resized_wh[1], top, resolution, cells, nearest=binary)
+    sampling = _sampling(resolution)
+    # Most cells of a map are 0: only where they are not, and where the crop sees that, there is something to do.
+    present = heatmaps > 0
+    rows, columns = _extents(present.any(axis=2)), _extents(present.any(axis=1))
+    to_rows, to_columns = down.reached(rows), across.reached(columns)
+    for k in np.flatnonzero((to_rows[1] > to_rows[0]) & (to_columns[1] > to_columns[0])).tolist():
+        (r, r_end), (c, c_end) = rows[:, k].tolist(), columns[:, k].tolist()
+        (i, i_end), (j, j_end) = to_rows[:, k].tolist(), to_columns[:, k].tolist()
+        levels = np.floor(np.minimum(heatmaps[k, r:r_end, c:c_end], 1) * _LEVELS).astype(np.float32)
+        pixels = levels @ across.weights[2 * j : 2 * j_end, c:c_end].T
+        if binary:  # PIL keeps whole levels after each of its two passes
+            pixels = down.weights[2 * i : 2 * i_end, r:r_end] @ _whole_levels(pixels)
+            pixels = _whole_levels(pixels)
+        else:
+            pixels = (down.weights[2 * i : 2 * i_end, r:r_end] / _LEVELS) @ pixels
+        pixels = sampling[i:i_end, 2 * i : 2 * i_end] @ pixels @ sampling[j:j_end, 2 * j : 2 * j_end].T
+        np.clip(pixels, 0, 1, out=targets[k, i:i_end, j:j_end])
     return targets
 
 
-def _draw_disc(
-    target: NDArray[np.float32],
-    levels: NDArray[np.float32],
-    down: NDArray[np.float32],
-    across: NDArray[np.float32],
-    share: NDArray[np.float32],
-) -> None:
-    """Fill in a binary target (C, C), only where the levels (c, c) reach: a few cells of a keypoint's map are not 0."""
-    rows, columns = _extent(levels.any(axis=1)), _extent(levels.any(axis=0))
-    to_rows, to_columns = _reached(down[:, rows]), _reached(across[:, columns])
-    down = down[2 * to_rows.start : 2 * to_rows.stop, rows]
-    across = across[2 * to_columns.start : 2 * to_columns.stop, columns]
-    # PIL keeps whole levels after each of its two passes.
-    pixels = _whole_levels(down @ _whole_levels(levels[rows, columns] @ across.T))
-    lower, right = share[to_rows, None], share[to_columns]
-    between_rows = pixels[0::2] * (1 - lower) + pixels[1::2] * lower
-    between_columns = between_rows[:, 0::2] * (1 - right) + between_rows[:, 1::2] * right
-    np.minimum(between_columns, 1, out=target[to_rows, to_columns])
-
-
-def _extent(present: NDArray[np.bool_]) -> slice:
-    """From the first to the last that is present; empty where none is."""
-    places = np.flatnonzero(present)
-    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
-
-
-def _reached(weights: NDArray[np.float32]) -> slice:
-    """The cells of the crop one of whose two pixels has a weight; weights are (2 C, inputs)."""
-    pixels = _extent(weights.any(axis=1))
-    return slice(pixels.start // 2, (pixels.stop + 1) // 2)
-
-
 def _whole_levels(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rounded in place to 0..255."""
+    """Rounded in place, as PIL rounds; more than 255 may stay, since the target is 1 there either way."""
     values += 0.5
     np.floor(values, out=values)
-    return np.clip(values, 0, _LEVELS, out=values)
+    return np.maximum(values, 0, out=values)
+
+
+def _extents(present: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(2, K): the first place present in each row of (K, c), and the one after the last; equal where none is."""
+    first, places = present.argmax(axis=1), present.shape[1]
+    end = places - present[:, ::-1].argmax(axis=1)
+    return np.stack([first, np.where(present.any(axis=1), end, first)])
+
+
+class _Axis(NamedTuple):
+    """What the cells of an image's axis give at the crop's pixels of ``_samples``.
+
+    Attributes:
+        weights: (2 C, c).
+        inputs: (2, 2 C): for each pixel the first cell with a weight, and the one after the last; both ascend.
+    """
+
+    weights: NDArray[np.float32]
+    inputs: NDArray[np.int64]
+
+    def reached(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(2, K): from which cell of the crop to which the image's cells of ``extents`` (2, K) have a weight."""
+        first = np.searchsorted(self.inputs[1], extents[0], side="right")
+        end = np.searchsorted(self.inputs[0], extents[1], side="left")
+        return np.stack([first // 2, np.where(extents[1] > extents[0], (end + 1) // 2, 0)])
+
+
+@functools.lru_cache(_KEPT_AXES)
+def _axis(side: int, resized_side: int, offset: int, resolution: int, cells: int, *, nearest: bool) -> _Axis:
+    """From cells to the image (bicubic), and to the resized image whose part from ``offset`` on is the crop."""
+    pixels = offset + _samples(resolution)[0]
+    if nearest:
+        scale = side / resized_side
+        steps = np.full(resized_side, scale)
+        steps[0] = scale / 2
+        # A sum of steps, as PIL finds the nearest: where a place falls between two pixels, the sum's rounding decides.
+        of_image = np.add.accumulate(steps).astype(np.int64)[pixels]
+        weights = _resizing_weights(_cubic, of_image, cells, side)
+    else:
+        reach = math.ceil(max(side / resized_side, 1)) + 1
+        middle = ((2 * pixels + 1) * side) // (2 * resized_side)
+        near = middle[:, None] + np.arange(-reach, reach + 1)
+        of_image = _resizing_weights(_triangle, pixels, side, resized_side, near)
+        of_cells = _resizing_weights(_cubic, near.reshape(-1).clip(0, side - 1), cells, side)
+        weights = np.einsum("pn,pnc->pc", of_image, of_cells.reshape(*near.shape, cells))
+    return _Axis(weights.astype(np.float32), _extents(weights != 0))
 
 
 def _samples(resolution: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -141,34 +161,14 @@ def _samples(resolution: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     return pixels, places - first
 
 
-@functools.lru_cache(_KEPT_AXES)
-def _nearest_axis(
-    side: int, resized_side: int, offset: int, resolution: int, cells: int
-) -> NDArray[np.float32]:
-    """(2 C, c): what the cells of an image's axis give at the crop's pixels of ``_samples``, by the image's nearest."""
-    pixels, _ = _samples(resolution)
-    scale = side / resized_side
-    steps = np.full(resized_side, scale)
-    steps[0] = scale / 2
-    # A sum of steps, as PIL finds the nearest pixels: where a place falls between two, the sum's rounding decides.
-    nearest = np.add.accumulate(steps).astype(np.int64)[offset + pixels]
-    return np.asarray(_resizing_weights(_cubic, nearest, cells, side), np.float32)
-
-
-@functools.lru_cache(_KEPT_AXES)
-def _bilinear_axis(
-    side: int, resized_side: int, offset: int, resolution: int, cells: int
-) -> NDArray[np.float32]:
-    """(C, c): what the cells of an image's axis give at the crop's cells, with all smoothing on the way."""
-    pixels, share = _samples(resolution)
-    reach = math.ceil(max(side / resized_side, 1)) + 1
-    middle = ((2 * (offset + pixels) + 1) * side) // (2 * resized_side)
-    near = middle[:, None] + np.arange(-reach, reach + 1)  # pixels of the image that count at all
-    weights = _resizing_weights(_triangle, offset + pixels, side, resized_side, near)
-    of_cells = _resizing_weights(_cubic, near.reshape(-1).clip(0, side - 1), cells, side)
-    at_pixels = np.einsum("pn,pnc->pc", weights, of_cells.reshape(*near.shape, cells))
-    mixed = at_pixels[0::2] * (1 - share[:, None]) + at_pixels[1::2] * share[:, None]
-    return np.asarray(mixed, np.float32)
+@functools.cache
+def _sampling(resolution: int) -> NDArray[np.float32]:
+    """(C, 2 C): what the pixels of ``_samples`` give to each cell."""
+    share = _samples(resolution)[1]
+    cells = np.arange(CELLS)
+    weights = np.zeros((CELLS, 2 * CELLS), np.float32)
+    weights[cells, 2 * cells], weights[cells, 2 * cells + 1] = 1 - share, share
+    return weights
 
 
 def _resizing_weights(

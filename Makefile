@@ -15,7 +15,7 @@ DEMO := build/demo
 .DELETE_ON_ERROR:
 # Two installs into one environment must not run at once.
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench hooks constraints clean distclean
+.PHONY: help demo test lint format bench hooks openmmlab constraints clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: $(VENV)/.dev ## Run the benchmarks
 
 hooks: $(VENV)/.dev ## Install the git hooks
 	$(BIN)/pre-commit install
+
+openmmlab: ## Build .venv-openmmlab, for the mmpose backend (half an hour; options: OPENMMLAB_PYTHON=/path/to/python3.11)
+	eval/openmmlab/scripts/build.sh .venv-openmmlab $(OPENMMLAB_PYTHON)
 
 constraints: ## Resolve all packages anew into constraints.txt (several GB; options: HOLD='torch==2.12.1')
 	rm -rf build/constraints

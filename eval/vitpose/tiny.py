@@ -7,7 +7,7 @@ weights in mmpose, and must outlive versions of torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from eval.vitpose.checkpoints import LAYER_NORM_EPS, MMPOSE, VITPOSE, attention_heads, from_transformers
 from spctrl.image_models.loading import mark_random
 from spctrl.records import NUM_KEYPOINTS
+from spctrl.weights import known_weights
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,16 @@ BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "vitpose_humanart": build_mmpose,
 }
 """By the names of configs/weights.yaml."""
+
+
+def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Write all of them below a folder under the file names of configs/weights.yaml; gives each name and path."""
+    known = known_weights()
+    for name, build in BUILDERS.items():
+        path = folder / known[name].file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        build(path)
+        yield name, path
 
 
 def _model(num_experts: int = 1) -> Any:

@@ -119,12 +119,15 @@ def test_kid_needs_as_many_images_as_a_subset_has() -> None:
 # Resamples
 
 
-def test_fid_of_resamples_is_fid_of_the_images_drawn() -> None:
-    real, fake = features(90, 0), features(90, 1, 0.4)
+@pytest.mark.parametrize("count", [40, 90])
+@pytest.mark.filterwarnings("ignore::eval.fid.TooFewImagesWarning")
+def test_fid_of_resamples_is_fid_of_the_images_drawn(count: int) -> None:
+    """With fewer images than features, and with more."""
+    real, fake = features(count, 0), features(count, 1, 0.4)
     resampled = ResampledFid(real, fake)
-    assert resampled(np.ones(90, int)) == pytest.approx(fid(real, fake), rel=1e-8)
-    for weights in resamples(90, 3, seed=1):
-        drawn = np.repeat(np.arange(90), weights)
+    assert resampled(np.ones(count, int)) == pytest.approx(fid(real, fake), rel=1e-8)
+    for weights in resamples(count, 3, seed=1):
+        drawn = np.repeat(np.arange(count), weights)
         assert resampled(weights) == pytest.approx(fid(real[drawn], fake[drawn]), rel=1e-5)
 
 

@@ -123,10 +123,10 @@ class Workspace:
             before, succeeded=result.status.name == "SUCCESS", started=started, errors=errors
         )
 
-    def run(self, *arguments: str, timeout_s: float = BUILD_TIMEOUT_S) -> Build:
+    def run(self, *arguments: str, family: str = "BuildDataset", timeout_s: float = BUILD_TIMEOUT_S) -> Build:
         """Build as people do, in a process of its own."""
         before = self._state()
-        process = self.start(*arguments)
+        process = self.start(*arguments, family=family)
         output, _ = process.communicate(timeout=timeout_s)
         return self._account(
             before, succeeded=process.returncode == 0, exit_code=process.returncode, output=output

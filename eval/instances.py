@@ -98,6 +98,14 @@ class Poses:
     keypoints: Floats
     keypoint_scores: Floats
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InstancesError: numbers that are not finite.
+        """
+        for name in ("bboxes_xywh", "bbox_scores", "keypoints", "keypoint_scores"):
+            _check_finite("the poses", name, getattr(self, name))
+
     def __len__(self) -> int:
         return len(self.image_ids)
 
@@ -118,6 +126,14 @@ class Predictions:
     keypoints: Floats
     scores: Floats
     areas: Floats
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InstancesError: numbers that are not finite.
+        """
+        for name in ("keypoints", "scores", "areas"):
+            _check_finite("the predictions", name, getattr(self, name))
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -152,22 +168,22 @@ def _ground_truth_of_coco(content: Mapping[str, Any], where: str) -> GroundTruth
     missing = [name for name in ("images", "annotations") if name not in content]
     if missing:
         raise InstancesError(f"{where}: expected the section {missing[0]!r}, found {', '.join(content)}")
-    images = sorted(content["images"], key=lambda image: image["id"])
-    image_ids = np.array([image["id"] for image in images], np.int64)
-    listed = set(image_ids.tolist())
-    annotations = [each for each in content["annotations"] if each["image_id"] in listed]
+    image_ids = _column(content["images"], "id", np.int64, where)
+    images = [content["images"][i] for i in np.argsort(image_ids)]
+    listed = np.isin(_column(content["annotations"], "image_id", np.int64, where), image_ids)
+    annotations = list(itertools.compress(content["annotations"], listed))
     names = {each["id"]: each["name"] for each in content.get("categories", ())}
     keypoints = _keypoint_triplets(annotations, where)
     return _ground_truth(
         where,
-        image_ids=image_ids,
+        image_ids=np.sort(image_ids),
         scenarios=tuple(str(image.get("category") or "") for image in images),
         names=names,
         instances_image_ids=_column(annotations, "image_id", np.int64, where),
         instances_category_ids=_column(annotations, "category_id", np.int64, where),
         annotation_ids=_column(annotations, "id", np.int64, where),
         keypoints=keypoints,
-        bboxes_xywh=_column(annotations, "bbox", np.float64, where).reshape(-1, 4),
+        bboxes_xywh=_boxes(annotations, where),
         areas=_column(annotations, "area", np.float64, where),
         crowd=np.array([bool(each.get("iscrowd")) for each in annotations], bool),
         labelled=np.array(
@@ -317,7 +333,7 @@ def read_results(source: Path | str | Sequence[Mapping[str, Any]] | Predictions)
         )
     keypoints = _keypoint_triplets(results, where)[..., :2]
     if results and results[0].get("bbox"):
-        areas = _column(results, "bbox", np.float64, where).reshape(-1, 4)[:, 2:].prod(axis=1)
+        areas = _boxes(results, where)[:, 2:].prod(axis=1)
     else:
         areas = np.ptp(keypoints, axis=1).prod(axis=-1)
     return Predictions(
@@ -332,12 +348,9 @@ def read_results(source: Path | str | Sequence[Mapping[str, Any]] | Predictions)
 def check_predictions(predictions: Predictions, truth: GroundTruth) -> None:
     """
     Raises:
-        InstancesError: numbers that are not finite, another number of keypoints, or images or categories that the
-            ground truth does not have.
+        InstancesError: another number of keypoints, or images or categories that the ground truth does not have.
     """
     where = "the predictions"
-    _check_finite(where, "keypoints", predictions.keypoints)
-    _check_finite(where, "scores", predictions.scores)
     expected, found = truth.keypoints.shape[1], predictions.keypoints.shape[1]
     if len(predictions) and expected != found:
         raise InstancesError(f"{where}: expected {expected} keypoints an instance, found {found}")
@@ -386,6 +399,16 @@ def _column(entries: Iterable[Mapping[str, Any]], name: str, dtype: type, where:
         return np.array([each[name] for each in entries], dtype)
     except (KeyError, TypeError, ValueError) as error:
         _refuse(name, error, where)
+
+
+def _boxes(entries: Sequence[Mapping[str, Any]], where: str) -> Floats:
+    """(N, 4)"""
+    boxes = _column(entries, "bbox", np.float64, where)
+    if boxes.shape[1:] != (4,) and len(boxes):
+        raise InstancesError(
+            f"{where}: 'bbox': expected x, y, width and height, found shape {boxes.shape[1:]}"
+        )
+    return boxes.reshape(-1, 4)
 
 
 def _keypoint_triplets(entries: Sequence[Mapping[str, Any]], where: str) -> Floats:

@@ -40,6 +40,7 @@ from spctrl.datasets import DATASETS, Dataset
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """OKS that a match needs."""
+_AT_75 = 5
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Where precision is read off."""
 AREA_RANGES = {"all": (0.0, 1e5**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e5**2)}
@@ -72,8 +73,7 @@ class Scores(NamedTuple):
     def summary(self) -> Floats:
         """``METRICS`` in [0, 1]: means over thresholds and over the categories that have instances."""
         ap, ar = self.precision, self.recall
-        t75 = int(np.searchsorted(THRESHOLDS, 0.75 - 1e-9))
-        parts = (ap[:, 0], ap[0, 0], ap[t75, 0], ap[:, 1], ap[:, 2], ar[:, 0])
+        parts = (ap[:, 0], ap[0, 0], ap[_AT_75, 0], ap[:, 1], ap[:, 2], ar[:, 0])
         return np.array([_mean(each) for each in parts])
 
     def per_category(self) -> Floats:
@@ -258,7 +258,6 @@ class Matches:
     Attributes:
         truth: what they were matched with.
         image_of, category_of: (D,) int64, positions in the ground truth's images and categories.
-        scores: (D,) float64.
         matched: (D, T, A) bool: found an instance.
         ignored: (D, T, A) bool: found one that does not count, or found none and lies outside the area range.
         not_counted: (G, A) bool: instances that do not count: ignored, or outside the area range.
@@ -268,7 +267,6 @@ class Matches:
     truth: GroundTruth
     image_of: Integers
     category_of: Integers
-    scores: Floats
     matched: Booleans
     ignored: Booleans
     not_counted: Booleans
@@ -310,7 +308,6 @@ def match(truth: GroundTruth, predictions: Predictions, sigmas: Floats) -> Match
         truth=truth,
         image_of=image_of[order],
         category_of=category_of[order],
-        scores=predictions.scores[order],
         matched=matched[ranking],
         ignored=ignored[ranking],
         not_counted=not_counted,

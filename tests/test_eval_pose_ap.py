@@ -168,6 +168,10 @@ def test_numbers_that_are_not_finite_are_refused(document: Json, bad: float) -> 
     results[3]["score"] = bad
     with pytest.raises(InstancesError, match="scores: expected finite numbers, found 1"):
         evaluate(results, document, "ap10k")
+    poses = poses_of(read_ground_truth(document))
+    poses.keypoint_scores[2, 3] = bad
+    with pytest.raises(InstancesError, match="the poses: keypoint_scores: expected finite numbers, found 1"):
+        replace(poses)
 
 
 @pytest.mark.parametrize("what", ["image", "category"])
@@ -195,6 +199,12 @@ def test_incomplete_files_are_refused(document: Json, tmp_path: Path) -> None:
         evaluate([], tmp_path / "cut.json", "ap10k")
     with pytest.raises(InstancesError, match="expected the section 'images', found annotations"):
         evaluate([], {"annotations": []}, "ap10k")
+    boxless = [{**each, "bbox": each["bbox"][:3]} for each in document["annotations"]]
+    with pytest.raises(InstancesError, match=r"'bbox': expected x, y, width and height, found shape \(3,\)"):
+        evaluate([], {**document, "annotations": boxless}, "ap10k")
+    nameless = [{"file_name": "1.jpg"}, *document["images"]]
+    with pytest.raises(InstancesError, match="'id' of all entries cannot be read: an entry has none"):
+        evaluate([], {**document, "images": nameless}, "ap10k")
     with pytest.raises(InstancesError, match="expected annotated instances, found none"):
         evaluate([], {**document, "annotations": []}, "ap10k")
     with pytest.raises(InstancesError, match="expected each image once"):

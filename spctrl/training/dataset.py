@@ -138,7 +138,9 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         self.conditioning_mode: ConditioningMode = _known(
             conditioning_mode, "conditioning_mode", ConditioningMode
         )
-        self.heatmap_type = heatmap_type
+        self.heatmap_type: HeatmapType | None = (
+            _known(heatmap_type, "heatmap_type", HeatmapType) if heatmap_type else None
+        )
         self.binary_heatmaps = (
             _known(heatmap_target, "heatmap_target", HeatmapTarget) == "released"
             and conditioning_mode == "spatext"

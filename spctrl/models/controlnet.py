@@ -116,7 +116,7 @@ class SpCtrlControlNetModel(ControlNetModel):
         """
         if isinstance(keypoint_init, str | PathLike):
             keypoint_init = load_keypoint_init(Path(keypoint_init))
-        controlnet = super().from_unet(
+        controlnet: SpCtrlControlNetModel = super().from_unet(
             unet, conditioning_channels=conditioning_channels + extra_channels, **kwargs
         )
         controlnet.spatext_embedding = SpatextEmbedding(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spctrl.errors import ExpectedError
@@ -27,6 +26,9 @@ LayerVersion = Literal["sigmoid_version"]
 KEYPOINTS, TEXT_WIDTH, MLP_WIDTH, DROPOUT = 17, 768, 256, 0.2
 TABLE_ROWS = 70
 """Rows of the lookup table: values 0 to 69, so that the 19 links of HumanArt have theirs."""
+
+COPIES = 8
+"""Of the table, in ``look_up``: more are not faster."""
 
 _INIT_SHAPE = (KEYPOINTS, TEXT_WIDTH)
 _LINKS = {"ap10k": AP10K.links, "humanart": HUMANART.links}
@@ -109,11 +111,9 @@ class SpatextEmbedding(nn.Module):
         """
         if index_map.ndim != 4 or index_map.shape[1] != 1:
             raise ValueError(f"expected index maps of shape (B, 1, H, W), found {tuple(index_map.shape)}")
-        rows = self.table()
-        index = index_map[:, 0].long()
-        stands_for_something = (index == index_map[:, 0]) & (index >= 0) & (index < TABLE_ROWS)
-        index = torch.where(stands_for_something, index, BACKGROUND)
-        return F.embedding(index, rows, padding_idx=BACKGROUND).permute(0, 3, 1, 2).contiguous()
+        table = self.table()
+        # In float32: the gradient of a row is a sum over up to millions of pixels.
+        return look_up(table.float(), known_values(index_map)).to(table.dtype)
 
     def table(self) -> Tensor:
         """The lookup table: (70, C), whose row v is what value v of an index map becomes."""
@@ -143,6 +143,34 @@ class SpatextEmbedding(nn.Module):
             return self.skeleton_emb
         ends = keypoint_rows.detach() if self.detach_links else keypoint_rows
         return ends[self.links].mean(dim=1)
+
+
+def known_values(index_map: Tensor) -> Tensor:
+    """Index maps as rows of the table: int32 of the same shape, background where a value is none of the table's."""
+    index = index_map.clamp(BACKGROUND, TABLE_ROWS - 1).int()
+    return index * (index == index_map)
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table, each of C channels, for every pixel.
+
+    Written for its backward pass, which adds up the gradients of all pixels with the same row. Added to one place in
+    memory, they would wait for each other, and most pixels are background; so neighbouring pixels look up different
+    copies of the table.
+
+    Args:
+        table: (R, C).
+        index: (B, 1, H, W) int32, rows.
+
+    Returns:
+        (B, C, H, W), of the table's type.
+    """
+    rows, channels = table.shape
+    copies = table.T.repeat(1, COPIES)  # (C, COPIES * R)
+    copy = torch.arange(index.shape[-1], dtype=torch.int32, device=index.device) % COPIES
+    channel = torch.arange(channels, dtype=torch.int32, device=index.device)
+    place = index + (channel[:, None, None] * COPIES + copy) * rows
+    return copies.flatten().index_select(0, place.flatten()).view(place.shape)
 
 
 class FeedForward(nn.Module):

@@ -17,15 +17,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines import BuildDataset
+from pipelines import BuildDataset, tools
 from spctrl.errors import ExpectedError
 from tasks import settings
+from tasks.base import StageTask
+from tasks.conditions import CONDITIONS, condition_class
 from tasks.index import AnnotationFile
+from tasks.model_stage import ModelStage
 from tasks.progress import progress
 from tasks.store import Store
 
 if TYPE_CHECKING:
-    from tasks.base import StageTask
+    from collections.abc import Iterator
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +36,7 @@ app = typer.Typer(
     help="Look at what is built and why it would be built again, check and clean the store, draw a sample. "
     "Settings come from luigi.cfg and LUIGI_CONFIG_PATH, as for luigi itself.",
 )
+tools.add_to(app)
 console = Console()
 
 FOUND_SOMETHING = 1
@@ -196,10 +200,13 @@ def tiny_weights(folder: Annotated[Path, typer.Argument(help="for [paths] weight
 
     Whatever is made with them says `weights: random`.
     """
-    from spctrl.image_models.tiny import write_tiny_weights
+    import eval.tiny
+    import eval.vitpose.tiny
+    import spctrl.image_models.tiny
 
-    for name, path in write_tiny_weights(folder):
-        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+    for module in (spctrl.image_models.tiny, eval.tiny, eval.vitpose.tiny):
+        for name, path in module.write_tiny_weights(folder):
+            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -225,12 +232,36 @@ def doctor() -> None:
         )
     console.print()
     console.print(found)
-    console.print(f"\nconditions of the settings: {', '.join(build.conditions)}", highlight=False)
+    console.print()
+    console.print(_conditions_table(build))
     console.print()
     console.print(_weights_table())
     if not possible:
         console.print("No dataset can be built: say where one is in luigi.cfg, or try `spctrl sample`.")
         raise typer.Exit(FOUND_SOMETHING)
+
+
+def _conditions_table(build: BuildDataset) -> Table:
+    """Which conditions can be made under the present settings, and what the others lack."""
+    table = Table("condition", "asked for", "possible", box=None, pad_edge=False)
+    for name in CONDITIONS:
+        stage = build.clone(condition_class(name), dataset=build.dataset[0], split=build.split[0])
+        lacking = sorted(set(_lacking(stage)))
+        possible = "[red]no: " + escape("; ".join(lacking)) + "[/red]" if lacking else "yes"
+        table.add_row(name, "yes" if name in build.conditions else "", possible)
+    return table
+
+
+def _lacking(stage: StageTask) -> Iterator[str]:
+    """Packages and weights that a stage, or one that it reads, needs and does not find."""
+    if isinstance(stage, ModelStage):
+        if _version_or_none("torch") is None:
+            yield "no torch (pip install -e '.[models]')"
+        if not stage.weights_path.exists():
+            yield f"no weights at {stage.weights_path}"
+    for each in stage.requires():
+        if isinstance(each, StageTask):
+            yield from _lacking(each)
 
 
 def _weights_table() -> Table:

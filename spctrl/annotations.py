@@ -364,7 +364,8 @@ def _decode_annotations(
         image = known_images.get(each.image_id)
         try:
             pack(
-                rows, row.size * len(has_21), each.id, each.image_id, each.category_id, each.num_keypoints, each.iscrowd,
+                rows, row.size * len(has_21),
+                each.id, each.image_id, each.category_id, each.num_keypoints, each.iscrowd,
                 each.area, *each.bbox, *each.keypoints,
             )  # fmt: skip
             if each.keypoints_21 is not None:

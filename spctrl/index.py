@@ -61,7 +61,7 @@ def write_index(source: Path, dataset: Dataset, split: str, destination: Path, *
     """
     with _no_garbage_collection():
         annotations = read_annotations(source, dataset, max_pixels=max_pixels)
-    # Not compressed: packing coordinates would take as long as all other writing, to halve a file that only stages read.
+    # Not compressed: it would take as long as all other writing, to halve a file that only stages read.
     texts = [field.name for field in INDEX_SCHEMA if field.type in (pa.string(), pa.int32())]
     with (
         ThreadPoolExecutor(

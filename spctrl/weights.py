@@ -20,6 +20,7 @@ class KnownWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         publisher: who offers it, and where.
         licence: as its publisher states it.
         setting: the settings that ask for it.
+        sha256: of the file, or its first digits, which publishers like to put into its name.
     """
 
     what: str
@@ -27,6 +28,7 @@ class KnownWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     publisher: str
     licence: str
     setting: str
+    sha256: str | None = None
 
 
 @functools.cache

@@ -15,9 +15,10 @@ from tasks.executor import run_jobs
 from tasks.images import ImageFiles
 from tasks.inputs import MISSING
 from tasks.record_stage import RecordStage
-from tasks.store import digest
+from tasks.store import Store, digest
 
 if TYPE_CHECKING:
+    from spctrl.weights import KnownWeights
     from tasks.store import Location
     from tasks.work import Batch, ModelBatch
 
@@ -35,15 +36,32 @@ class Weights(luigi.ExternalTask):
         return luigi.LocalTarget(self.path)
 
     def complete(self) -> bool:
-        if Path(self.path).exists():
-            return True
         from spctrl.weights import known_weights
 
         entry = known_weights()[self.name]
+        if Path(self.path).exists():
+            return self._is_genuine(entry)
         luigi.task.logger.error(
             "expected weights at %s, found none. They are %s: get %s from %s (licence: %s) and put it there, or name "
             "another place with the setting `weights` beside %s",
             self.path, entry.what, Path(entry.file).name, entry.publisher, entry.licence, entry.setting,
+        )  # fmt: skip
+        return False
+
+    def _is_genuine(self, entry: KnownWeights) -> bool:
+        """Whether a file under its publisher's name is its publisher's; one under another name may be anything."""
+        from spctrl.weights import are_random
+
+        path = Path(self.path)
+        if entry.sha256 is None or path.name != Path(entry.file).name or are_random(path):
+            return True
+        found = digest_cache(Store(settings.paths().store).root).file_digest(path)
+        if found.startswith(entry.sha256):
+            return True
+        luigi.task.logger.error(
+            "expected a file whose SHA-256 begins with %s at %s (configs/weights.yaml, %s), found %s. It may be cut "
+            "short: get it again from %s. Weights of your own need another file name",
+            entry.sha256, path, self.name, found, entry.publisher,
         )  # fmt: skip
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -249,7 +250,14 @@ def test_verify_as_a_command_exits_with_1_and_names_the_artifact(built: Workspac
 def test_doctor_names_what_is_missing(
     make_workspace: Callable[..., Workspace], sample: Path, tmp_path: Path
 ) -> None:
-    assert spctrl(make_workspace("healthy", sample), "doctor").returncode == 0
+    healthy = make_workspace("healthy", sample)
+    healthy.configure("paths", weights="nowhere")
+    looked = spctrl(healthy, "doctor")
+    assert looked.returncode == 0
+    assert re.search(r"spatext +yes +yes", looked.stdout)
+    assert re.search(r"latents .*no: .*weights", looked.stdout), (
+        "what the settings do not make possible, and why"
+    )
     done = spctrl(make_workspace("ill", tmp_path / "nothing"), "doctor")
     assert done.returncode == 1
     assert "ap10k-train-split1.json" in done.stdout

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import pytest
+
+import spctrl.weights as weights_registry
 
 pytest.importorskip("torch", reason="the models extra is not installed")
 
@@ -133,6 +137,24 @@ def test_missing_weights_are_named_with_what_to_get(modelled: Workspace, tmp_pat
     assert done.exit_code == 20
     assert "sam_hq_vit_b.pth" in done.output
     assert "github.com/SysCV/sam-hq" in done.output
+
+
+def test_a_file_that_is_not_its_publishers_is_not_used(
+    modelled: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tasks import model_stage
+
+    path = tmp_path / "weights" / "sam_hq_vit_b.pth"
+    path.with_name(f"{path.name}.json").unlink()  # it no longer says that it is random
+    entry = weights_registry.known_weights()["sam_hq_vit_b"]
+    genuine = hashlib.sha256(path.read_bytes()).hexdigest()
+    for stated, complete in ((None, True), (genuine, True), (genuine[:8], True), ("0" * 8, False)):
+        registry = {"sam_hq_vit_b": msgspec.structs.replace(entry, sha256=stated)}
+        monkeypatch.setattr(weights_registry, "known_weights", lambda registry=registry: registry)
+        assert model_stage.Weights(name="sam_hq_vit_b", path=str(path)).complete() is complete
+    assert genuine in caplog.text and entry.publisher in caplog.text
+    own = path.rename(path.with_name("my_own.pth"))
+    assert model_stage.Weights(name="sam_hq_vit_b", path=str(own)).complete()
 
 
 @pytest.mark.parametrize("harm", ["cut", "other"])

@@ -147,7 +147,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     train(
         msgspec.convert(RESUMED, TrainingConfig), inputs, tmp_path, lambda report: steps.append(report.step)
     )
-    assert steps[0] == 2 * (stop_after // 2) + 1
+    assert steps[0] == 2 * ((stop_after - 1) // 2) + 1
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000007"]
     assert equal(trained(tmp_path), trained(undisturbed))
 
@@ -210,23 +210,20 @@ def test_a_run_can_start_anew(inputs: TrainingInputs, tmp_path: Path) -> None:
 # Learning
 
 
-def test_two_images_can_be_learned_by_heart(inputs: TrainingInputs, tmp_path: Path) -> None:
+def test_two_images_can_be_learned_by_heart(
+    inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same noise at the same timesteps in each step."""
     losses: list[float] = []
 
     def keep(report: StepReport) -> None:
         assert report.losses is not None
         losses.append(report.losses["denoising"])
 
-    by_heart = config(
-        max_train_samples=2,
-        max_train_steps=400,
-        checkpointing_steps=400,
-        learning_rate=3e-3,
-        adam_weight_decay=0,
-    )
+    monkeypatch.setattr("spctrl.training.loop.step_seed", lambda *names: 0)
+    by_heart = config(max_train_samples=2, max_train_steps=100, checkpointing_steps=100, learning_rate=3e-3)
     train(by_heart, inputs, tmp_path, keep)
-    start, end = sum(losses[:20]) / 20, sum(losses[-20:]) / 20
-    assert end < start / 3, (start, end)
+    assert sum(losses[-5:]) / 5 < losses[0] / 3, (losses[0], losses[-5:])
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -266,6 +263,8 @@ def test_every_trained_parameter_changes_and_nothing_else(
 ) -> None:
     chosen = config(
         **VARIANTS[variant],
+        resolution=128,  # at 64 the innermost feature map is one cell, whose attention to itself has no gradient
+        train_batch_size=1,
         max_train_steps=4,
         adam_weight_decay=0,  # so that only a gradient changes anything
     )

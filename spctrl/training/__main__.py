@@ -7,15 +7,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spctrl.errors import ExpectedError
 from spctrl.training.config import TrainingConfig, read_training_config
+
+if TYPE_CHECKING:
+    from spctrl.training.watch import Show
 
 ERROR = "error.txt"
 """Below the output: why a run stopped, in words."""
@@ -95,7 +98,7 @@ def _train(
     from spctrl.training.loop import train
     from spctrl.training.watch import Watcher
 
-    show = _json_lines() if json_progress else _text_lines()
+    show = _throttled(_write_json, JSON_EVERY_S) if json_progress else _throttled(_write_text, LINE_EVERY_S)
     with _alone(output):
         (output / ERROR).unlink(missing_ok=True)
         watcher = Watcher(config, inputs, validation_manifest, output, name, show)
@@ -150,33 +153,27 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _text_lines() -> Callable[[dict[str, Any]], None]:
+def _throttled(write: Show, every_s: float) -> Show:
+    """``write`` that is called at most every so many seconds, and at the end."""
     last = 0.0
 
     def show(progress: dict[str, Any]) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last < LINE_EVERY_S and progress["step"] < progress["total"]:
-            return
-        last = now
-        print(progress_line(progress), flush=True)
+        if now - last >= every_s or progress["step"] == progress["total"]:
+            last = now
+            write(progress)
 
     return show
 
 
-def _json_lines() -> Callable[[dict[str, Any]], None]:
-    """Lines for the process that started this one; writing them fails, and ends this run, when that one is gone."""
-    last = 0.0
+def _write_json(progress: dict[str, Any]) -> None:
+    """For the process that started this one; fails, and so ends this run, when that one is gone."""
+    print(json.dumps(progress), flush=True)
 
-    def show(progress: dict[str, Any]) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < JSON_EVERY_S and progress["step"] < progress["total"]:
-            return
-        last = now
-        print(json.dumps(progress), flush=True)
 
-    return show
+def _write_text(progress: dict[str, Any]) -> None:
+    print(progress_line(progress), flush=True)
 
 
 def progress_line(progress: dict[str, Any]) -> str:

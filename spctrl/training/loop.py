@@ -24,7 +24,7 @@ from spctrl.training.checkpoints import (
 )
 from spctrl.training.config import TrainingConfig, decisive_settings
 from spctrl.training.dataset import SpCtrlDataset
-from spctrl.training.networks import HALF, Networks, load_networks
+from spctrl.training.networks import FROZEN_DTYPES, Networks, load_networks
 from spctrl.training.objective import Batch, draw, objective_of, step_seed
 from spctrl.training.schedule import (
     Schedule,
@@ -157,10 +157,12 @@ def prepare(config: TrainingConfig, inputs: TrainingInputs, accelerator: Acceler
     with_vae = inputs.needs_vae or not config.use_cached_latents
     networks = load_networks(config, inputs.weights, with_vae=with_vae)
     dataset = training_dataset(config, inputs, networks.tokenizer)
-    half = HALF[config.mixed_precision]
-    networks.unet.to(accelerator.device, half)
+    dtype = FROZEN_DTYPES[config.mixed_precision]
+    networks.unet.to(accelerator.device)
+    if dtype != torch.float32:
+        networks.unet.to(dtype)
     # Trained rows stay in float32, and the networks around them in autocast's hands.
-    networks.text_encoder.to(accelerator.device, half if networks.token_rows is None else torch.float32)
+    networks.text_encoder.to(accelerator.device, dtype if networks.token_rows is None else torch.float32)
     networks.control.to(accelerator.device)
     if networks.vae is not None:
         networks.vae.to(accelerator.device)

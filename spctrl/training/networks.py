@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from spctrl.errors import ExpectedError
 from spctrl.inference.checkpoints import learned_embeds_file
@@ -30,7 +32,8 @@ ADAPTER_SCALE = 8
 FOLDERS = {"controlnet": "controlnet", "t2i_adapter": "adapter"}
 """For each model the folder that its weights are saved to."""
 
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+FROZEN_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+"""Precision of the frozen networks, and of autocast around the trained ones, by ``mixed_precision``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,8 @@ def load_networks(config: TrainingConfig, weights: Path, *, with_vae: bool) -> N
     Raises:
         ExpectedError: weights are missing, broken or of another model; says what to get, or which setting to change.
     """
+    for quiet in (diffusers_logging, transformers_logging):
+        quiet.disable_progress_bar()
     folder = find_weights(config.pretrained_model_name_or_path, weights)
     tokenizer = stable_diffusion.load_tokenizer(folder)
     text_encoder = stable_diffusion.load_text_encoder(folder).requires_grad_(False).eval()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import torch
 
 from spctrl.errors import ExpectedError
 from spctrl.inference.generator import ImageGenerator, Request, jpeg_bytes
 from spctrl.inference.methods import Sampler, image_seed
-from spctrl.training.networks import HALF
+from spctrl.training.loop import training_dataset
+from spctrl.training.networks import FROZEN_DTYPES
 from spctrl.weights import find_weights
 
 if TYPE_CHECKING:
@@ -187,22 +190,16 @@ class Validation:
         device = networks.control.device
         sampler = Sampler(resolution=self.config.resolution)
         generator = ImageGenerator(pipeline, self.config.kind, sampler, device)
-        half = HALF[self.config.mixed_precision]
+        dtype = FROZEN_DTYPES[self.config.mixed_precision]
         networks.control.eval()
         try:
-            with torch.autocast(device.type, half, enabled=half != torch.float32):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 images = [generator.infer([request])[0] for request in self._requests.values()]
         finally:
             networks.control.train()
         return dict(zip(self._requests, images, strict=True))
 
     def _read(self, networks: Networks) -> dict[int, Request]:
-        import dataclasses
-
-        import msgspec
-
-        from spctrl.training.loop import training_dataset
-
         shown = msgspec.structs.replace(
             self.config,
             use_cached_latents=False,

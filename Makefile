@@ -77,7 +77,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
-# The tests run the image models with tiny weights, so torch is among what they need.
+# The tests train, generate and evaluate with tiny weights, so torch and its friends are among what they need.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
-	$(PIP) install -q -c constraints.txt -e '.[dev,models]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,train,eval]'
 	@touch $@ $(VENV)/.core

@@ -228,7 +228,9 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         nearest, bilinear = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
         image = self._drawing(record) if self._condition is None else _opened(self._condition.read(i))
         if self.conditioning_mode == "spatext":
-            condition = torch.from_numpy(training_crop(image, self.resolution, nearest)).float()[None]
+            condition = torch.from_numpy(training_crop(image.convert("L"), self.resolution, nearest)).float()[
+                None
+            ]
         else:
             condition = _unit_range(training_crop(image.convert("RGB"), self.resolution, bilinear))
         if self._mask is None:
@@ -387,7 +389,7 @@ def _opened(png: bytes) -> Image.Image:
 def _pixel_crop(image: Image.Image, resolution: int) -> torch.Tensor:
     """(3, R, R) uint8: ``training_crop``, but of large images by torch, in a third of PIL's time.
 
-    There a pixel in a thousand differs by one level, more of them where the two sizes have a simple ratio, such as 5 to 4.
+    There a pixel in a thousand differs by one level; more of them where the sizes have a simple ratio, such as 5 to 4.
     """
     if math.prod(image.size) < _LARGE_PX or max(image.size) > LONGEST_SIDES * min(image.size):
         return torch.from_numpy(training_crop(image, resolution)).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""What is compared with mmpose: the images, boxes and predictions of tests/parity/test_mmpose.py and of its regenerator."""
+"""What is compared with mmpose: images, boxes and predictions of test_mmpose.py and make_mmpose_constants.py."""
 
 from __future__ import annotations
 

@@ -68,6 +68,7 @@ def result(workspace: Workspace) -> tuple[Path, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_run_is_trained_committed_and_not_trained_again(trainable: Workspace) -> None:
+    trainable.configure("train", num_processes=2)
     config = str(trainable.folder / "train.yaml")
     built = trainable.build("Train", config=config)
     assert built.succeeded, built.errors
@@ -80,6 +81,7 @@ def test_a_run_is_trained_committed_and_not_trained_again(trainable: Workspace) 
     }
     assert provenance["weights"] == "random"
     assert provenance["counts"] == {"records": 8, "made": 6, "rejected": 0}
+    assert provenance["parameters"]["num_processes"] == 2
     assert provenance["parameters"]["settings"]["learning_rate"] == 1e-4
     assert provenance["libraries"].keys() == {"torch", "diffusers", "transformers", "accelerate"}
     (manifest,) = trainable.store.glob("runs/manifest/ap10k-train/*/provenance.json")

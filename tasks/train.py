@@ -141,12 +141,17 @@ class Train(StageTask):
 
     def _files(self) -> dict[str, Path]:
         """Files and folders that the result depends on."""
+        from spctrl.inference.checkpoints import learned_embeds_file, network_folder
+
         how = self.how
         parts = ["unet", "text_encoder", "tokenizer", "scheduler", "vae"]
         templates = how.prompt_templates or ROOT / "configs" / "prompts" / f"{how.dataset_name}.yaml"
         files = {part: self.stable_diffusion / part for part in parts} | {"prompts": Path(templates)}
         if how.controlnet_model_name_or_path:
-            files["start"] = weights_at(how.controlnet_model_name_or_path)
+            start = weights_at(how.controlnet_model_name_or_path)
+            files["start"] = network_folder(start)
+            if how.enable_learnable_kpttoken and (embeds := learned_embeds_file(start)):
+                files["start_tokens"] = embeds
         if how.spatext_init_emb:
             files["keypoint_embeddings"] = Path(how.spatext_init_emb)
         return files
@@ -227,6 +232,9 @@ class Train(StageTask):
     def command(self) -> list[str]:
         """Arguments that start the training processes."""
         how, processes = self.how, settings.train().num_processes
+        on_cpu = settings.executor().device == "cpu"
+        # Several processes on a processor count as GPUs' to the launcher; the environment tells them better.
+        many = ["--multi_gpu", "--main_process_port=0"]
         launch = {"num_processes": processes, "num_machines": 1, "dynamo_backend": "no"}
         inputs: dict[str, Any] = {
             "manifest": self.manifest_task().finished_run().path(MANIFEST),
@@ -242,7 +250,7 @@ class Train(StageTask):
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *(f"--{name}={value}" for name, value in launch.items()),
             f"--mixed_precision={how.mixed_precision}",
-            *(["--multi_gpu", "--main_process_port=0"] if processes > 1 else []),
+            *(many if processes > 1 else ["--cpu"] if on_cpu else []),
             *("-m", "spctrl.training", str(self.folder / CONFIG), f"--name={self.part}", "--json-progress"),
             *(f"--{name.replace('_', '-')}={value}" for name, value in inputs.items()),
         ]

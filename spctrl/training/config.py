@@ -162,7 +162,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     allow_tf32: bool = False
-    """Whether float32 products may be rounded to 10 bits on a GPU."""
+    """Whether a GPU may round the factors of float32 products to 10 bits."""
     gradient_checkpointing: bool = False
     """Less memory, by computing activations twice."""
     torch_compile: bool = False

@@ -141,7 +141,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":
         raise ExpectedError("mixed_precision: expected a GPU for fp16, found none. Set it to no or bf16")
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
     return Accelerator(
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -408,9 +407,10 @@ class _Loop:
 
 
 def _check_same(checkpoint: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """
+    """Refuse a checkpoint of another run.
+
     Raises:
-        ExpectedError: a checkpoint was made with other settings, images or processes; names them.
+        ExpectedError: it was made with other settings, images or processes; names them.
     """
     pairs = [(name, found[name], expected[name]) for name in ("images", "processes")]
     names = sorted({*found["settings"], *expected["settings"]})

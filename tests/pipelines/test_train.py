@@ -165,22 +165,37 @@ def test_missing_weights_and_wrong_settings_are_named(
         faulty.requires()
 
 
-def test_what_starts_the_processes(trainable: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainable.configure("train", num_processes=2)
-    trainable.configure("executor", device="cuda:1")
+@pytest.mark.parametrize(
+    ("device", "processes", "arguments", "variables"),
+    [
+        ("cpu", 1, {"--cpu", "--num_processes=1"}, {"ACCELERATE_USE_CPU": "true"}),
+        ("cpu", 2, {"--multi_gpu", "--num_processes=2"}, {"ACCELERATE_USE_CPU": "true"}),
+        ("cuda:1", 1, {"--num_processes=1"}, {"CUDA_VISIBLE_DEVICES": "1"}),
+        ("auto", 4, {"--multi_gpu", "--num_processes=4"}, {"ACCELERATE_USE_CPU": "false"}),
+    ],
+)
+def test_what_starts_the_processes(
+    trainable: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    processes: int,
+    arguments: set[str],
+    variables: dict[str, str],
+) -> None:
+    class Finished:
+        def path(self, name: str) -> Path:
+            return Path("runs") / name
+
+    monkeypatch.setattr("tasks.manifest.Manifest.finished_run", lambda self: Finished())
+    monkeypatch.setattr("tasks.train.Train.folder", Path("work"))
+    trainable.configure("train", num_processes=processes)
+    trainable.configure("executor", device=device)
     edit(trainable, mixed_precision="bf16", validation_steps=5)
     with task(trainable) as planned:
-
-        class Finished:
-            def path(self, name: str) -> Path:
-                return Path("runs") / name
-
-        monkeypatch.setattr("tasks.manifest.Manifest.finished_run", lambda self: Finished())
-        monkeypatch.setattr("tasks.train.Train.folder", Path("work"))
         command, environment = planned.command(), planned.environment()
-        assert {"--num_processes=2", "--multi_gpu", "--mixed_precision=bf16"} <= set(command)
-        assert "--validation-manifest=runs/manifest.parquet" in command
-        assert environment["CUDA_VISIBLE_DEVICES"] == "1"
-        assert environment["ACCELERATE_USE_CPU"] == "false"
         splits = {each.split for each in planned.requires() if type(each).__name__ == "Manifest"}
-        assert splits == {"train", "val"}
+    chosen = {"--cpu", "--multi_gpu", *(each for each in command if each.startswith("--num_processes"))}
+    assert set(command) & chosen == arguments
+    assert {"--mixed_precision=bf16", "--validation-manifest=runs/manifest.parquet"} <= set(command)
+    assert variables.items() <= environment.items()
+    assert splits == {"train", "val"}

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
+    from spctrl.records import Record
+
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "prompts"
 CONTEXT_TOKENS = 77
 
@@ -99,8 +101,15 @@ class Tokens(NamedTuple):
     keypoint_mask: NDArray[np.bool_]
 
 
-def subjects_from_table(table: pa.Table | pa.RecordBatch) -> list[Subject]:
-    """Subjects of the rows of an index or manifest. A picture without a caption gets its scenario's name for one."""
+def subjects_from_table(
+    table: pa.Table | pa.RecordBatch, records: Sequence[Record] | None = None
+) -> list[Subject]:
+    """Subjects of the rows of an index or manifest. A picture without a caption gets its scenario's name for one.
+
+    Args:
+        table: the rows.
+        records: of the same rows, where they are there already.
+    """
     columns = (table.column(name).to_pylist() for name in ("background_name", "captions", "category"))
     return [
         Subject(
@@ -111,7 +120,10 @@ def subjects_from_table(table: pa.Table | pa.RecordBatch) -> list[Subject]:
             labelled=(record.keypoints[..., 2] > 0).any(axis=0),
         )
         for record, categories, background, captions, scenario in zip(
-            records_from_table(table), instance_categories(table), *columns, strict=True
+            records_from_table(table) if records is None else records,
+            instance_categories(table),
+            *columns,
+            strict=True,
         )
     ]
 
@@ -283,21 +295,21 @@ def tokenize(tokenizer: Any, prompt: Prompt, *, concept: Concept = "partition") 
         prompt: of ``build_prompt`` or ``evaluation_prompt``.
         concept: what the marked tokens stand for.
     """
-    encoded = tokenizer(
-        prompt.text,
-        padding="max_length",
-        truncation=True,
-        max_length=CONTEXT_TOKENS,
-        return_offsets_mapping=True,
-    )
-    # Start, end and padding tokens have no characters.
-    places = [(i, first, end) for i, (first, end) in enumerate(encoded["offset_mapping"]) if end > first]
-    ends = [end for _, _, end in places]
+    backend = tokenizer.backend_tokenizer
+    # A call of the tokenizer itself sets these again as it needs them, and takes twice as long.
+    backend.no_truncation()
+    backend.no_padding()
+    encoded = backend.encode(prompt.text)
+    room = CONTEXT_TOKENS - 1  # the last token is the end
+    ids = [*encoded.ids[:-1][:room], encoded.ids[-1]]
+    ids += [tokenizer.pad_token_id] * (CONTEXT_TOKENS - len(ids))
+    # The start has no characters.
+    ends = [end for _, end in encoded.offsets[1:-1][: room - 1]]
 
     def last_token(span: Span | None) -> int | None:
         """Position of the token that a span's last character is in; None where that was cut off."""
         found = bisect_left(ends, span[1]) if span else len(ends)
-        return places[found][0] if found < len(ends) else None
+        return found + 1 if found < len(ends) else None
 
     of_keypoints = [last_token(span) for span in prompt.keypoint_spans]
     token_mask = np.zeros(CONTEXT_TOKENS, np.bool_)
@@ -305,7 +317,7 @@ def tokenize(tokenizer: Any, prompt: Prompt, *, concept: Concept = "partition") 
         if position is not None:
             token_mask[position] = True
     return Tokens(
-        input_ids=np.asarray(encoded["input_ids"], np.int64),
+        input_ids=np.array(ids, np.int64),
         token_mask=token_mask,
         keypoint_mask=np.array([position is not None for position in of_keypoints]),
     )

@@ -188,7 +188,8 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         if not 0 <= i < len(self):
             raise IndexError(f"expected a sample among 0..{len(self) - 1}, found {i}")
         row = self._rows.slice(i, 1)
-        (record,), (subject,) = records_from_table(row), subjects_from_table(row)
+        records = records_from_table(row)
+        (record,), (subject,) = records, subjects_from_table(row, records)
         sample = {
             **self._image_or_latents(i, record),
             "conditioning_image": self._conditioning_image(i, record),

@@ -81,18 +81,21 @@ def crop_heatmaps(
     present = heatmaps > 0
     rows, columns = _extents(present.any(axis=2)), _extents(present.any(axis=1))
     to_rows, to_columns = down.reached(rows), across.reached(columns)
-    for k in np.flatnonzero((to_rows[1] > to_rows[0]) & (to_columns[1] > to_columns[0])).tolist():
-        (r, r_end), (c, c_end) = rows[:, k].tolist(), columns[:, k].tolist()
-        (i, i_end), (j, j_end) = to_rows[:, k].tolist(), to_columns[:, k].tolist()
-        levels = np.floor(np.minimum(heatmaps[k, r:r_end, c:c_end], 1) * _LEVELS).astype(np.float32)
+    places = np.concatenate([rows, columns, to_rows, to_columns]).T.tolist()
+    for heatmap, target, (r, r_end, c, c_end, i, i_end, j, j_end) in zip(
+        heatmaps, targets, places, strict=True
+    ):
+        if i >= i_end or j >= j_end:
+            continue
+        levels = np.floor(np.minimum(heatmap[r:r_end, c:c_end], 1) * _LEVELS).astype(np.float32)
         pixels = levels @ across.weights[2 * j : 2 * j_end, c:c_end].T
         if binary:  # PIL keeps whole levels after each of its two passes
             pixels = down.weights[2 * i : 2 * i_end, r:r_end] @ _whole_levels(pixels)
             pixels = _whole_levels(pixels)
         else:
-            pixels = (down.weights[2 * i : 2 * i_end, r:r_end] / _LEVELS) @ pixels
+            pixels = np.maximum((down.weights[2 * i : 2 * i_end, r:r_end] / _LEVELS) @ pixels, 0)
         pixels = sampling[i:i_end, 2 * i : 2 * i_end] @ pixels @ sampling[j:j_end, 2 * j : 2 * j_end].T
-        np.clip(pixels, 0, 1, out=targets[k, i:i_end, j:j_end])
+        np.minimum(pixels, 1, out=target[i:i_end, j:j_end])
     return targets
 
 

@@ -114,6 +114,23 @@ class PoseEstimates(NamedTuple):
     heatmaps: NDArray[np.float32] | None
 
 
+def flip_indices(skeleton: Skeleton) -> list[int]:
+    """Which keypoint each one is in the mirror image, (K,)."""
+    indices = list(range(skeleton.num_keypoints))
+    for left, right in skeleton.flip_pairs:
+        indices[left], indices[right] = right, left
+    return indices
+
+
+def normalised(crops: Sequence[NDArray[np.uint8]], device: torch.device) -> torch.Tensor:
+    """(B, 3, H, W) float32, by ImageNet's mean and deviation, of (H, W, 3) uint8 RGB crops."""
+    import torch
+
+    levels = torch.from_numpy(np.stack(crops)).to(device).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) * 255 for each in (MEAN, STD))
+    return ((levels - mean) / std).contiguous()
+
+
 class PoseEstimator:
     """ViTPose with everything around it."""
 
@@ -132,10 +149,7 @@ class PoseEstimator:
         self.device = device
         self.batch_size = batch_size
         self.half = half and device.type == "cuda"
-        flipped = list(range(protocol.skeleton.num_keypoints))
-        for left, right in protocol.skeleton.flip_pairs:
-            flipped[left], flipped[right] = right, left
-        self._flip_indices = flipped
+        self._flip_indices = flip_indices(protocol.skeleton)
 
     @classmethod
     def from_weights(
@@ -218,14 +232,10 @@ class PoseEstimator:
         """
         import torch
 
-        from eval.vitpose.decoding import decode, merge_flipped
+        from eval.vitpose.decoding import decode
 
         with torch.inference_mode():
-            heatmaps = self._heatmaps(self._normalised(batch))
-            if self.protocol.flip_test:
-                straight, flipped = heatmaps.chunk(2)
-                indices = torch.tensor(self._flip_indices, device=self.device)
-                heatmaps = merge_flipped(straight, flipped, indices, shift=self.protocol.shift_heatmap)
+            heatmaps = self._heatmaps(batch)
             keypoints, scores = decode(heatmaps, self.protocol.codec)
             if not scores.isfinite().all():
                 raise PoseWeightsError(
@@ -234,21 +244,23 @@ class PoseEstimator:
                 )
         return list(zip(keypoints, scores, heatmaps, strict=True))
 
-    def _normalised(self, batch: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
-        """(B, 3, H, W) float32, or (2B, 3, H, W) with the mirror images behind."""
+    def _heatmaps(self, crops: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+        """(B, K, h, w) float32; an image and its mirror image go through together."""
         import torch
 
-        levels = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2).float()
-        mean, std = (torch.tensor(each, device=self.device).view(3, 1, 1) * 255 for each in (MEAN, STD))
-        pixels = (levels - mean) / std
-        return torch.cat([pixels, pixels.flip(-1)]) if self.protocol.flip_test else pixels.contiguous()
+        from eval.vitpose.decoding import merge_flipped
 
-    def _heatmaps(self, pixels: torch.Tensor) -> torch.Tensor:
-        import torch
-
+        flip_test = self.protocol.flip_test
+        pixels = normalised(crops, self.device)
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.half):
-            heatmaps: torch.Tensor = self.model(pixels).heatmaps
-        return heatmaps.float()
+            heatmaps: torch.Tensor = self.model(
+                torch.cat([pixels, pixels.flip(-1)]) if flip_test else pixels
+            ).heatmaps
+        if not flip_test:
+            return heatmaps.float()
+        straight, flipped = heatmaps.float().chunk(2)
+        indices = torch.tensor(self._flip_indices, device=self.device)
+        return merge_flipped(straight, flipped, indices, shift=self.protocol.shift_heatmap)
 
     def _poses(self, batch: Sequence[_Crop], keep_heatmaps: bool) -> PoseEstimates:
         import torch

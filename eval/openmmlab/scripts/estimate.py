@@ -1,6 +1,7 @@
 """Poses by mmpose itself, as a script in OpenMMLab's environment: estimate.py REQUEST.json
 
-This file and its neighbours run where neither this project nor transformers is installed; ``eval.openmmlab`` calls them.
+This file and its neighbours run where neither this project nor transformers is installed; ``eval.openmmlab`` calls
+them.
 
 The request names
 - ``weights``, a checkpoint of mmpose 1.x, whose ViTPose is built from the shapes in it, or ``config``, an mmpose

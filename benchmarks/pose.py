@@ -1,0 +1,257 @@
+"""Pose estimation: batches over all instances with image and mirror image in one pass, against one at a time.
+
+The baseline is written plainly and shares only the network: an image, a box and a flip at a time, and a loop over
+keypoints to decode. On the processor with small networks; on a GPU, where there is one, with ViTPose-H. All weights are
+random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from benchmarks.common import Report, interleaved
+from benchmarks.inputs import ap10k_documents, by_image, jpeg_of_size
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from eval.pose_estimator import PoseEstimator, Protocol
+
+# Torch and what needs it is imported where it is used: the other benchmarks run without it.
+
+INSTANCES, QUICK_INSTANCES = 32, 8
+GPU_INSTANCES = 2048
+REPEATS, QUICK_REPEATS = 3, 1
+BATCH_SIZE = 16
+GPU_BATCH_SIZE = 128
+MAX_PX = 0.05
+"""How far keypoints of the two sides may be apart in float32."""
+
+MATRIX_SIDE, MATRIX_TURNS = 8192, 20
+VITPOSE_S, VITPOSE_H = (384, 12, 12), (1280, 32, 16)
+"""Width, layers, heads."""
+
+Work = list[tuple[Path, list[list[float]]]]
+Keypoints = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def run(report: Report) -> None:
+    import torch
+
+    with TemporaryDirectory() as folder:
+        _on_processor(report, Path(folder))
+    if torch.cuda.is_available():
+        _on_gpu(report)
+
+
+def _on_processor(report: Report, folder: Path) -> None:
+    import torch
+
+    from eval.pose_estimator import PROTOCOLS, PoseEstimator
+    from eval.vitpose import tiny
+    from eval.vitpose.checkpoints import load_vitpose
+
+    tiny.build_mmpose(folder / "tiny.pth")
+    model, _ = load_vitpose(folder / "tiny.pth")
+    work = _work(QUICK_INSTANCES if report.quick else INSTANCES)
+    where = f"on the processor, {torch.get_num_threads()} threads"
+    for dataset, protocol in PROTOCOLS.items():
+        ours = PoseEstimator(model, protocol, device=torch.device("cpu"), batch_size=BATCH_SIZE)
+        what = f"Tiny ViTPose {where}, {protocol.codec}"
+        _check(ours, work)
+        _race(report, what, ours, work, at_least=2 if dataset == "ap10k" else None)
+    larger = PoseEstimator(
+        _random_network(*VITPOSE_S), PROTOCOLS["ap10k"], device=torch.device("cpu"), batch_size=BATCH_SIZE
+    )
+    _race(report, f"ViTPose-S {where}, msra", larger, work[: len(work) // 4])
+
+
+def _on_gpu(report: Report) -> None:
+    import torch
+
+    from eval.pose_estimator import PROTOCOLS, PoseEstimator
+
+    device = torch.device("cuda:0")
+    work = _work(GPU_INSTANCES)
+    model = _random_network(*VITPOSE_H).to(device)
+    rate = _matrix_rate(device)
+    rows = []
+    for half in (False, True):
+        ours = PoseEstimator(model, PROTOCOLS["ap10k"], device=device, batch_size=GPU_BATCH_SIZE, half=half)
+        _ours(ours, work[:GPU_BATCH_SIZE])
+        cost = interleaved({"": lambda ours=ours: _ours(ours, work)}, REPEATS)[""]  # type: ignore[misc]
+        count = sum(len(boxes) for _, boxes in work)
+        flops = 2 * _flops(model) * count / cost.wall_s
+        precision = "float16" if half else "float32"
+        rows.append((precision, f"{count / cost.wall_s:.1f}", f"{flops / 1e12:.1f}", f"{flops / rate:.1%}"))
+    report.table(
+        f"ViTPose-H on {torch.cuda.get_device_name(device)}: {GPU_INSTANCES} instances with flip test",
+        ("", "instances/s", "TFLOP/s", "of the float16 matrix rate"),
+        rows,
+        f"The rate of {MATRIX_SIDE} x {MATRIX_SIDE} products in float16: {rate / 1e12:.0f} TFLOP/s.",
+    )
+
+
+def _random_network(width: int, layers: int, heads: int) -> Any:
+    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
+
+    backbone = VitPoseBackboneConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, out_indices=[layers]
+    )
+    config = VitPoseConfig(backbone_config=backbone, use_simple_decoder=False, num_labels=17)
+    return VitPoseForPoseEstimation(config).eval()
+
+
+def _matrix_rate(device: Any) -> float:
+    """Floating-point operations per second of large products in float16."""
+    import torch
+
+    left = torch.randn(MATRIX_SIDE, MATRIX_SIDE, dtype=torch.float16, device=device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for turn in range(2 * MATRIX_TURNS):  # the first half warms up
+        if turn == MATRIX_TURNS:
+            start.record()
+        left @ left
+    end.record()
+    torch.cuda.synchronize()
+    return float(2 * MATRIX_SIDE**3 * MATRIX_TURNS / (start.elapsed_time(end) / 1000))
+
+
+def _flops(model: Any) -> float:
+    """Floating-point operations of one pass of one image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(model.parameters()).device
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 256, 192, device=device))
+    return float(counter.get_total_flops())
+
+
+def _work(instances: int) -> Work:
+    """AP-10K images of val with their boxes, each as a JPEG of its real size; about as many instances."""
+    documents, _ = ap10k_documents()
+    boxes = by_image(documents["val"])
+    work: Work = []
+    count = 0
+    for image in documents["val"]["images"]:
+        if count >= instances:
+            break
+        own = [each["bbox"] for each in boxes[image["id"]]]
+        work.append((jpeg_of_size((image["width"], image["height"])), own))
+        count += len(own)
+    return work
+
+
+def _check(estimator: PoseEstimator, work: Work) -> None:
+    """Both sides must find the same."""
+    apart = float(np.abs(_ours(estimator, work) - _plain(estimator, work)).max())
+    if apart > MAX_PX:
+        raise RuntimeError(
+            f"keypoints of the two sides are {apart:g} pixels apart, expected at most {MAX_PX:g}"
+        )
+
+
+def _race(
+    report: Report, title: str, estimator: PoseEstimator, work: Work, at_least: float | None = None
+) -> None:
+    name = f"this project, batches of {estimator.batch_size}"
+    plain = "one image, box and flip at a time"
+    contestants: dict[str, Callable[[], object]] = {
+        name: lambda: _ours(estimator, work),
+        plain: lambda: _plain(estimator, work),
+    }
+    repeats = QUICK_REPEATS if report.quick else REPEATS
+    costs = interleaved(contestants, repeats)
+    count = sum(len(boxes) for _, boxes in work)
+    rows = [
+        (
+            each,
+            f"{count / cost.wall_s:.2f}",
+            f"{cost.cpu_s / count:.3f}",
+            f"{costs[plain].wall_s / cost.wall_s:.2f}",
+        )
+        for each, cost in costs.items()
+    ]
+    report.table(
+        f"{title}: {count} instances of {len(work)} images, medians of {repeats} turns",
+        ("", "instances/s", "CPU s/instance", "times one at a time"),
+        rows,
+        "From JPEG files to keypoints, with flip test.",
+    )
+    if at_least is not None:
+        report.target(
+            f"{title}: one at a time / ours, wall time",
+            costs[plain].wall_s / costs[name].wall_s,
+            at_least=at_least,
+        )
+
+
+def _ours(estimator: PoseEstimator, work: Work) -> Keypoints:
+    return estimator.predict([path for path, _ in work], [boxes for _, boxes in work]).keypoints
+
+
+# The plain way
+
+
+def _plain(estimator: PoseEstimator, work: Work) -> Keypoints:
+    found = []
+    for path, boxes in work:
+        image = np.asarray(Image.open(path).convert("RGB"))
+        found += [_plain_pose(estimator.model, estimator.protocol, image, box) for box in boxes]
+    return np.stack(found)
+
+
+def _plain_pose(model: Any, protocol: Protocol, image: NDArray[np.uint8], box: list[float]) -> Keypoints:
+    import torch
+
+    from eval.pose_estimator import MEAN, STD, flip_indices
+    from eval.vitpose.crops import boxes_to_regions, crop
+
+    centres, sizes = boxes_to_regions([box])
+    pixels = crop(image, centres[0], sizes[0], codec=protocol.codec)
+    pixels = (pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    with torch.inference_mode():
+        straight, mirrored = (
+            model(torch.from_numpy(np.ascontiguousarray(each.transpose(2, 0, 1)))[None]).heatmaps[0].numpy()
+            for each in (pixels, pixels[:, ::-1])
+        )
+    back = mirrored[:, :, ::-1][flip_indices(protocol.skeleton)].copy()
+    if protocol.shift_heatmap:
+        back[:, :, 1:] = back[:, :, :-1].copy()
+    heatmaps = (straight + back) / 2
+    decode = _plain_msra if protocol.codec == "msra" else _plain_udp
+    steps = np.array((48, 64)) - (protocol.codec == "udp")
+    cells = np.array([decode(heatmap) for heatmap in heatmaps])
+    found: Keypoints = cells / steps * sizes[0] + centres[0] - 0.5 * sizes[0]
+    return found
+
+
+def _plain_msra(heatmap: NDArray[np.float32]) -> tuple[float, float]:
+    h, w = heatmap.shape
+    y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
+    dx = heatmap[y, x + 1] - heatmap[y, x - 1] if 1 < x < w - 1 and y > 0 else 0
+    dy = heatmap[y + 1, x] - heatmap[y - 1, x] if 1 < y < h - 1 and x > 0 else 0
+    return x + 0.25 * np.sign(dx), y + 0.25 * np.sign(dy)
+
+
+def _plain_udp(heatmap: NDArray[np.float32]) -> tuple[float, float]:
+    y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
+    blurred = cv2.GaussianBlur(cv2.copyMakeBorder(heatmap, 5, 5, 5, 5, cv2.BORDER_CONSTANT), (11, 11), 0)[
+        5:-5, 5:-5
+    ]
+    blurred = blurred * (heatmap.max() / blurred.max())
+    log = np.pad(np.log(np.clip(blurred, 1e-3, 50)), 1, mode="edge")[y : y + 3, x : x + 3]
+    gradient = np.array([log[1, 2] - log[1, 0], log[2, 1] - log[0, 1]]) / 2
+    xx, yy = log[1, 2] - 2 * log[1, 1] + log[1, 0], log[2, 1] - 2 * log[1, 1] + log[0, 1]
+    xy = (log[2, 2] - log[1, 2] - log[2, 1] + 2 * log[1, 1] - log[1, 0] - log[0, 1] + log[0, 0]) / 2
+    hessian = np.array([[xx, xy], [xy, yy]]) + np.finfo(np.float32).eps * np.eye(2)
+    dx, dy = np.linalg.solve(hessian, gradient)
+    return x - dx, y - dy

@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 import torch.nn.functional as F  # noqa: E402
 
 from spctrl.conditions import encode_png  # noqa: E402
-from spctrl.crops import crop_of, training_crop  # noqa: E402
+from spctrl.crops import crop_of, nearest_crop, training_crop  # noqa: E402
 from spctrl.datasets import AP10K, DATASETS, HUMANART, Dataset  # noqa: E402
 from spctrl.errors import ExpectedError  # noqa: E402
 from spctrl.index import write_index  # noqa: E402
@@ -362,8 +362,10 @@ def test_the_crop_is_where_torchvision_has_it(size_wh: tuple[int, int]) -> None:
     positions = np.arange(size_wh[0] * size_wh[1]) % 251
     image = Image.fromarray(positions.reshape(size_wh[::-1]).astype(np.uint8))
     expected = transforms.CenterCrop(R)(transforms.Resize(R, interpolation=NEAREST)(image))
+    assert np.array_equal(nearest_crop(np.asarray(image), R), np.array(expected))
     if max(size_wh) <= 4 * min(size_wh):
-        assert np.array_equal(training_crop(image, R, Image.Resampling.NEAREST), np.array(expected))
+        expected = transforms.CenterCrop(R)(transforms.Resize(R)(image))
+        assert np.array_equal(training_crop(image, R), np.array(expected))
     (width, height), left, top = crop_of(size_wh, R)
     assert (width, height) == transforms.Resize(R)(image).size
     assert (left + R <= width, top + R <= height) == (True, True)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from spctrl.crops import LONGEST_SIDES, crop_of, training_crop
+from spctrl.crops import LONGEST_SIDES, crop_of, nearest_crop, training_crop
 from spctrl.datasets import DATASETS
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import open_rgb
@@ -226,30 +226,32 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
 
     def _conditioning_image(self, i: int, record: Record) -> torch.Tensor:
         """(1 or 3, R, R), and one more with the extra mask."""
-        nearest, bilinear = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
-        image = self._drawing(record) if self._condition is None else _opened(self._condition.read(i))
+        stored = None if self._condition is None else _opened(self._condition.read(i))
         if self.conditioning_mode == "spatext":
-            condition = torch.from_numpy(training_crop(image.convert("L"), self.resolution, nearest)).float()[
-                None
-            ]
+            pixels = self._drawing(record) if stored is None else np.array(stored.convert("L"))
+            condition = torch.from_numpy(nearest_crop(pixels, self.resolution)).float()[None]
         else:
-            condition = _unit_range(training_crop(image.convert("RGB"), self.resolution, bilinear))
+            image = self._render(record) if stored is None else stored
+            condition = _unit_range(training_crop(image.convert("RGB"), self.resolution))
         if self._mask is None:
             return condition
-        mask = training_crop(_opened(self._mask.read(i)).convert("L"), self.resolution, bilinear)
+        mask = training_crop(_opened(self._mask.read(i)).convert("L"), self.resolution)
         return torch.cat([condition, _unit_range(mask[..., None])])
 
-    def _drawing(self, record: Record) -> Image.Image:
-        """The record's index map or render, of the whole image."""
-        skeleton = DATASETS[self.dataset].skeleton
-        style = RENDER_STYLES.get(self.conditioning_mode)
-        links = drawn_links(style, skeleton.links) if style else skeleton.links
-        pixels: NDArray[np.uint8] = np.zeros(record.size_wh[::-1], np.uint8)
+    def _drawing(self, record: Record) -> NDArray[np.uint8]:
+        """The record's index map, or what its render colours, of the whole image: (H, W)."""
+        links: Sequence[Sequence[int]] = DATASETS[self.dataset].skeleton.links
+        if style := RENDER_STYLES.get(self.conditioning_mode):
+            links = drawn_links(style, links)
+        pixels = np.zeros(record.size_wh[::-1], np.uint8)
         draw_index_map(pixels, record.keypoints, links=links, **self._sizes_px)
-        image = Image.fromarray(pixels)
-        if style:
-            colours = palette(style, skeleton.keypoint_names, skeleton.links)
-            image.putpalette(bytes(channel for colour in colours for channel in colour))
+        return pixels
+
+    def _render(self, record: Record) -> Image.Image:
+        skeleton = DATASETS[self.dataset].skeleton
+        colours = palette(RENDER_STYLES[self.conditioning_mode], skeleton.keypoint_names, skeleton.links)
+        image = Image.fromarray(self._drawing(record))
+        image.putpalette(bytes(channel for colour in colours for channel in colour))
         return image
 
     def _tokens(self, subject: Subject) -> dict[str, Any]:
@@ -334,7 +336,9 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         except ExpectedError:
             return
         (record,) = records_from_table(row)
-        if _opened(stored).convert("RGB").tobytes() != self._drawing(record).convert("RGB").tobytes():
+        rendered = self.conditioning_mode in RENDER_STYLES
+        drawn = self._render(record) if rendered else Image.fromarray(self._drawing(record))
+        if _opened(stored).convert("RGB").tobytes() != drawn.convert("RGB").tobytes():
             raise ExpectedError(
                 f"expected {self.conditioning_mode} to be drawn as in the store, found another drawing of "
                 f"{record.file_name}: the build had other settings in [spatext] or [openpose]. Give the same "

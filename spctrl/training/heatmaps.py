@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from spctrl.crops import crop_of
+from spctrl.crops import crop_of, nearest_places
 from spctrl.rendering.heatmaps import CELLS, keypoint_heatmaps
 
 if TYPE_CHECKING:
@@ -136,11 +136,7 @@ def _axis(side: int, resized_side: int, offset: int, resolution: int, cells: int
     """From cells to the image (bicubic), and to the resized image whose part from ``offset`` on is the crop."""
     pixels = offset + _samples(resolution)[0]
     if nearest:
-        scale = side / resized_side
-        steps = np.full(resized_side, scale)
-        steps[0] = scale / 2
-        # A sum of steps, as PIL finds the nearest: where a place falls between two pixels, the sum's rounding decides.
-        of_image = np.add.accumulate(steps).astype(np.int64)[pixels]
+        of_image = nearest_places(side, resized_side, offset, resolution)[_samples(resolution)[0]]
         weights = _resizing_weights(_cubic, of_image, cells, side)
     else:
         reach = math.ceil(max(side / resized_side, 1)) + 1

@@ -78,7 +78,7 @@ def crop_heatmaps(
     down = _axis(size_wh[1], resized_wh[1], top, resolution, cells, nearest=binary)
     sampling = _sampling(resolution)
     # Most cells of a map are 0: only where they are not, and where the crop sees that, there is something to do.
-    present = heatmaps > 0
+    present: NDArray[np.bool_] = np.greater(heatmaps, 0)
     rows, columns = _extents(present.any(axis=2)), _extents(present.any(axis=1))
     to_rows, to_columns = down.reached(rows), across.reached(columns)
     places = np.concatenate([rows, columns, to_rows, to_columns]).T.tolist()
@@ -118,7 +118,8 @@ class _Axis(NamedTuple):
 
     Attributes:
         weights: (2 C, c).
-        inputs: (2, 2 C): for each pixel the first cell with a weight, and the one after the last; both ascend.
+        inputs: (2, 2 C): for each pixel a cell before which none has a weight, and one from which on none has;
+            both ascend.
     """
 
     weights: NDArray[np.float32]
@@ -134,18 +135,21 @@ class _Axis(NamedTuple):
 @functools.lru_cache(_KEPT_AXES)
 def _axis(side: int, resized_side: int, offset: int, resolution: int, cells: int, *, nearest: bool) -> _Axis:
     """From cells to the image (bicubic), and to the resized image whose part from ``offset`` on is the crop."""
-    pixels = offset + _samples(resolution)[0]
+    pixels = _samples(resolution)[0]
     if nearest:
-        of_image = nearest_places(side, resized_side, offset, resolution)[_samples(resolution)[0]]
-        weights = _resizing_weights(_cubic, of_image, cells, side)
+        places = nearest_places(side, resized_side, offset, resolution)[pixels]
+        weights = _resizing_weights(_cubic, places, cells, side)
     else:
         reach = math.ceil(max(side / resized_side, 1)) + 1
-        middle = ((2 * pixels + 1) * side) // (2 * resized_side)
+        middle = ((2 * (offset + pixels) + 1) * side) // (2 * resized_side)
         near = middle[:, None] + np.arange(-reach, reach + 1)
-        of_image = _resizing_weights(_triangle, pixels, side, resized_side, near)
+        of_image = _resizing_weights(_triangle, offset + pixels, side, resized_side, near)
         of_cells = _resizing_weights(_cubic, near.reshape(-1).clip(0, side - 1), cells, side)
         weights = np.einsum("pn,pnc->pc", of_image, of_cells.reshape(*near.shape, cells))
-    return _Axis(weights.astype(np.float32), _extents(weights != 0))
+    first, end = _extents(np.asarray(weights != 0))
+    # A pixel in the middle of a cell has that cell only; the bounds ascend all the same.
+    ascending = np.minimum.accumulate(first[::-1])[::-1], np.maximum.accumulate(end)
+    return _Axis(weights.astype(np.float32), np.stack(ascending))
 
 
 def _samples(resolution: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -206,4 +210,4 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _triangle(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """PIL's ``BILINEAR``."""
-    return np.maximum(1 - np.abs(x), 0.0)
+    return np.where(np.abs(x) < 1, 1 - np.abs(x), 0.0)

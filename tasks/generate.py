@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from spctrl.inference.methods import Method
+    from spctrl.prompts import KeypointWords
 
 IMAGES, PROMPTS = "images.parquet", "prompts.parquet"
 IMAGES_PER_PACK = 8
@@ -52,7 +53,9 @@ class Prompts(DatasetStage):
         "spctrl.prompts:subjects_from_table",
     )
 
-    keypoint_words = luigi.Parameter(default="", description="tokens, names, or nothing")
+    keypoint_words = luigi.ChoiceParameter(
+        default="", choices=["", "tokens", "names"], description="how prompts name the labelled keypoints"
+    )
     templates = luigi.Parameter(default="", description="file of prompt templates; default: configs/prompts/")
 
     def requires(self) -> list[luigi.Task]:
@@ -81,15 +84,14 @@ class Prompts(DatasetStage):
         from spctrl.prompts import evaluation_prompt, load_templates, subjects_from_table
         from spctrl.records import rejects_table
 
+        words: KeypointWords | None = self.keypoint_words or None  # type: ignore[assignment]
         templates = load_templates(self.templates_path, self.dataset)
         table = pq.read_table(self.index_task().finished_run().path(MANIFEST), partitioning=None)
         prompts: dict[int, str] = {}
         rejects: list[dict[str, object]] = []
         for subject in subjects_from_table(table):
             try:
-                prompt = evaluation_prompt(
-                    subject, templates, self.dataset, keypoints=self.keypoint_words or None
-                )
+                prompt = evaluation_prompt(subject, templates, self.dataset, keypoints=words)
             except ExpectedError as error:
                 rejects.append({"image_id": subject.image_id, "code": "no_prompt", "message": str(error)})
                 continue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from spctrl.records import Record
 
 JPEG_QUALITY = 95
+
+OnStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 class Request(NamedTuple):
@@ -67,8 +69,13 @@ class ImageGenerator:
         """All conditions have one shape."""
         return decoded.condition.shape
 
-    def infer(self, batch: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """For each request (R, R, 3) float32 in [0, 1]."""
+    def infer(self, batch: Sequence[Request], on_step: OnStep | None = None) -> list[NDArray[np.float32]]:
+        """For each request (R, R, 3) float32 in [0, 1].
+
+        Args:
+            batch: what to draw.
+            on_step: called after each step, as diffusers' ``callback_on_step_end``; not with a T2I-Adapter.
+        """
         import torch
 
         from spctrl.inference.pipeline import decode_latents, initial_noise
@@ -89,6 +96,7 @@ class ImageGenerator:
                 latents=noise.to(dtype),
                 output_type="latent",
                 **self._weights_of_condition(),
+                **({"callback_on_step_end": on_step} if on_step else {}),
             ).images
             return list(decode_latents(self.pipeline.vae, latents))
 

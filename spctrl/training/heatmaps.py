@@ -79,7 +79,7 @@ def crop_heatmaps(
     sampling = _sampling(resolution)
     # Most cells of a map are 0: only where they are not, and where the crop sees that, there is something to do.
     present: NDArray[np.bool_] = np.greater(heatmaps, 0)
-    rows, columns = _extents(present.any(axis=2)), _extents(present.any(axis=1))
+    rows, columns = _extents(present.max(axis=2)), _extents(present.max(axis=1))
     to_rows, to_columns = down.reached(rows), across.reached(columns)
     places = np.concatenate([rows, columns, to_rows, to_columns]).T.tolist()
     for heatmap, target, (r, r_end, c, c_end, i, i_end, j, j_end) in zip(

@@ -305,6 +305,27 @@ def test_gradients_are_the_same_with_gradient_checkpointing(
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("detach_query", [False, True])
+def test_mixed_precision_gives_the_same_maps_and_gradients_about(
+    controlnet: Any, inputs: dict[str, Any], detach_query: bool
+) -> None:
+    def found(enabled: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        with capture_attention(controlnet, "down_blocks.0", detach_query=detach_query) as attention:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                residuals(controlnet, inputs)
+                maps = attention.maps()
+            sum(each.float().square().sum() for each in maps.values()).backward()
+        return maps, gradients(controlnet)
+
+    (expected_maps, expected), (maps, low) = found(False), found(True)
+    for name, each in maps.items():
+        torch.testing.assert_close(each.float(), expected_maps[name], rtol=0.1, atol=1e-3)
+    keys = [name for name in expected if "down_blocks.0" in name and "attn2.to_k" in name]
+    assert len(keys) == 2
+    for name in keys:
+        assert torch.cosine_similarity(low[name].flatten(), expected[name].flatten(), dim=0) > 0.98
+
+
 def test_maps_of_a_unet(unet: Any, inputs: dict[str, Any]) -> None:
     del inputs["controlnet_cond"]
     with torch.no_grad(), capture_attention(unet) as attention:

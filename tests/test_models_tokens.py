@@ -13,6 +13,7 @@ from spctrl.models.tokens import INITIALIZERS, PLACEHOLDERS
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from spctrl.models.tiny import write_tokenizer  # noqa: E402
 from spctrl.models.tokens import (  # noqa: E402
     add_keypoint_tokens,
     learned_embeds,
@@ -26,49 +27,40 @@ OLD_ROWS = 49_408
 WIDTH = 8
 
 
-class WordTokenizer:
-    """What of a tokenizer keypoint tokens need: a word is a token."""
-
-    def __init__(self) -> None:
-        words = sorted({word for words in INITIALIZERS.values() for word in words})
-        self.vocabulary = {word: i for i, word in enumerate(words)}
-        self.vocabulary |= {f"<unused-{i}>": i for i in range(len(words), OLD_ROWS)}
-
-    def get_vocab(self) -> dict[str, int]:
-        return dict(self.vocabulary)
-
-    def add_tokens(self, tokens: list[str]) -> None:
-        for token in tokens:
-            self.vocabulary.setdefault(token, len(self.vocabulary))
-
-    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
-        return [self.vocabulary[token] for token in tokens]
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        assert not add_special_tokens
-        return [self.vocabulary[word] for word in text.split()]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(made)
+    return made
 
 
 @pytest.fixture
-def tokenizer() -> WordTokenizer:
-    return WordTokenizer()
+def tokenizer(folder: Path) -> Any:
+    return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def small_config() -> Any:
+    return transformers.CLIPTextConfig(
+        vocab_size=OLD_ROWS,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        bos_token_id=OLD_ROWS - 2,
+        eos_token_id=OLD_ROWS - 1,
+    )
 
 
 @pytest.fixture
 def text_encoder() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(
-                vocab_size=OLD_ROWS,
-                hidden_size=WIDTH,
-                intermediate_size=WIDTH,
-                num_attention_heads=2,
-                num_hidden_layers=1,
-                bos_token_id=OLD_ROWS - 2,
-                eos_token_id=OLD_ROWS - 1,
-            )
-        )
+        return transformers.CLIPTextModel(small_config())
+
+
+def token_of(tokenizer: Any, word: str) -> int:
+    (found,) = tokenizer.encode(word, add_special_tokens=False)
+    return int(found)
 
 
 def table(text_encoder: Any) -> Any:
@@ -76,9 +68,7 @@ def table(text_encoder: Any) -> Any:
 
 
 @pytest.mark.parametrize("dataset", PLACEHOLDERS)
-def test_each_placeholder_starts_from_its_word(
-    dataset: str, tokenizer: WordTokenizer, text_encoder: Any
-) -> None:
+def test_each_placeholder_starts_from_its_word(dataset: str, tokenizer: Any, text_encoder: Any) -> None:
     before = table(text_encoder).clone()
     ids = add_keypoint_tokens(tokenizer, text_encoder, dataset)
     assert ids == list(range(OLD_ROWS, OLD_ROWS + 17))
@@ -86,7 +76,7 @@ def test_each_placeholder_starts_from_its_word(
     assert len(after) == OLD_ROWS + 17
     assert torch.equal(after[:OLD_ROWS], before)
     for token_id, word in zip(ids, INITIALIZERS[dataset], strict=True):
-        assert torch.equal(after[token_id], before[tokenizer.vocabulary[word]])
+        assert torch.equal(after[token_id], before[token_of(tokenizer, word)])
 
 
 def test_names_are_the_released_ones() -> None:
@@ -107,7 +97,13 @@ def test_names_are_the_released_ones() -> None:
     assert set(INITIALIZERS["humanart"]) == humanart
 
 
-def test_adding_them_again_changes_nothing(tokenizer: WordTokenizer, text_encoder: Any) -> None:
+def test_a_prompt_has_one_token_for_each_placeholder(tokenizer: Any, text_encoder: Any) -> None:
+    ids = add_keypoint_tokens(tokenizer, text_encoder, "ap10k")
+    found = tokenizer.encode("a dog <<left-eye>, <root-of-tail>>.", add_special_tokens=False)
+    assert [each for each in found if each in ids] == [ids[0], ids[4]]
+
+
+def test_adding_them_again_changes_nothing(tokenizer: Any, text_encoder: Any) -> None:
     ids = add_keypoint_tokens(tokenizer, text_encoder, "ap10k")
     set_learned_embeds(tokenizer, text_encoder, {"<nose>": torch.ones(WIDTH)})
     before = table(text_encoder).clone()
@@ -115,23 +111,23 @@ def test_adding_them_again_changes_nothing(tokenizer: WordTokenizer, text_encode
     assert torch.equal(table(text_encoder), before)
 
 
-def test_a_tokenizer_that_knows_them_and_an_encoder_that_does_not(
-    tokenizer: WordTokenizer, text_encoder: Any
-) -> None:
+def test_a_tokenizer_that_knows_them_and_an_encoder_that_does_not(tokenizer: Any, text_encoder: Any) -> None:
     tokenizer.add_tokens(list(PLACEHOLDERS["ap10k"]))
     ids = add_keypoint_tokens(tokenizer, text_encoder, "ap10k")
-    eye = table(text_encoder)[tokenizer.vocabulary["eye"]]
+    eye = table(text_encoder)[token_of(tokenizer, "eye")]
     assert torch.equal(table(text_encoder)[ids[0]], eye)
 
 
-def test_a_word_of_several_tokens_is_refused(tokenizer: WordTokenizer, text_encoder: Any) -> None:
-    tokenizer.encode = lambda text, *, add_special_tokens: [1, 2]  # type: ignore[method-assign]
-    with pytest.raises(ExpectedError, match=r"expected 'eye' to be one token .*, found 2"):
+def test_a_word_of_several_tokens_is_refused(
+    tokenizer: Any, text_encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(INITIALIZERS, "ap10k", ("quillback",) * 17)
+    with pytest.raises(ExpectedError, match=r"expected 'quillback' to be one token .*, found \d"):
         add_keypoint_tokens(tokenizer, text_encoder, "ap10k")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_only_their_rows_change_in_training(dtype: Any, tokenizer: WordTokenizer, text_encoder: Any) -> None:
+def test_only_their_rows_change_in_training(dtype: Any, tokenizer: Any, text_encoder: Any) -> None:
     """With weight decay, which moves rows of zero gradient too, and with text that has old tokens in it."""
     ids = add_keypoint_tokens(tokenizer, text_encoder, "ap10k")
     text_encoder.get_input_embeddings().to(dtype)
@@ -154,7 +150,7 @@ def test_only_their_rows_change_in_training(dtype: Any, tokenizer: WordTokenizer
     assert torch.equal(found[OLD_ROWS:], rows.to(dtype))
 
 
-def test_gradient_of_the_rows_is_that_of_a_whole_table(tokenizer: WordTokenizer, text_encoder: Any) -> None:
+def test_gradient_of_the_rows_is_that_of_a_whole_table(tokenizer: Any, text_encoder: Any) -> None:
     ids = add_keypoint_tokens(tokenizer, text_encoder, "ap10k")
     used = torch.tensor([[OLD_ROWS - 2, ids[0], 7, ids[3], ids[0], OLD_ROWS - 1]])
     plain = text_encoder(used).last_hidden_state
@@ -168,19 +164,17 @@ def test_gradient_of_the_rows_is_that_of_a_whole_table(tokenizer: WordTokenizer,
 
 
 def test_learned_embeddings_go_through_a_file_into_another_encoder(
-    tokenizer: WordTokenizer, text_encoder: Any, tmp_path: Path
+    tokenizer: Any, text_encoder: Any, folder: Path, tmp_path: Path
 ) -> None:
     ids = add_keypoint_tokens(tokenizer, text_encoder, "ap10k")
-    fresh = WordTokenizer()
+    fresh = transformers.CLIPTokenizer.from_pretrained(folder)
     rows = trainable_token_rows(text_encoder, ids)
     with torch.no_grad():
         rows.normal_()
     save_learned_embeds(tmp_path / "learned_embeds.bin", learned_embeds(tokenizer, text_encoder, "ap10k"))
     found = load_learned_embeds(tmp_path / "learned_embeds.bin")
     assert list(found) == list(PLACEHOLDERS["ap10k"])
-    other = transformers.CLIPTextModel(
-        text_encoder.config.__class__(**{**text_encoder.config.to_dict(), "vocab_size": OLD_ROWS})
-    )
+    other = transformers.CLIPTextModel(small_config())
     before = table(other).clone()
     assert set_learned_embeds(fresh, other, found) == ids
     assert torch.equal(table(other)[ids], rows)
@@ -188,7 +182,7 @@ def test_learned_embeddings_go_through_a_file_into_another_encoder(
     assert learned_embeds(fresh, other, "ap10k").keys() == found.keys()
 
 
-def test_embeddings_of_another_width_are_refused(tokenizer: WordTokenizer, text_encoder: Any) -> None:
+def test_embeddings_of_another_width_are_refused(tokenizer: Any, text_encoder: Any) -> None:
     with pytest.raises(ExpectedError, match=r"width 8, found shape \(768,\) for <nose>"):
         set_learned_embeds(tokenizer, text_encoder, {"<nose>": torch.zeros(768)})
 

@@ -397,7 +397,7 @@ def _pixel_crop(image: Image.Image, resolution: int) -> torch.Tensor:
     There a pixel in a thousand differs by one level; more of them where the sizes have a simple ratio, such as 5 to 4.
     """
     if math.prod(image.size) < _LARGE_PX or max(image.size) > LONGEST_SIDES * min(image.size):
-        return torch.from_numpy(training_crop(image, resolution)).permute(2, 0, 1)
+        return torch.from_numpy(training_crop(image, resolution)).permute(2, 0, 1).contiguous()
     (width, height), left, top = crop_of(image.size, resolution)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     resized = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)

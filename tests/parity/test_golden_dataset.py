@@ -106,6 +106,7 @@ def test_images_and_conditions_equal_the_released_loader_s(
     assert len(dataset) == len(expected) == 6
     for i, item in enumerate(expected):
         sample = dataset[i]
+        assert sample["pixel_values"].is_contiguous()
         assert (sample["pixel_values"] - item["pixel_values"]).abs().max() <= 1e-6
         apart = (sample["conditioning_image"] - item["conditioning_pixel_values"]).abs()
         assert sample["conditioning_image"].shape == item["conditioning_pixel_values"].shape

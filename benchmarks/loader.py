@@ -39,8 +39,8 @@ MAX_PIXELS = 100_000_000
 IMAGES, QUICK_IMAGES = 64, 8
 REPEATS, QUICK_REPEATS = 5, 1
 RESOLUTION = 512
-MAX_PIXEL, MAX_HEATMAP = 2.01 / 255, 1e-4
-"""How far the two sides' images (a level) and, seen as the loss sees them, heatmaps may be apart."""
+MAX_PIXEL, MAX_HEATMAP = 4.01 / 255, 1e-4
+"""How far the two sides' images (two levels) and, seen as the loss sees them, heatmaps may be apart."""
 
 RELEASED, DECODED, CACHED = "released manner", "this project, images decoded", "this project, cached latents"
 

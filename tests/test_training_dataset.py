@@ -35,6 +35,7 @@ from spctrl.rendering.openpose import render_openpose  # noqa: E402
 from spctrl.rendering.spatext import render_spatext  # noqa: E402
 from spctrl.training import SpCtrlDataset  # noqa: E402
 from spctrl.training.artifacts import StoredArtifacts  # noqa: E402
+from spctrl.training.dataset import _pixel_crop  # noqa: E402
 from spctrl.training.heatmaps import crop_heatmaps, heatmap_targets  # noqa: E402
 
 R, K = 64, 17
@@ -212,6 +213,18 @@ def test_images_equal_torchvision_s_crop_to_one_level(
         apart = (found - expected).abs()
         assert apart.max() <= 2 * ONE_LEVEL
         assert (apart > 1e-6).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("size_wh", [(640, 512), (1024, 768), (300, 500), (1200, 250), (100, 80)], ids=str)
+@pytest.mark.parametrize("resolution", [512, 256])
+def test_crops_of_noise_equal_pil_s_to_two_levels(size_wh: tuple[int, int], resolution: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*size_wh[::-1], 3), np.uint8)
+    found = _pixel_crop(Image.fromarray(noise), resolution).numpy()
+    apart = np.abs(found.astype(int) - training_crop(Image.fromarray(noise), resolution).transpose(2, 0, 1))
+    exact = max(size_wh) > 4 * min(size_wh) or size_wh == (100, 80)
+    assert found.shape == (3, resolution, resolution)
+    assert apart.max() <= (0 if exact else 2)
+    assert apart.mean() < 0.1
 
 
 def test_latents_are_the_posterior_that_is_stored(made: dict[str, Made], tokenizer: Any) -> None:

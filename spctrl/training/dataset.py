@@ -394,7 +394,8 @@ def _opened(png: bytes) -> Image.Image:
 def _pixel_crop(image: Image.Image, resolution: int) -> torch.Tensor:
     """(3, R, R) uint8: ``training_crop``, but of large images by torch, in a third of PIL's time.
 
-    There a pixel in a thousand differs by one level; more of them where the sizes have a simple ratio, such as 5 to 4.
+    There a pixel in a thousand differs by one level, rarely two; more of them where the sizes have a simple ratio,
+    such as 5 to 4.
     """
     if math.prod(image.size) < _LARGE_PX or max(image.size) > LONGEST_SIDES * min(image.size):
         return torch.from_numpy(training_crop(image, resolution)).permute(2, 0, 1).contiguous()

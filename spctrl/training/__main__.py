@@ -119,7 +119,8 @@ def _describe(config: TrainingConfig, inputs: Any, output: Path) -> None:
     run = prepare(config, inputs, accelerator)
     schedule = run.schedule
     sizes = [sum(parameter.numel() for parameter in group) for group in run.networks.trained_groups()]
-    tokens = f" and {len(run.networks.token_rows):,} token embeddings" if len(sizes) > 1 else ""
+    rows = run.networks.token_rows
+    tokens = "" if rows is None else f" and {len(rows):,} token embeddings"
     source = "cached latents" if config.use_cached_latents else "images encoded in every step"
     earlier = checkpoints(output)
     print(

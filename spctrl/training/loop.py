@@ -47,7 +47,7 @@ class TrainingInputs:
     Attributes:
         manifest: Parquet manifest of the images to train on.
         store: that has their conditions and latents.
-        data_root: the raw dataset, with the images.
+        data_root: the raw dataset, with the images; not needed with cached latents.
         weights: folder of the entries of configs/weights.yaml.
         keypoint_radius_px, link_half_width_px: sizes in index maps and renders that are drawn.
         needs_vae: whether the image autoencoder is wanted for more than training, such as drawing images.
@@ -55,7 +55,7 @@ class TrainingInputs:
 
     manifest: Path
     store: Path
-    data_root: Path
+    data_root: Path | None
     weights: Path
     keypoint_radius_px: int = 4
     link_half_width_px: int = 4

@@ -8,6 +8,7 @@ from typing import Any
 
 import luigi
 
+from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
 from spctrl.errors import ExpectedError
 from tasks import settings
@@ -17,7 +18,7 @@ from tasks.names import NamesParameter
 from tasks.report import Report, print_summary
 from tasks.train import Train
 
-__all__ = ["BuildDataset", "Generate", "Train"]
+__all__ = ["Benchmark", "BuildDataset", "Evaluate", "Generate", "Train"]
 
 
 class BuildDataset(luigi.WrapperTask):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 MASKS_COMPARED = 200
 """At most about so many images of a split are compared with known masks."""
-TEMPLATE = "spctrl/templates/report.html.j2"
+TEMPLATES = ("spctrl/templates/report.html.j2", "spctrl/templates/style.css.j2")
 
 
 class Report(StageTask):
@@ -76,8 +76,10 @@ class Report(StageTask):
         return digest_cache(self.store.root).file_digest(self.page_path) == digest
 
     def parameters(self) -> dict[str, Any]:
-        """The page's template counts like code."""
-        return {"template": digest_cache(self.store.root).file_digest(ROOT / TEMPLATE)}
+        """The page's templates count like code."""
+        return {
+            "templates": digest_cache(self.store.root).file_digests([str(ROOT / each) for each in TEMPLATES])
+        }
 
     def run(self) -> None:
         with exclusive(self.page_path.parent / LEDGERS / LOCK):

@@ -1,0 +1,170 @@
+"""What a benchmark is: the poses, the methods, and how their images are measured. Read from configs/evaluate/."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from spctrl.inference.methods import Method
+
+MetricGroup = Literal["pose_ap", "fid", "kid", "clip_score", "diversity"]
+
+
+def _check(is_right: bool, expected: str, found: object) -> None:
+    if not is_right:
+        raise ValueError(f"expected {expected}, found {found}")
+
+
+class PoseSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How poses are estimated; what is None is the dataset's protocol (``eval.pose_estimator.PROTOCOLS``).
+
+    Attributes:
+        weights: entry of configs/weights.yaml, folder or file; by default ``vitpose_<dataset>``.
+        backend: ``transformers``, or ``mmpose`` in the environment that ``make openmmlab`` builds.
+        environment: folder of that environment.
+        codec, flip_test, shift_heatmap, expert: instead of the protocol's.
+    """
+
+    weights: str = ""
+    backend: Literal["transformers", "mmpose"] = "transformers"
+    environment: str = ".venv-openmmlab"
+    codec: Literal["msra", "udp"] | None = None
+    flip_test: bool | None = None
+    shift_heatmap: bool | None = None
+    expert: int | None = None
+
+
+class PoseApSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How estimated poses are scored.
+
+    Attributes:
+        pck_threshold: of the longer side of the annotated box, within which a keypoint is correct.
+    """
+
+    pck_threshold: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check(self.pck_threshold > 0, "pck_threshold above 0", self.pck_threshold)
+
+
+class FeatureSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How images become Inception features.
+
+    Attributes:
+        weights: entry of configs/weights.yaml or file.
+        resize: ``legacy`` or ``clean`` (``eval.inception.Inception``); their values are not comparable.
+        crop: of the real images: ``none`` squeezes them, ``square`` takes their centre.
+    """
+
+    weights: str = "inception"
+    resize: Literal["legacy", "clean"] = "legacy"
+    crop: Literal["none", "square"] = "none"
+
+
+class FidSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Frechet inception distance.
+
+    Attributes:
+        resamples: of its interval; each takes the singular values of a matrix as large as the number of images (a third
+            of a second for 1,000 images, half a minute for 5,000).
+    """
+
+    resamples: int = 100
+
+    def __post_init__(self) -> None:
+        _check(self.resamples >= 1, "fid resamples of at least 1", self.resamples)
+
+
+class KidSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Kernel inception distance.
+
+    Attributes:
+        subsets, subset_size: images are compared in so many random subsets of this size.
+    """
+
+    subsets: int = 100
+    subset_size: int = 500
+
+    def __post_init__(self) -> None:
+        _check(self.subsets >= 1 and self.subset_size >= 2, "kid subsets >= 1 and subset_size >= 2", self)
+
+
+class ClipSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """CLIP-score.
+
+    Attributes:
+        weights: entry of configs/weights.yaml or folder; scores of different models are not comparable.
+    """
+
+    weights: str = "clip"
+
+
+class Intervals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bootstrap over images.
+
+    Attributes:
+        resamples: how many; FID has its own number.
+        level: share of the resamples inside an interval.
+        seed: of the draws; one for all methods, so that their differences are paired.
+    """
+
+    resamples: int = 1000
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.resamples >= 1, "resamples of at least 1", self.resamples)
+        _check(0 < self.level < 1, "a level between 0 and 1", self.level)
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of configs/evaluate/.
+
+    Attributes:
+        dataset, split: whose poses.
+        methods: that are compared; each as in configs/generate/.
+        metrics: what is measured. Diversity is only of methods with several images of each pose; all other numbers are
+            of the first image of each pose.
+        allow_missing_images: measure the images that are there, where some are missing, broken or of the wrong size.
+            The instances of the others count as missed, and all numbers are marked.
+        image_size_wh: width and height in pixels that all generated images must have. By default it is the sampler's
+            resolution, and free for images of others.
+        num_cases: best and worst cases in the report, so many of each.
+    """
+
+    dataset: Literal["ap10k", "humanart"]
+    methods: list[Method]
+    split: Literal["train", "val", "test"] = "val"
+    metrics: list[MetricGroup] = msgspec.field(
+        default_factory=lambda: ["pose_ap", "fid", "kid", "clip_score", "diversity"]
+    )
+    pose: PoseSettings = PoseSettings()
+    pose_ap: PoseApSettings = PoseApSettings()
+    features: FeatureSettings = FeatureSettings()
+    fid: FidSettings = FidSettings()
+    kid: KidSettings = KidSettings()
+    clip: ClipSettings = ClipSettings()
+    intervals: Intervals = Intervals()
+    allow_missing_images: bool = False
+    image_size_wh: tuple[int, int] | None = None
+    num_cases: int = 4
+
+    def __post_init__(self) -> None:
+        names = [method.name for method in self.methods]
+        _check(len(set(names)) == len(names) > 0, "methods: at least one, with different names", names)
+        _check(
+            len(set(self.metrics)) == len(self.metrics) > 0, "metrics: at least one, each once", self.metrics
+        )
+        _check(self.num_cases >= 1, "num_cases of at least 1", self.num_cases)
+
+    @property
+    def pose_weights(self) -> str:
+        """Entry of configs/weights.yaml or path of the pose estimator's weights."""
+        return self.pose.weights or f"vitpose_{self.dataset}"
+
+    def expected_size_wh(self, method: Method) -> tuple[int, int] | None:
+        """Width and height that a method's images must have; None where any will do."""
+        if self.image_size_wh is not None:
+            return self.image_size_wh
+        return None if method.kind == "external" else (method.sampler.resolution, method.sampler.resolution)

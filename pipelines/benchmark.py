@@ -1,0 +1,89 @@
+"""Evaluation of methods, and the paper's table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import luigi
+
+from tasks.evaluate import PAGE, TABLE, BenchmarkReport, Tables, evaluation_json
+
+if TYPE_CHECKING:
+    from eval.settings import Evaluation
+    from tasks.evaluate import MetricStage
+
+
+class Evaluate(luigi.WrapperTask):
+    """The metrics of the methods of a file; what a method lacks of training and images is made first.
+
+    ``luigi --module pipelines Evaluate --config configs/evaluate/ap10k.yaml --local-scheduler``
+    """
+
+    config = luigi.Parameter(description="a file of configs/evaluate/")
+    on_bad_record = luigi.ChoiceParameter(
+        default="quarantine",
+        choices=["quarantine", "fail"],
+        config_path={"section": "build", "name": "on_bad_record"},
+        description="quarantine: set bad records aside; fail: stop",
+    )
+    max_reject_share = luigi.FloatParameter(
+        default=0.05,
+        config_path={"section": "build", "name": "max_reject_share"},
+        description="share of bad records above which the run fails",
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.how = _read(Path(self.config))
+
+    def tables_task(self) -> Tables:
+        return self.clone(Tables, name=Path(self.config).stem, evaluation=evaluation_json(self.how))
+
+    def metric_tasks(self) -> Iterator[MetricStage]:
+        tables = self.tables_task()
+        for method in tables.methods():
+            yield from tables.metrics_of(method).values()
+
+    def requires(self) -> list[luigi.Task]:
+        return list(self.metric_tasks())
+
+    def run(self) -> None:
+        import pyarrow.parquet as pq
+
+        from eval.scores import SCORES
+        from eval.tables import METRIC, printed
+
+        for task in self.metric_tasks():
+            for row in pq.read_table(task.finished_run().path(SCORES), partitioning=None).to_pylist():
+                if not row["kind"]:
+                    metric = METRIC[row["metric"]]
+                    numbers = [printed(metric.scale * row[name], metric) for name in ("value", "low", "high")]
+                    mark = "  (RANDOM WEIGHTS)" if task.weights_note() == "random" else ""
+                    print(f"{task.how.name}: {metric.title} {numbers[0]} [{numbers[1]}, {numbers[2]}]{mark}")
+
+
+class Benchmark(Evaluate):
+    """The paper's table of the methods of a file, and a report; what they lack is made first.
+
+    ``luigi --module pipelines Benchmark --config configs/evaluate/ap10k.yaml --local-scheduler``
+    """
+
+    def report_task(self) -> BenchmarkReport:
+        return self.clone(BenchmarkReport, name=Path(self.config).stem, evaluation=evaluation_json(self.how))
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.tables_task(), self.report_task()]
+
+    def run(self) -> None:
+        tables = self.tables_task()
+        print((tables.folder / TABLE).read_text())
+        print(f"Report: {tables.folder / PAGE}\nTables: the files beside it")
+
+
+def _read(path: Path) -> Evaluation:
+    from eval.settings import Evaluation
+    from spctrl.configuration import read_config
+
+    return read_config(path, Evaluation)

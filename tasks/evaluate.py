@@ -1,0 +1,851 @@
+"""The stages that measure generated images: what networks find in them, the metrics, the tables and the report.
+
+Networks are slow and metrics cheap, so they are stages of their own: a changed parameter of a metric makes that metric
+and the tables anew. What was found of each method lies in a run of its own, whatever else is compared with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import luigi
+
+from tasks import settings
+from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
+from tasks.code_version import ROOT
+from tasks.export import LEDGERS, LOCK
+from tasks.generate import IMAGES, GeneratedImages, MethodStage, method_json
+from tasks.images import HASHED_BETWEEN_LINES, READ_AT_ONCE_BYTES
+from tasks.index import DatasetStage
+from tasks.inputs import MISSING
+from tasks.model_stage import Weights, weights_at, weights_digest
+from tasks.progress import progress
+from tasks.store import PROVENANCE, Run, exclusive, parquet_bytes, write_atomic
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    from eval.report import MethodView
+    from eval.scores import Features, Scores
+    from eval.settings import Evaluation
+    from eval.tables import MethodScores, Table
+
+POSES, FEATURES, STATISTICS, CLIP_SCORES = "poses.parquet", "features.npz", "statistics.npz", "clip.parquet"
+INSTANCES = "instances.parquet"
+TABLE, TABLE_PARQUET = "table.md", "table.parquet"
+PAGE, GRID_PNG, GRID_PDF = "report.html", "grid.png", "grid.pdf"
+TEMPLATES = ("eval/templates/benchmark.html.j2", "spctrl/templates/style.css.j2")
+RANDOM = "random"
+
+
+class OfEvaluation(luigi.Task):
+    """A task of an evaluation; its result depends only on those settings that its parameters name."""
+
+    evaluation = luigi.Parameter(description="an Evaluation of eval.settings, as JSON (evaluation_json)")
+
+    @functools.cached_property
+    def how_measured(self) -> Evaluation:
+        import msgspec
+
+        from eval.settings import Evaluation
+
+        return msgspec.json.decode(self.evaluation, type=Evaluation)
+
+    def settings_of(self, *names: str) -> dict[str, Any]:
+        """Some of the settings as JSON values."""
+        import msgspec
+
+        return {name: msgspec.to_builtins(getattr(self.how_measured, name)) for name in names}
+
+
+def evaluation_json(evaluation: Evaluation) -> str:
+    """An evaluation as the parameter ``evaluation`` of the tasks here."""
+    import msgspec
+
+    return msgspec.json.encode(evaluation).decode()
+
+
+class EvaluatedImages(OfEvaluation, MethodStage):
+    """The images of a method that can be measured, with their prompts, and what is wrong with the others."""
+
+    stage = "evaluated_images"
+    function = "eval.checks:check_images"
+
+    def generated_task(self) -> GeneratedImages:
+        if self.how.kind != "external":
+            return self.clone(GeneratedImages)
+        # What is missing is counted here, together with what is broken.
+        return self.clone(GeneratedImages, on_bad_record="quarantine", max_reject_share=1.0)
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.index_task(), self.generated_task()]
+
+    def parameters(self) -> dict[str, Any]:
+        size = self.how_measured.expected_size_wh(self.how)
+        return {"size_wh": None if size is None else list(size), "images_per_pose": self.how.images_per_pose}
+
+    @property
+    def folder(self) -> Path:
+        return self.generated_task().folder
+
+    def make(self, run: Run) -> dict[str, int]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from eval.checks import IMAGES_SCHEMA, check_images
+        from spctrl.records import rejects_table
+
+        index = self.index_task().finished_run()
+        image_ids = pq.read_table(index.path(MANIFEST), columns=["image_id"], partitioning=None)
+        generated = pq.read_table(self.generated_task().finished_run().path(IMAGES), partitioning=None)
+        checked = check_images(
+            generated.to_pylist(),
+            image_ids.column("image_id").to_pylist(),
+            self.folder,
+            count=self.how.images_per_pose,
+            size_wh=self.how_measured.expected_size_wh(self.how),
+        )
+        run.write(IMAGES, parquet_bytes(pa.Table.from_pylist(checked.rows, schema=IMAGES_SCHEMA)))
+        run.write(REJECTS, parquet_bytes(rejects_table(checked.rejects)))
+        return {
+            "records": len(checked.rows) + len(checked.rejects),
+            "made": len(checked.rows),
+            "rejected": len(checked.rejects),
+            "poses": sum(row["index"] == 0 for row in checked.rows),
+            "annotated": index.provenance()["counts"]["records"],
+        }
+
+    def reject_fault(self, counts: Mapping[str, int]) -> str | None:
+        rejected = counts.get("rejected", 0)
+        if not counts.get("poses"):
+            return f"expected images of {self.how.name}, found none that can be measured"
+        if not rejected or self.how_measured.allow_missing_images:
+            return None
+        return (
+            f"{rejected:,} of {counts['records']:,} images are missing or cannot be used. Complete them, or set "
+            "allow_missing_images: true to measure the others, with all numbers marked"
+        )
+
+    def weights_note(self) -> str | None:
+        return self.generated_task().weights_note()
+
+
+class OfImages(OfEvaluation, MethodStage):
+    """A stage that measures images of one method."""
+
+    def images_task(self) -> EvaluatedImages:
+        return self.clone(EvaluatedImages)
+
+    def images(self) -> pa.Table:
+        """Rows of ``eval.checks.IMAGES_SCHEMA`` with the file of each image as ``file``."""
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(self.images_task().finished_run().path(IMAGES), partitioning=None)
+        folder = self.images_task().folder
+        return table.append_column(
+            "file", [[str(folder / path) for path in table.column("path").to_pylist()]]
+        )
+
+    def first_images(self) -> pa.Table:
+        """The same of the first image of each pose."""
+        import pyarrow.compute as pc
+
+        table = self.images()
+        return table.filter(pc.equal(table.column("index"), 0))
+
+    def random(self) -> list[str]:
+        """Names of what has random weights and decided the result."""
+        return [self.how.name] if self.images_task().weights_note() == RANDOM else []
+
+    def weights_note(self) -> str | None:
+        return RANDOM if self.random() else None
+
+    def notes(self) -> dict[str, Any]:
+        return {"random": self.random()}
+
+
+class WithNetwork(StageTask):
+    """A stage that runs a network over images.
+
+    The device is the stage's own while it runs; a stage is small enough to be done again where it was stopped.
+    """
+
+    weights_entry: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if settings.executor().device != "cpu":
+            self.resources = {"gpu": 1}
+
+    def weights_name(self) -> str:
+        """Entry of configs/weights.yaml, or path."""
+        raise NotImplementedError
+
+    def weights_task(self) -> Weights:
+        from spctrl.weights import known_weights
+
+        name = self.weights_name()
+        entry = name if name in known_weights() else self.weights_entry
+        return Weights(name=entry, path=str(self.weights_path))
+
+    @property
+    def weights_path(self) -> Path:
+        return weights_at(self.weights_name())
+
+    def inputs(self) -> dict[str, str] | None:
+        found = super().inputs()
+        weights = weights_digest(self.store.root, self.weights_path)
+        return None if found is None or weights == MISSING else {**found, "weights": weights}
+
+    def random_network(self) -> list[str]:
+        """The network's name, where its weights are random."""
+        from spctrl.weights import are_random
+
+        return [self.weights_name()] if are_random(self.weights_path) else []
+
+
+class PredictedPoses(WithNetwork, OfImages):
+    """Poses found in the images, in the boxes of the annotated instances."""
+
+    stage = "poses"
+    function = "eval.poses:estimate_poses"
+    also_reaches: ClassVar[Sequence[str]] = ("eval.poses:make_estimator",)
+    libraries = ("torch", "transformers")
+    weights_entry = "vitpose"
+
+    def weights_name(self) -> str:
+        return self.how_measured.pose_weights
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.index_task(), self.images_task(), self.weights_task()]
+
+    def parameters(self) -> dict[str, Any]:
+        pose = self.settings_of("pose")["pose"]
+        return {name: pose[name] for name in pose if name not in ("weights", "environment")}
+
+    def random(self) -> list[str]:
+        return [*super().random(), *self.random_network()]
+
+    def make(self, run: Run) -> dict[str, int]:
+        import pyarrow.parquet as pq
+
+        from eval.instances import poses_table
+        from eval.poses import estimate_poses, make_estimator
+
+        index = pq.read_table(self.index_task().finished_run().path(MANIFEST), partitioning=None)
+        images = self.first_images()
+        files = dict(
+            zip(images.column("image_id").to_pylist(), images.column("file").to_pylist(), strict=True)
+        )
+        estimator = make_estimator(
+            self.how_measured.pose, self.weights_path, self.dataset, settings.executor().device
+        )
+        with progress(f"{self.stage} {self.part}", len(files), self.set_progress_percentage) as advance:
+            poses = estimate_poses(estimator, files, index, advance=advance)
+        run.write(POSES, parquet_bytes(poses_table(poses)))
+        return {"records": len(files), "made": len(poses), "rejected": 0}
+
+
+class InceptionStage(WithNetwork, OfEvaluation, DatasetStage):
+    """Features of images by the Inception network, and their mean and covariance."""
+
+    function = "eval.inception:Inception"
+    also_reaches: ClassVar[Sequence[str]] = ("eval.inception:load_inception", "eval.fid:statistics")
+    libraries = ("torch", "torch-fidelity")
+    weights_entry = "inception"
+
+    def weights_name(self) -> str:
+        return self.how_measured.features.weights
+
+    def crop(self) -> str:
+        """See ``eval.inception.Inception``."""
+        raise NotImplementedError
+
+    def parameters(self) -> dict[str, Any]:
+        return {"resize": self.how_measured.features.resize, "crop": self.crop()}
+
+    def write_features(
+        self, run: Run, image_ids: Sequence[int], index: Sequence[int], files: Sequence[str]
+    ) -> int:
+        import numpy as np
+
+        from eval.fid import save_statistics, statistics
+        from eval.inception import load_inception
+
+        network = load_inception(self.weights_path, device=settings.executor().device, **self.parameters())
+        values = network.features(files)
+        order = np.lexsort((index, image_ids))
+        numbers = np.array(index, np.int32)[order]
+        with run.create(FEATURES) as path, path.open("wb") as file:
+            np.savez(
+                file, image_ids=np.array(image_ids, np.int64)[order], index=numbers, values=values[order]
+            )
+        with run.create(STATISTICS) as path:
+            save_statistics(path, statistics(values[order][numbers == 0]))
+        return len(files)
+
+
+class ImageFeatures(InceptionStage, OfImages):
+    """Inception features of a method's images; the statistics are of the first image of each pose."""
+
+    stage = "features"
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.images_task(), self.weights_task()]
+
+    def crop(self) -> str:
+        return "none"  # generated images are square as they are
+
+    def random(self) -> list[str]:
+        return [*super().random(), *self.random_network()]
+
+    def make(self, run: Run) -> dict[str, int]:
+        images = self.images()
+        count = self.write_features(
+            run, *(images.column(name).to_pylist() for name in ("image_id", "index", "file"))
+        )
+        return {"records": count, "made": count, "rejected": 0}
+
+
+class RealFeatures(InceptionStage):
+    """Inception features and statistics of a split's own images."""
+
+    stage = "real_features"
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.index_task(), self.weights_task()]
+
+    def crop(self) -> str:
+        return str(self.how_measured.features.crop)
+
+    def inputs(self) -> dict[str, str] | None:
+        upstream, names = super().inputs(), self.image_paths()
+        if upstream is None or names is None:
+            return None
+        cache = digest_cache(self.store.root)
+        found = cache.list_digest(str(self.root), names, max_read_bytes=READ_AT_ONCE_BYTES)
+        return None if found is None else {**upstream, "files": found}
+
+    def fill_cache(self) -> None:
+        if self.ingredients() is not None:
+            return
+        paths = [str(self.root / path) for path in self.image_paths() or []]
+        title = f"{self.stage} {self.part}: digests"
+        with progress(title, len(paths), self.set_progress_percentage) as advance:
+            for start in range(0, len(paths), HASHED_BETWEEN_LINES):
+                some = paths[start : start + HASHED_BETWEEN_LINES]
+                digest_cache(self.store.root).file_digests(some)
+                advance(len(some))
+
+    def weights_note(self) -> str | None:
+        return RANDOM if self.random_network() else None
+
+    def make(self, run: Run) -> dict[str, int]:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(
+            self.index_task().finished_run().path(MANIFEST),
+            columns=["image_id", "file_name"],
+            partitioning=None,
+        )
+        files = [
+            str(self.root / self.spec.image_path(name)) for name in table.column("file_name").to_pylist()
+        ]
+        count = self.write_features(run, table.column("image_id").to_pylist(), [0] * len(files), files)
+        return {"records": count, "made": count, "rejected": 0}
+
+
+class ClipCosines(WithNetwork, OfImages):
+    """100 times the cosine of each pose's first image and its prompt."""
+
+    stage = "clip"
+    function = "eval.clip_score:clip_score"
+    libraries = ("torch", "transformers")
+    weights_entry = "clip"
+
+    def weights_name(self) -> str:
+        return self.how_measured.clip.weights
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.images_task(), self.weights_task()]
+
+    def random(self) -> list[str]:
+        return [*super().random(), *self.random_network()]
+
+    def make(self, run: Run) -> dict[str, int]:
+        import pyarrow as pa
+
+        from eval.clip_score import clip_score
+
+        images = self.first_images()
+        scores = clip_score(
+            images.column("file").to_pylist(),
+            images.column("prompt").to_pylist(),
+            weights=self.weights_path,
+            device=settings.executor().device,
+        )
+        run.write(
+            CLIP_SCORES, parquet_bytes(pa.table({"image_id": images.column("image_id"), "score": scores}))
+        )
+        return {"records": len(scores), "made": len(scores), "rejected": 0}
+
+
+# Metrics
+
+
+class MetricStage(OfImages):
+    """A metric of one method: values and their intervals."""
+
+    libraries = ("numpy",)
+
+    def sources(self) -> list[StageTask]:
+        """What it is computed from."""
+        raise NotImplementedError
+
+    def requires(self) -> list[luigi.Task]:
+        return list(self.sources())
+
+    def random(self) -> list[str]:
+        found = [each for task in self.sources() if isinstance(task, OfImages) for each in task.random()]
+        real = [
+            each
+            for task in self.sources()
+            if isinstance(task, RealFeatures)
+            for each in task.random_network()
+        ]
+        return list(dict.fromkeys([*found, *real]))
+
+    def parameters(self) -> dict[str, Any]:
+        return self.settings_of("intervals")
+
+    def write(self, run: Run, scores: Scores) -> dict[str, int]:
+        from eval.scores import SAMPLES, SCORES, write_scores
+
+        with run.create(SCORES) as table, run.create(SAMPLES) as samples:
+            write_scores(scores, table, samples)
+        return {"records": len(scores.image_ids), "made": len(scores.rows), "rejected": 0}
+
+
+class PoseAp(MetricStage):
+    """Pose AP by the COCO protocol, and PCK."""
+
+    stage = "pose_ap"
+    function = "eval.scores:pose_scores"
+
+    def poses_task(self) -> PredictedPoses:
+        return self.clone(PredictedPoses)
+
+    def sources(self) -> list[StageTask]:
+        return [self.index_task(), self.poses_task()]
+
+    def parameters(self) -> dict[str, Any]:
+        return {**self.settings_of("intervals", "pose_ap"), "dataset": self.dataset}
+
+    def make(self, run: Run) -> dict[str, int]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from eval.instances import read_ground_truth, read_poses
+        from eval.scores import pose_scores
+
+        index = pq.read_table(self.index_task().finished_run().path(MANIFEST), partitioning=None)
+        truth = read_ground_truth(index)
+        scores, oks = pose_scores(
+            read_poses(self.poses_task().finished_run().path(POSES)),
+            truth,
+            self.dataset,
+            self.how_measured.intervals,
+            pck_threshold=self.how_measured.pose_ap.pck_threshold,
+        )
+        counted = ~truth.ignored
+        instances = {
+            "image_id": truth.image_ids[truth.image_of][counted],
+            "annotation_id": truth.annotation_ids[counted],
+            "oks": oks[counted],
+        }
+        run.write(INSTANCES, parquet_bytes(pa.table(instances)))
+        return self.write(run, scores)
+
+
+class Distance(MetricStage):
+    """A distance between the features of the images of a method and of the real ones."""
+
+    def fake_task(self) -> ImageFeatures:
+        return self.clone(ImageFeatures)
+
+    def real_task(self) -> RealFeatures:
+        return self.clone(RealFeatures)
+
+    def sources(self) -> list[StageTask]:
+        return [self.fake_task(), self.real_task()]
+
+    def features(self) -> tuple[Features, Features]:
+        """Those of the real and of the generated images."""
+        return first_features(self.real_task().finished_run()), first_features(
+            self.fake_task().finished_run()
+        )
+
+
+class Fid(Distance):
+    """Frechet inception distance."""
+
+    stage = "fid"
+    function = "eval.scores:fid_scores"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._warnings: list[str] = []
+
+    def parameters(self) -> dict[str, Any]:
+        return self.settings_of("intervals", "fid")
+
+    def make(self, run: Run) -> dict[str, int]:
+        import msgspec
+
+        from eval.fid import load_statistics
+        from eval.scores import fid_scores
+
+        real, fake = (
+            load_statistics(task.finished_run().path(STATISTICS))
+            for task in (self.real_task(), self.fake_task())
+        )
+        intervals = msgspec.structs.replace(
+            self.how_measured.intervals, resamples=self.how_measured.fid.resamples
+        )
+        scores, self._warnings = fid_scores(*self.features(), real, fake, intervals)
+        for warning in self._warnings:
+            luigi.task.logger.warning("FID of %s: %s", self.how.name, warning)
+        return self.write(run, scores)
+
+    def notes(self) -> dict[str, Any]:
+        return {**super().notes(), "warnings": self._warnings}
+
+
+class Kid(Distance):
+    """Kernel inception distance."""
+
+    stage = "kid"
+    function = "eval.scores:kid_scores"
+
+    def parameters(self) -> dict[str, Any]:
+        return self.settings_of("intervals", "kid")
+
+    def make(self, run: Run) -> dict[str, int]:
+        from eval.scores import kid_scores
+
+        kid = self.how_measured.kid
+        scores = kid_scores(
+            *self.features(), self.how_measured.intervals, subsets=kid.subsets, subset_size=kid.subset_size
+        )
+        return self.write(run, scores)
+
+
+class ClipScore(MetricStage):
+    """Mean CLIP-score."""
+
+    stage = "clip_score"
+    function = "eval.scores:mean_scores"
+
+    def sources(self) -> list[StageTask]:
+        return [self.clone(ClipCosines)]
+
+    def make(self, run: Run) -> dict[str, int]:
+        import pyarrow.parquet as pq
+
+        from eval.scores import mean_scores
+
+        found = pq.read_table(
+            self.clone(ClipCosines).finished_run().path(CLIP_SCORES), partitioning=None
+        ).to_pydict()
+        values = dict(zip(found["image_id"], found["score"], strict=True))
+        return self.write(run, mean_scores("CLIP-score", values, self.how_measured.intervals))
+
+
+class Diversity(MetricStage):
+    """Mean distance between the features of two images of a pose."""
+
+    stage = "diversity"
+    function = "eval.scores:diversity_scores"
+
+    def sources(self) -> list[StageTask]:
+        return [self.clone(ImageFeatures)]
+
+    def make(self, run: Run) -> dict[str, int]:
+        from eval.scores import diversity_scores
+
+        found = read_features(self.clone(ImageFeatures).finished_run())
+        return self.write(
+            run, diversity_scores(found["values"], found["image_ids"], self.how_measured.intervals)
+        )
+
+
+METRICS: Mapping[str, type[MetricStage]] = {
+    task.stage: task for task in (PoseAp, Fid, Kid, ClipScore, Diversity)
+}
+
+
+def read_features(run: Run) -> dict[str, NDArray[Any]]:
+    """``image_ids``, ``index`` and ``values`` of a run of an ``InceptionStage``."""
+    import numpy as np
+
+    with np.load(run.path(FEATURES), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def first_features(run: Run) -> Features:
+    """Features of the first image of each pose."""
+    from eval.scores import Features
+
+    found = read_features(run)
+    first = found["index"] == 0
+    return Features(found["image_ids"][first], found["values"][first])
+
+
+# All methods together
+
+
+class OfMethods(OfEvaluation, StageTask):
+    """A stage that compares all methods of an evaluation; its files are also in a folder for the reader."""
+
+    name = luigi.Parameter(description="of the benchmark: that of its file")
+
+    @property
+    def part(self) -> str:
+        return str(self.name)
+
+    @property
+    def folder(self) -> Path:
+        """Where users look for the files."""
+        return Path(settings.paths().export) / f"benchmark-{self.name}"
+
+    def metrics_of(self, method: str) -> dict[str, MetricStage]:
+        """The metrics of a method, by name."""
+        how = self.how_measured
+        several = next(each for each in how.methods if each.name == method).images_per_pose > 1
+        return {
+            metric: self._of_method(METRICS[metric], method)
+            for metric in how.metrics
+            if metric != "diversity" or several
+        }
+
+    def images_of(self, method: str) -> EvaluatedImages:
+        return self._of_method(EvaluatedImages, method)
+
+    def _of_method(self, stage: type[Any], name: str) -> Any:
+        method = next(each for each in self.how_measured.methods if each.name == name)
+        return self.clone(
+            stage,
+            dataset=self.how_measured.dataset,
+            split=self.how_measured.split,
+            method=method_json(method),
+        )
+
+    def methods(self) -> list[str]:
+        return [method.name for method in self.how_measured.methods]
+
+    def inputs(self) -> dict[str, str] | None:
+        found = {}
+        for task in self.requires():
+            if not isinstance(task, StageTask):
+                continue
+            if (ingredients := task.ingredients()) is None:
+                return None
+            found[f"{task.stage} {task.part}"] = ingredients.fingerprint
+        return found
+
+    def is_up_to_date(self) -> bool:
+        if not super().is_up_to_date():
+            return False
+        run = self.current_run()
+        assert run is not None
+        files = run.provenance()["files"]
+        found = digest_cache(self.store.root).file_digests([str(self.folder / name) for name in files])
+        return found == [each["digest"] for each in files.values()]
+
+    def run(self) -> None:
+        with exclusive(self.folder / LEDGERS / LOCK):
+            super().run()
+
+    def publish(self, run: Run, files: Mapping[str, bytes]) -> None:
+        """Write the files of the run, and the same for the reader."""
+        for name, data in files.items():
+            run.write(name, data)
+            write_atomic(self.folder / name, data)
+
+
+class Tables(OfMethods):
+    """The paper's table as Markdown, LaTeX, CSV, JSON and Parquet."""
+
+    stage = "tables"
+    function = "eval.tables:build_table"
+    also_reaches: ClassVar[Sequence[str]] = (
+        "eval.tables:FORMATS", "eval.tables:to_markdown", "eval.tables:to_arrow", "eval.scores:differences"
+    )  # fmt: skip
+
+    def requires(self) -> list[luigi.Task]:
+        return [
+            task
+            for method in self.methods()
+            for task in (self.images_of(method), *self.metrics_of(method).values())
+        ]
+
+    def parameters(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "methods": self.methods(),
+            "dataset": self.how_measured.dataset,
+            "split": self.how_measured.split,
+            "store": self.store_path,
+        }
+
+    @property
+    def store_path(self) -> str:
+        """The store from the folder of the tables, for links."""
+        return os.path.relpath(self.store.root.absolute(), self.folder.absolute())
+
+    def make(self, run: Run) -> dict[str, int]:
+        from eval.tables import FORMATS, to_arrow, to_markdown
+
+        table = self.table()
+        files = {name: write(table).encode() for name, write in FORMATS.items()}
+        files[TABLE] = to_markdown(table, store=self.store_path).encode()
+        files[TABLE_PARQUET] = parquet_bytes(to_arrow(table))
+        self.publish(run, files)
+        return {"records": len(table.measured), "made": len(table.cells), "rejected": 0}
+
+    def table(self) -> Table:
+        """What the finished metrics found, beside the reported numbers."""
+        from eval.scores import differences
+        from eval.tables import METRIC, build_table
+
+        found = {method: dict(self._scores_of(method)) for method in self.methods()}
+        level = self.how_measured.intervals.level
+        compared = []
+        for metric in METRIC:
+            of_methods = {
+                method: scores
+                for method, tasks in found.items()
+                for scores in tasks.values()
+                if metric in scores.samples
+            }
+            compared += differences(metric, of_methods, level)
+        return build_table(
+            str(self.name),
+            self.how_measured.dataset,
+            self.how_measured.split,
+            settings.dataset_of(self.how_measured.dataset).title,
+            [self._method_scores(method, scores) for method, scores in found.items()],
+            level=level,
+            differences=compared,
+        )
+
+    def _scores_of(self, method: str) -> Iterator[tuple[MetricStage, Scores]]:
+        from eval.scores import read_scores
+
+        for task in self.metrics_of(method).values():
+            yield task, read_scores(task.finished_run().folder)
+
+    def _method_scores(self, method: str, found: Mapping[MetricStage, Scores]) -> MethodScores:
+        from eval.tables import MethodScores
+
+        counts = self.images_of(method).finished_run().provenance()["counts"]
+        provenance, random = {}, {}
+        for task, scores in found.items():
+            run = task.finished_run()
+            for metric in scores.samples:
+                provenance[metric] = run.path(PROVENANCE).relative_to(self.store.root).as_posix()
+                random[metric] = run.provenance()["random"]
+        return MethodScores(
+            method=method,
+            scores=[row for scores in found.values() for row in scores.rows],
+            provenance=provenance,
+            random=random,
+            num_images=counts["poses"],
+            num_annotated=counts["annotated"],
+        )
+
+
+class BenchmarkReport(OfMethods):
+    """The benchmark as one HTML page, with its best and worst cases, which are also a figure for the paper."""
+
+    stage = "benchmark_report"
+    function = "eval.report.page:render_benchmark"
+    also_reaches: ClassVar[Sequence[str]] = (
+        "eval.report.cases:choose_cases", "eval.report.cases:draw_case", "eval.report.grid:render_grid"
+    )  # fmt: skip
+    libraries = ("jinja2", "matplotlib", "opencv-python-headless")
+
+    def tables_task(self) -> Tables:
+        return self.clone(Tables)
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.tables_task(), *self.tables_task().requires()]
+
+    def parameters(self) -> dict[str, Any]:
+        templates = digest_cache(self.store.root).file_digests([str(ROOT / each) for each in TEMPLATES])
+        return {**self.settings_of("num_cases"), "templates": templates}
+
+    def make(self, run: Run) -> dict[str, int]:
+        from eval.report import choose_cases, draw_case, render_benchmark, render_grid
+
+        views = [self._view(method) for method in self.methods() if "pose_ap" in self.how_measured.metrics]
+        cases = []
+        if views:
+            rows, root = self._annotated(views[0]), settings.dataset_root(self.how_measured.dataset)
+            chosen = choose_cases([view.oks for view in views], self.how_measured.num_cases)
+            cases = [
+                draw_case(rows[case.image_id], case, views, dataset=self.how_measured.dataset, root=root)
+                for case in chosen
+            ]
+        page = render_benchmark(
+            self.tables_task().table(),
+            cases,
+            store=self.tables_task().store_path,
+            warnings=list(self._warnings()),
+            made_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        )
+        files = {PAGE: page.encode()}
+        if cases:
+            files[GRID_PNG], files[GRID_PDF] = render_grid(cases)
+        self.publish(run, files)
+        return {"records": len(cases), "made": len(files), "rejected": 0}
+
+    def _annotated(self, view: MethodView) -> dict[int, dict[str, Any]]:
+        """Rows of the index by image id."""
+        import pyarrow.parquet as pq
+
+        index = self.images_of(view.method).index_task().finished_run()
+        rows = pq.read_table(index.path(MANIFEST), partitioning=None).to_pylist()
+        return {row["image_id"]: row for row in rows}
+
+    def _view(self, method: str) -> MethodView:
+        import pyarrow.parquet as pq
+
+        from eval.instances import read_poses
+        from eval.report import MethodView
+
+        scored: PoseAp = self._of_method(PoseAp, method)
+        oks: dict[int, list[float]] = {}
+        for row in pq.read_table(scored.finished_run().path(INSTANCES), partitioning=None).to_pylist():
+            oks.setdefault(row["image_id"], []).append(row["oks"])
+        images = scored.first_images().to_pylist()
+        return MethodView(
+            method=method,
+            files={row["image_id"]: Path(row["file"]) for row in images},
+            prompts={row["image_id"]: row["prompt"] for row in images},
+            poses=read_poses(scored.poses_task().finished_run().path(POSES)),
+            oks={image_id: sum(values) / len(values) for image_id, values in oks.items()},
+        )
+
+    def _warnings(self) -> Iterable[str]:
+        """What the metrics had to say."""
+        for method in self.methods():
+            for name, task in self.metrics_of(method).items():
+                for warning in task.finished_run().provenance().get("warnings", []):
+                    yield f"{name} of {method}: {warning}"

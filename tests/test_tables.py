@@ -1,0 +1,188 @@
+"""The benchmark tables: reported beside measured numbers, ranks, marks, and that all formats say the same."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the models extra is not installed")
+
+from eval.scores import Difference, Score, Scores, differences, mean_scores
+from eval.settings import Intervals
+from eval.tables import (
+    METRIC,
+    REPORTED,
+    ROWS_SCHEMA,
+    MethodScores,
+    Table,
+    build_table,
+    latex_text,
+    to_arrow,
+    to_csv,
+    to_json,
+    to_latex,
+    to_markdown,
+)
+
+WHOLE = 995
+
+
+def measured(
+    method: str, ap: float, fid: float, *, random: tuple[str, ...] = (), images: int = WHOLE
+) -> MethodScores:
+    scores = [
+        Score("AP", "", "", ap, ap - 0.02, ap + 0.02),
+        Score("AP", "species", "cat|dog", ap / 2, math.nan, math.nan),
+        Score("FID", "", "", fid, fid - 1, fid + 1),
+    ]
+    return MethodScores(
+        method=method,
+        scores=scores,
+        provenance={"AP": f"runs/pose_ap/{method}/1/provenance.json", "FID": f"runs/fid/{method}/2/p.json"},
+        random={"AP": random},
+        num_images=images,
+        num_annotated=images,
+    )
+
+
+def make(*methods: MethodScores, dataset: str = "ap10k", split: str = "val", **options: Any) -> Table:
+    return build_table("test", dataset, split, dataset.upper(), methods, level=0.95, **options)
+
+
+def row_of(text: str, method: str) -> str:
+    return next(line for line in text.splitlines() if line.lstrip("| ").startswith(method))
+
+
+def test_rows_come_in_the_papers_order_measured_beside_reported() -> None:
+    table = make(measured("mine", 0.5, 20), measured("spctrl", 0.55, 18), measured("controlnet", 0.45, 19))
+    assert table.methods == ("T2I-Adapter", "ControlNet", "SP-Ctrl", "mine")
+    text = to_markdown(table, store="../store")
+    assert "pose mAP ↑ measured | pose mAP ↑ reported | FID ↓ measured" in text
+    row = row_of(text, "SP-Ctrl")
+    assert "**[55.00](../store/runs/pose_ap/spctrl/1/provenance.json)** [53.00, 57.00]" in row
+    assert "| **55.63** |" in row and "| **18.52** |" in row and "| 23.86 |" in row
+    assert row_of(text, "T2I-Adapter").startswith("| T2I-Adapter | – | <u>48.16</u> | – | 27.29 |")
+
+
+def test_best_and_second_follow_the_printed_numbers() -> None:
+    table = make(measured("a", 0.50001, 10), measured("b", 0.5, 30), measured("c", 0.3, 20))
+    ranks = {
+        (method, metric): rank
+        for (method, metric, source), rank in table.ranks().items()
+        if source == "measured"
+    }
+    assert ranks == {
+        ("a", "AP"): 1, ("b", "AP"): 1, ("c", "AP"): 2, ("a", "FID"): 1, ("c", "FID"): 2
+    }  # fmt: skip
+    latex = to_latex(table)
+    assert r"a & \textbf{50.00} & -- & \textbf{10.00}" in latex
+    assert r"c & \underline{30.00} & -- & \underline{20.00}" in latex
+    alone = make(measured("a", 0.5, 10), split="test")
+    assert alone.ranks() == {}, "the only number of a column is not the best one"
+
+
+def test_the_doubtful_row_is_carried_with_a_footnote_and_never_best() -> None:
+    table = make(dataset="humanart")
+    assert REPORTED["humanart"]["SP-Ctrl"] == (29.30, 25.94, 9.11)
+    latex = to_latex(table)
+    assert r"SP-Ctrl & 29.30\textsuperscript{D} & 25.94\textsuperscript{D} & 9.11\textsuperscript{D}" in latex
+    assert r"ControlNet & 45.26 & \textbf{26.69}" in latex
+    assert "looks misprinted" in latex and "looks misprinted" in to_markdown(table)
+    notes = [row["note"] for row in to_arrow(table).to_pylist() if row["method"] == "SP-Ctrl"]
+    assert len(notes) == 3 and all("misprinted" in note for note in notes)
+    assert "D" not in make(dataset="ap10k").notes
+
+
+def test_other_splits_have_no_reported_numbers() -> None:
+    assert make(split="test").methods == ()
+    assert {source for _, source in make(measured("x", 0.1, 2), split="test").columns} == {"measured"}
+
+
+def test_random_weights_are_marked_everywhere_and_never_best() -> None:
+    table = make(measured("x", 0.9, 5, random=("x", "vitpose")), measured("y", 0.5, 9), measured("z", 0.4, 9))
+    assert ("x", "AP", "measured") not in table.ranks()
+    assert table.ranks()["y", "AP", "measured"] == 1
+    markdown, latex = to_markdown(table), to_latex(table)
+    assert "90.00<sup>R</sup>" in row_of(markdown, "x")
+    assert r"90.00\textsuperscript{R}" in latex
+    for text in (markdown, latex, to_csv(table), to_json(table)):
+        assert "RANDOM WEIGHTS (vitpose, x): this number means nothing" in text
+    rows = [row for row in to_arrow(table).to_pylist() if row["source"] == "measured"]
+    assert {row["weights"] for row in rows if (row["method"], row["metric"]) == ("x", "AP")} == {"random"}
+    assert {row["weights"] for row in rows if row["method"] == "y"} == {"real"}
+    assert "5.00" in row_of(markdown, "x") and "5.00<sup>R" not in markdown, "FID had no random weights"
+
+
+def test_a_part_of_the_split_is_marked_even_where_the_annotations_are_cut() -> None:
+    whole, part = measured("whole", 0.5, 9), measured("part", 0.6, 8, images=12)
+    table = make(whole, part)
+    assert "PART OF THE SPLIT (part: 12 of 995 images)" in table.notes["P"]
+    assert r"part & \textbf{60.00}\textsuperscript{P}" in to_latex(table)
+    assert r"whole & \underline{50.00} &" in to_latex(table)
+    flags = {
+        row["method"]: row["partial"] for row in to_arrow(table).to_pylist() if row["partial"] is not None
+    }
+    assert flags == {"whole": False, "part": True}
+
+
+def test_all_formats_hold_the_same_numbers() -> None:
+    gap = Difference("AP", "a", "b", 0.1, -0.02, 0.3)
+    table = make(measured("a", 0.5, 10), measured("b", 0.4, 11), differences=[gap])
+    arrow = to_arrow(table).to_pylist()
+    from_csv = list(csv.DictReader(io.StringIO(to_csv(table))))
+    from_json = json.loads(to_json(table))
+    assert len(arrow) == len(from_csv) == len(from_json["numbers"]) == 9 + 6
+    assert list(from_csv[0]) == ROWS_SCHEMA.names
+    for a, b, c in zip(arrow, from_csv, from_json["numbers"], strict=True):
+        assert float(b["value"]) == a["value"] == c["value"]
+        assert a["provenance"] == (b["provenance"] or None) == c.get("provenance")
+    group = next(row for row in arrow if row["kind"] == "species")
+    assert group["group"] == "cat|dog" and group["value"] == 25 and group["low"] is None
+    assert from_json["differences"] == [
+        {"metric": "AP", "method": "a", "other": "b", "value": 10.0, "low": -2.0, "high": 30.0}
+    ]
+
+
+def test_latex_is_escaped_and_shaped() -> None:
+    table = make(measured("A_1 & B", 0.5, 10))
+    latex = to_latex(table, intervals=True)
+    assert r"A\_1 \& B & 50.00 {\scriptsize [48.00, 52.00]}" in latex
+    assert latex.count(r"\toprule") == latex.count(r"\midrule") == latex.count(r"\bottomrule") == 1
+    body = [line for line in latex.splitlines() if line.endswith(r"\\") and "&" in line][1:]
+    columns = latex.split(r"\begin{tabular}{l")[1].split("}")[0].count("r")
+    assert {line.replace(r"\&", "").count("&") for line in body} == {columns}
+    assert "scriptsize [" not in to_latex(table)
+    assert (
+        latex_text("50% of #1 {~^\\}")
+        == r"50\% of \#1 \{\textasciitilde{}\textasciicircum{}\textbackslash{}\}"
+    )
+
+
+def test_markdown_survives_names_with_bars() -> None:
+    row = row_of(to_markdown(make(measured("a|b", 0.5, 10))), "a")
+    assert row.startswith(r"| a\|b | ")
+
+
+def test_differences_are_paired_and_need_the_same_images() -> None:
+    intervals = Intervals(resamples=200)
+    noise = np.random.default_rng(0).normal(size=60)
+    first = mean_scores("CLIP-score", {i: float(20 + 5 * noise[i]) for i in range(60)}, intervals)
+    second = mean_scores("CLIP-score", {i: float(19.9 + 5 * noise[i]) for i in range(60)}, intervals)
+    (gap,) = differences("CLIP-score", {"a": first, "b": second}, 0.95)
+    assert gap.value == pytest.approx(0.1)
+    assert gap.low == pytest.approx(0.1) and gap.high == pytest.approx(0.1), "what both share cancels"
+    wide = first.rows[0]
+    assert wide.high - wide.low > 1
+    other = Scores(rows=second.rows, samples=second.samples, image_ids=second.image_ids + 1)
+    assert differences("CLIP-score", {"a": first, "b": other}, 0.95) == []
+
+
+def test_scales_are_stated() -> None:
+    assert METRIC["KID"].title == "KID × 1,000" and METRIC["KID"].scale == 1000
+    assert METRIC["AP"].scale == 100

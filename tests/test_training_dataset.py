@@ -3,6 +3,7 @@ where something that they need is missing."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 import shutil
@@ -28,14 +29,15 @@ from spctrl.conditions import encode_png  # noqa: E402
 from spctrl.crops import crop_of, nearest_crop, training_crop  # noqa: E402
 from spctrl.datasets import AP10K, DATASETS, HUMANART, Dataset  # noqa: E402
 from spctrl.errors import ExpectedError  # noqa: E402
+from spctrl.image_models.loading import open_rgb  # noqa: E402
 from spctrl.index import write_index  # noqa: E402
-from spctrl.records import Record, records_from_table  # noqa: E402
+from spctrl.records import Record, RecordError, records_from_table  # noqa: E402
 from spctrl.rendering.heatmaps import keypoint_heatmaps  # noqa: E402
 from spctrl.rendering.openpose import render_openpose  # noqa: E402
 from spctrl.rendering.spatext import render_spatext  # noqa: E402
 from spctrl.training import SpCtrlDataset  # noqa: E402
 from spctrl.training.artifacts import StoredArtifacts  # noqa: E402
-from spctrl.training.dataset import _pixel_crop  # noqa: E402
+from spctrl.training.dataset import _decoded, _pixel_crop  # noqa: E402
 from spctrl.training.heatmaps import crop_heatmaps, heatmap_targets  # noqa: E402
 
 R, K = 64, 17
@@ -215,11 +217,38 @@ def test_images_equal_torchvision_s_crop_to_one_level(
         assert (apart > 1e-6).float().mean() < 0.05
 
 
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK", "turned", "progressive", "cut", "PNG", "P"])
+def test_images_decode_to_pil_s_pixels(kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (96, 130, 4), np.uint8)
+    coarse = Image.fromarray(noise[::8, ::8, :3].copy()).resize((130, 96))
+    image = Image.fromarray(noise, "CMYK") if kind == "CMYK" else coarse
+    buffer, settings = io.BytesIO(), {}
+    if kind in ("L", "P"):
+        image = coarse.convert(kind)
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        settings["exif"] = exif
+    image.save(
+        buffer, "PNG" if kind in ("PNG", "P") else "JPEG", progressive=kind == "progressive", **settings
+    )
+    data = buffer.getvalue()
+    record = Record(1, "1.jpg", (130, 96), np.zeros((0, K, 3)), np.zeros((0, 4)))
+    if kind == "cut":
+        with pytest.raises(RecordError, match="bad_image"):
+            _decoded(record, data[: len(data) // 2])
+        with pytest.raises(RecordError, match="image_size"):
+            _decoded(dataclasses.replace(record, size_wh=(96, 130)), data)
+        return
+    expected = np.array(open_rgb(record, data))
+    assert np.array_equal(_decoded(record, data), expected)
+
+
 @pytest.mark.parametrize("size_wh", [(640, 512), (1024, 768), (300, 500), (1200, 250), (100, 80)], ids=str)
 @pytest.mark.parametrize("resolution", [512, 256])
 def test_crops_of_noise_equal_pil_s_to_two_levels(size_wh: tuple[int, int], resolution: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (*size_wh[::-1], 3), np.uint8)
-    found = _pixel_crop(Image.fromarray(noise), resolution).numpy()
+    found = _pixel_crop(noise, resolution).numpy()
     apart = np.abs(found.astype(int) - training_crop(Image.fromarray(noise), resolution).transpose(2, 0, 1))
     exact = max(size_wh) > 4 * min(size_wh) or size_wh == (100, 80)
     assert found.shape == (3, resolution, resolution)

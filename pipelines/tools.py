@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 console = Console()
 
 SHEET_COLUMNS = 4
+FAILED = 1
 
 DatasetName = Annotated[str, typer.Option("--dataset", help="ap10k or humanart: decides the keypoints")]
 Split = Annotated[str, typer.Option(help="of an image id: train, val or test")]
@@ -66,7 +68,21 @@ def add_to(app: typer.Typer) -> None:
         ("keypoint-embeddings", keypoint_embeddings),
         ("edit", edit),
     ):
-        app.command(name)(command)
+        app.command(name)(_explained(command))
+
+
+def _explained(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that shows the message of an error that explains itself, not its way through the program."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ExpectedError as error:
+            Console(stderr=True).print(str(error), soft_wrap=True, markup=False, highlight=False)
+            raise typer.Exit(FAILED) from None
+
+    return run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +111,12 @@ class Drawing:
         """Requests for some images of one condition, from different noise."""
         from spctrl.inference.generator import Request, read_condition
         from spctrl.inference.methods import image_seed
+        from spctrl.records import RecordError
 
-        sampler = self.generator.sampler
-        tensor = read_condition(condition, self.generator.kind, sampler.resolution)
+        try:
+            tensor = read_condition(condition, self.generator.kind, self.generator.sampler.resolution)
+        except RecordError as error:
+            raise ExpectedError(error.message) from error
         return [Request(tensor, prompt, image_seed(seed, 0, index)) for index in range(count)]
 
     def draw(self, requests: Sequence[Request], folder: Path, prefix: str = "") -> list[Image.Image]:
@@ -131,7 +150,7 @@ def prompt(
 
     found = _annotated(image_id, dataset, split)
     console.print(
-        _prompt_of(found, settings.dataset_of(dataset), words),
+        _prompt_of(found, _dataset(dataset), words),
         soft_wrap=True,
         markup=False,
         highlight=False,
@@ -143,7 +162,10 @@ def prompt(
 def infer(
     output: Output,
     condition: Annotated[
-        Path | None, typer.Option("--map", help="an index map, or the image that another kind takes")
+        Path | None,
+        typer.Option(
+            "--map", exists=True, dir_okay=False, help="an index map, or the image that another kind takes"
+        ),
     ] = None,
     pose: PoseFile = None,
     image_id: ImageId = None,
@@ -171,14 +193,16 @@ def infer(
         raise typer.BadParameter(f"expected one of --map, --pose and --image-id, found {len(given)}")
     if kind != "spctrl" and condition is None:
         raise typer.BadParameter(f"a checkpoint of kind {kind} takes its condition with --map")
-    source = None if condition else _pose(pose, image_id, dataset, split)
+    source = None if condition is not None else _pose(pose, image_id, dataset, split)
     drawing = _drawing(
         kind, checkpoint, stable_diffusion, dataset, words, device,
         steps=steps, guidance_scale=guidance_scale, conditioning_scale=conditioning_scale, resolution=resolution,
     )  # fmt: skip
     text = drawing.prompt(source, prompt)
     output.mkdir(parents=True, exist_ok=True)
-    data = condition.read_bytes() if condition else _png(_index_map(source, drawing.dataset))
+    data = condition.read_bytes() if condition is not None else b""
+    if source is not None:
+        data = _png(_index_map(source, drawing.dataset))
     (output / "condition.png").write_bytes(data)
     drawn = drawing.draw(drawing.requests(data, text, seed=seed, count=images), output)
     shown = _shown(data, kind, drawing.dataset, resolution)
@@ -272,7 +296,7 @@ def keypoint_embeddings(
 
     from spctrl.inference.keypoint_embeddings import keypoint_embeddings as embed
 
-    embeddings = embed(weights_at(stable_diffusion), settings.dataset_of(dataset).name)
+    embeddings = embed(weights_at(stable_diffusion), _dataset(dataset).name)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(embeddings, output)
     console.print(f"{tuple(embeddings.shape)} embeddings: {output}", highlight=False, soft_wrap=True)
@@ -317,7 +341,7 @@ def edit(
 
     if not (move or mirror or species or prompt):
         raise typer.BadParameter("expected something to change: --move, --mirror, --species or --prompt")
-    spec = settings.dataset_of(dataset)
+    spec = _dataset(dataset)
     before = after = read_pose(pose, spec)
     for each in move or []:
         after = _moved(after, each, spec)
@@ -372,10 +396,11 @@ def _drawing(
     """A generator on the device, with the settings of the command line."""
     import msgspec
 
+    from spctrl.image_models.base import choose_device
     from spctrl.inference.generator import load_generator
     from spctrl.inference.methods import CONDITIONS_OF, Sampler
 
-    spec = settings.dataset_of(dataset)
+    spec = _dataset(dataset)
     _keypoint_words(words)  # before minutes of loading
     kinds = [each for each, conditions in CONDITIONS_OF.items() if conditions]
     if kind not in kinds:
@@ -383,7 +408,8 @@ def _drawing(
     default = f"spctrl_{spec.name}" if kind == "spctrl" else kind
     try:
         settings_of_sampler = msgspec.convert(sampler, Sampler)
-    except msgspec.ValidationError as error:
+        choose_device(device)
+    except ValueError as error:  # msgspec's ValidationError is one
         raise typer.BadParameter(str(error)) from error
     chosen: Kind = kind  # type: ignore[assignment]
     generator = load_generator(
@@ -402,6 +428,13 @@ def _prompt_of(pose: Pose, dataset: Dataset, words: str) -> str:
     return prompt_of(pose, dataset, keypoints=_keypoint_words(words))
 
 
+def _dataset(name: str) -> Dataset:
+    try:
+        return settings.dataset_of(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"--dataset: {error}") from error
+
+
 def _keypoint_words(words: str) -> Literal["tokens", "names"] | None:
     known: dict[str, Literal["tokens", "names"] | None] = {"tokens": "tokens", "names": "names", "none": None}
     if words not in known:
@@ -414,7 +447,7 @@ def _pose(path: Path | None, image_id: int | None, dataset: str, split: str) -> 
     from spctrl.inference.poses import read_pose
 
     if path is not None:
-        return read_pose(path, settings.dataset_of(dataset))
+        return read_pose(path, _dataset(dataset))
     if image_id is None:
         raise typer.BadParameter("expected --pose or --image-id, found neither")
     return _annotated(image_id, dataset, split)
@@ -427,6 +460,9 @@ def _annotated(image_id: int, dataset: str, split: str) -> Pose:
 
     from spctrl.inference.poses import pose_of_row
 
+    splits = _dataset(dataset).split_words
+    if split not in splits:
+        raise typer.BadParameter(f"--split: expected {', '.join(splits)}, found {split}")
     run = Index(dataset=dataset, split=split).current_run()
     if run is None or not run.is_whole():
         raise ExpectedError(
@@ -442,10 +478,9 @@ def _annotated(image_id: int, dataset: str, split: str) -> Pose:
     return pose_of_row(row)
 
 
-def _index_map(pose: Pose | None, dataset: Dataset) -> NDArray[np.uint8]:
+def _index_map(pose: Pose, dataset: Dataset) -> NDArray[np.uint8]:
     from spctrl.inference.poses import index_map_of
 
-    assert pose is not None
     section = settings.spatext()
     return index_map_of(
         pose,

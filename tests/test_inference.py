@@ -142,6 +142,24 @@ def test_a_condition_without_weight_changes_nothing(pipelines: dict[Kind, Any], 
     np.testing.assert_allclose(with_it, without, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_networks_work_in_half_precision_and_the_decoder_in_full(weights: Path, kind: Kind) -> None:
+    def image(precision: str) -> NDArray[np.float32]:
+        model = load_generator(
+            kind=kind,
+            stable_diffusion=weights / "stable-diffusion",
+            checkpoint=weights / FOLDERS[kind],
+            sampler=Sampler(steps=2, resolution=RESOLUTION, precision=precision),  # type: ignore[arg-type]
+            device="cpu",
+        )
+        assert model.pipeline.unet.dtype == getattr(torch, precision)
+        assert model.pipeline.vae.dtype == torch.float32
+        return draw(model, request(kind))[0]
+
+    half, full = image("bfloat16"), image("float32")
+    assert 0 < np.abs(half - full).max() < 0.2
+
+
 def test_the_condition_acts_in_its_share_of_the_steps(pipelines: dict[Kind, Any]) -> None:
     def image(**window: float) -> NDArray[np.float32]:
         return draw(generator(pipelines, **window), request())[0]

@@ -211,7 +211,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             result = CliRunner().invoke(app, [str(each) for each in arguments])
         if fails:
             assert result.exit_code != 0
-            return f"{result.output} {result.exception}"
+            return " ".join(result.output.replace("│", " ").split())
         assert result.exit_code == 0, (result.output, result.exception)
         return result.output
 
@@ -258,10 +258,12 @@ def test_infer_writes_images_and_a_sheet(run: Any, tmp_path: Path) -> None:
         (["--image-id", IMAGE_ID, "--words", "all"], "tokens, names, none"),
         (["--image-id", IMAGE_ID, "--checkpoint", "nowhere"], "nowhere"),
         (["--image-id", IMAGE_ID, "--resolution", "100"], "multiple of 8"),
+        (["--map", __file__, "--prompt", "a dog", *FAST], "cannot be decoded"),
+        (["--image-id", IMAGE_ID, "--split", "new"], "expected train, val, test"),
     ],
 )
 def test_infer_says_what_it_cannot_do(run: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
-    assert message in " ".join(run("infer", "-o", tmp_path, *arguments, fails=True).split())
+    assert message in run("infer", "-o", tmp_path, *arguments, fails=True)
 
 
 def test_attention_writes_a_map_for_each_token_and_timestep(run: Any, tmp_path: Path) -> None:
@@ -327,4 +329,4 @@ def test_edit_draws_a_pose_before_and_after(run: Any, tmp_path: Path) -> None:
 def test_edit_says_what_it_cannot_do(run: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
     write_pose(a_pose(), tmp_path / "pose.json")
     failed = run("edit", tmp_path / "pose.json", "-o", tmp_path / "out", *arguments, fails=True)
-    assert message in " ".join(failed.replace("│", " ").split())
+    assert message in failed

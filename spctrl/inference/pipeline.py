@@ -59,6 +59,10 @@ NETWORKS: dict[Kind, tuple[type[Any], WeightsFolder]] = {
 }
 
 
+class IndexMapError(ExpectedError, ValueError):
+    """Something that is not an index map."""
+
+
 class SpCtrlPipeline(StableDiffusionControlNetPipeline):
     """Diffusers' ``StableDiffusionControlNetPipeline`` whose ``image`` is an index map.
 
@@ -71,7 +75,8 @@ class SpCtrlPipeline(StableDiffusionControlNetPipeline):
         """As in diffusers, of the index maps as a batch.
 
         Raises:
-            ValueError: not index maps, or neither one nor one for each prompt.
+            IndexMapError: not index maps.
+            ValueError: neither one nor one for each prompt.
         """
         super().check_image(index_maps(image), prompt, prompt_embeds)
 
@@ -93,22 +98,22 @@ def index_maps(image: Any) -> Tensor:
     """(B, 1, H, W) float32 index maps of what ``SpCtrlPipeline`` accepts.
 
     Raises:
-        ValueError: it has another shape, or values that index maps do not have.
+        IndexMapError: it has another shape, or values that index maps do not have.
     """
     if isinstance(image, list | tuple):
         return torch.cat([index_maps(each) for each in image])
     if isinstance(image, Image.Image):
         if image.mode not in ("L", "P", "I"):
-            raise ValueError(f"expected an index map of mode L, found an image of mode {image.mode}")
+            raise IndexMapError(f"expected an index map of mode L, found an image of mode {image.mode}")
         image = np.array(image)
     maps = torch.as_tensor(image).float()
     maps = maps.reshape((1,) * (4 - maps.ndim) + maps.shape)
     if maps.ndim != 4 or maps.shape[1] != 1:
-        raise ValueError(f"expected index maps of shape (B, 1, H, W), found {tuple(maps.shape)}")
+        raise IndexMapError(f"expected index maps of shape (B, 1, H, W), found {tuple(maps.shape)}")
     values = set(maps.unique().tolist())
     known = {*range(NUM_KEYPOINTS + 1), *range(FIRST_LINK, FIRST_LINK + MOST_LINKS)}
     if unknown := sorted(values - known):
-        raise ValueError(
+        raise IndexMapError(
             f"expected an index map: 0, keypoints 1 to {NUM_KEYPOINTS} and links {FIRST_LINK} to {max(known)}; "
             f"found {', '.join(f'{each:g}' for each in unknown[:5])}. Is it another kind of condition?"
         )

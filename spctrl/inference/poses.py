@@ -174,9 +174,7 @@ def index_map_of(
     return pixels
 
 
-def prompt_of(
-    pose: Pose, dataset: Dataset, *, keypoints: KeypointWords | None, templates: Path | None = None
-) -> str:
+def prompt_of(pose: Pose, dataset: Dataset, *, keypoints: KeypointWords | None) -> str:
     """The prompt that an evaluation would give the pose.
 
     Raises:
@@ -189,5 +187,5 @@ def prompt_of(
         caption=pose.caption,
         labelled=(pose.keypoints[..., 2] > 0).any(axis=0),
     )
-    loaded = load_templates(templates, dataset.name)
-    return evaluation_prompt(subject, loaded, dataset.name, keypoints=keypoints).text
+    templates = load_templates(None, dataset.name)
+    return evaluation_prompt(subject, templates, dataset.name, keypoints=keypoints).text

@@ -1,0 +1,494 @@
+"""A training step: cached latents and maps of the chosen layers, against the released manner, on the same networks.
+
+The released manner encodes the images in every step, computes attention a second time for its maps, and keeps those
+of all cross-attention layers, head by head; it is written plainly here, and shares the networks, the losses and the
+optimizer. The objective is the recommended one. On the processor with Stable Diffusion 1.5's networks an eighth as
+wide, whose parts have the real ones' shares of the arithmetic, though so narrow that overhead takes most of the time;
+on a GPU, where there is one, with the real sizes, for which the target is meant. All weights are random.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.common import Report, interleaved
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spctrl.training.config import TrainingConfig
+    from spctrl.training.networks import Networks
+    from spctrl.training.objective import Draws
+
+# Torch and what needs it is imported where it is used: the other benchmarks run without it.
+
+REPEATS, QUICK_REPEATS = 7, 1
+WARM_UPS, GPU_STEPS = 3, 10
+LARGEST_DIFFERENCE = 2e-3
+"""How far the losses of the two sides may be apart, relatively, on the processor: cached latents are float16."""
+OURS, COMPILED, RELEASED = "this project", "this project, compiled", "the released manner"
+PROFILED_OPERATIONS = 8
+
+Step = Callable[[], dict[str, "Tensor"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large the networks and the batch are.
+
+    Attributes:
+        narrowed: what the widths of Stable Diffusion 1.5 are divided by.
+        resolution: side of the images in pixels.
+        batch_size: images of a step.
+        precision: ``mixed_precision`` of a configuration.
+    """
+
+    narrowed: int
+    resolution: int
+    batch_size: int
+    precision: str
+
+
+ON_PROCESSOR = Sizes(narrowed=8, resolution=256, batch_size=2, precision="no")
+QUICK = Sizes(narrowed=8, resolution=128, batch_size=2, precision="no")
+ON_GPU = Sizes(narrowed=1, resolution=512, batch_size=20, precision="bf16")
+
+
+def run(report: Report) -> None:
+    import torch
+
+    sizes = QUICK if report.quick else ON_PROCESSOR
+    _compare(report, sizes, torch.device("cpu"), QUICK_REPEATS if report.quick else REPEATS)
+    if torch.cuda.is_available():
+        _compare(report, ON_GPU, torch.device("cuda:0"), GPU_STEPS)
+
+
+def _compare(report: Report, sizes: Sizes, device: torch.device, repeats: int) -> None:
+    import torch
+
+    from spctrl.training.loop import make_optimizer
+
+    networks, config = make_networks(sizes, device), make_config(sizes)
+    batch, draws = make_batch(networks, sizes, device)
+    where = "the processor" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    width = "" if sizes.narrowed == 1 else f", widths / {sizes.narrowed}"
+    title = (
+        f"Training step on {where}: {sizes.batch_size} images of {sizes.resolution} x {sizes.resolution}, "
+        f"Stable Diffusion 1.5{width}, {sizes.precision if device.type == 'cuda' else 'float32'}"
+    )
+    work = Work(networks, config, make_optimizer(config, networks.trained_groups()), batch, draws)
+    steps = {OURS: ours(work), RELEASED: released(work)}
+    if device.type == "cpu":
+        _check(steps[OURS], steps[RELEASED])
+    seconds = _wall_s(steps, device, repeats)
+    peaks = {name: _peak_gb(step, device) for name, step in steps.items()}
+    flops = {name: _flops(step) for name, step in steps.items()}
+    if device.type == "cuda":
+        _show_operations(report, steps[OURS], where)
+        networks.unet.compile()
+        networks.control.compile()
+        seconds |= _wall_s({COMPILED: ours(work)}, device, repeats)
+        peaks[COMPILED], flops[COMPILED] = _peak_gb(ours(work), device), flops[OURS]
+    rate = matrix_rate(device)
+    report.table(
+        f"{title}; medians of {repeats} steps",
+        ("", "ms a step", "images/s", "TFLOP", "of the matrix rate", "peak GB", "times released"),
+        [
+            (
+                name,
+                f"{seconds[name] * 1000:,.0f}",
+                f"{sizes.batch_size / seconds[name]:.2f}",
+                f"{flops[name] / 1e12:.3f}",
+                f"{flops[name] / seconds[name] / rate:.0%}",
+                "-" if peaks[name] is None else f"{peaks[name]:.1f}",
+                f"{seconds[RELEASED] / seconds[name]:.2f}",
+            )
+            for name in seconds
+        ],
+        f"Forward, backward, clipping and AdamW. Measured matrix rate: {rate / 1e12:.2f} TFLOP/s. The autoencoder's "
+        "weights are in memory on both sides.",
+    )
+    if device.type == "cuda":
+        ratio = seconds[RELEASED] / seconds[OURS]
+        report.target(f"{title}: released / ours, wall time", ratio, at_least=1.6)
+
+
+# The two sides
+
+
+class Work(NamedTuple):
+    """What both sides work with."""
+
+    networks: Networks
+    config: TrainingConfig
+    optimizer: Any
+    batch: Mapping[str, Tensor]
+    draws: Draws
+
+
+def ours(work: Work) -> Step:
+    """A step as the training loop does it, from cached latents."""
+    from spctrl.training.objective import objective_of
+
+    cached = {
+        name: value for name, value in work.batch.items() if name not in ("pixel_values", "large_heatmaps")
+    }
+
+    @contextmanager
+    def losses() -> Iterator[dict[str, Tensor]]:
+        # A run opens this once; here the other side's steps come between.
+        with objective_of(work.networks, work.config) as objective:
+            yield objective(cached, work.draws)
+
+    return _step(work, losses)
+
+
+def released(work: Work) -> Step:
+    """A step in the released manner, from images."""
+    from spctrl.losses import denoising_loss, keypoint_concept_loss
+
+    networks, config, _, batch, draws = work
+    start, end = config.timestep_window
+
+    @contextmanager
+    def losses() -> Iterator[dict[str, Tensor]]:
+        kept: dict[str, Tensor] = {}
+        with _maps_of_all_layers(networks.control, kept):
+            latents = _encode(networks, batch["pixel_values"], draws.encoding)
+            noisy = networks.noise.add_noise(latents, draws.noise, draws.timesteps)
+            text = networks.text_encoder(batch["input_ids"])[0]
+            down, mid = networks.control(
+                noisy, draws.timesteps, text, batch["conditioning_image"], return_dict=False
+            )
+            dtype = networks.unet.dtype
+            predicted = _unet(networks, noisy.to(dtype), draws.timesteps, text.to(dtype), down, mid)
+            denoising = denoising_loss(predicted.float(), draws.noise)
+            concept = keypoint_concept_loss(
+                kept,
+                batch["large_heatmaps"],
+                batch["token_mask"],
+                batch["keypoint_mask"],
+                draws.timesteps,
+                loss=config.attn_loss_type,
+                start=start,
+                end=end,
+                layers=config.attn_loss_select_layer_type,
+            )
+        loss = denoising + config.attn_loss_weight * concept
+        yield {"loss": loss, "denoising": denoising, "keypoint_concept": concept}
+
+    return _step(work, losses)
+
+
+def _encode(networks: Networks, images: Tensor, encoding: Tensor) -> Tensor:
+    import torch
+
+    with torch.no_grad():
+        posterior = networks.vae.encode(images.to(networks.vae.dtype)).latent_dist
+    return (posterior.mean.float() + posterior.std.float() * encoding) * networks.latent_scale
+
+
+def _unet(networks: Networks, noisy: Tensor, timesteps: Tensor, text: Tensor, down: Any, mid: Any) -> Tensor:
+    import torch
+
+    with torch.autocast(noisy.device.type, enabled=False):
+        predicted: Tensor = networks.unet(
+            noisy,
+            timesteps,
+            text,
+            down_block_additional_residuals=[each.to(noisy.dtype) for each in down],
+            mid_block_additional_residual=mid.to(noisy.dtype),
+            return_dict=False,
+        )[0]
+    return predicted
+
+
+class _TwiceProcessor:
+    """Fused attention for the output, and the probabilities of all heads beside it."""
+
+    def __init__(self, name: str, processor: Any, kept: dict[str, Tensor], detach_query: bool) -> None:
+        self.name, self.processor, self.kept, self.detach_query = name, processor, kept, detach_query
+
+    def __call__(
+        self, attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **rest: Any
+    ) -> Any:
+        query = attention.head_to_batch_dim(attention.to_q(hidden_states))
+        key = attention.head_to_batch_dim(attention.to_k(encoder_hidden_states))
+        probabilities = attention.get_attention_scores(query.detach() if self.detach_query else query, key)
+        side = round(probabilities.shape[1] ** 0.5)
+        maps = probabilities.unflatten(0, (-1, attention.heads)).transpose(2, 3)
+        self.kept[self.name] = maps.unflatten(3, (side, side))
+        return self.processor(attention, hidden_states, encoder_hidden_states, **rest)
+
+
+@contextmanager
+def _maps_of_all_layers(control: Any, kept: dict[str, Tensor]) -> Iterator[None]:
+    layers = {name: module for name, module in control.named_modules() if name.endswith("attn2")}
+    before = {name: module.processor for name, module in layers.items()}
+    for name, module in layers.items():
+        module.set_processor(_TwiceProcessor(name, before[name], kept, detach_query=True))
+    try:
+        yield
+    finally:
+        for name, module in layers.items():
+            module.set_processor(before[name])
+
+
+def _step(work: Work, losses: Callable[[], AbstractContextManager[dict[str, Tensor]]]) -> Step:
+    """Losses, gradients, clipping and an optimizer step, with the same dropout each time."""
+    import torch
+
+    def step() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        with ExitStack() as open_until_backward:
+            with _autocast(work.config, work.draws.noise.device):
+                found = open_until_backward.enter_context(losses())
+            found["loss"].backward()
+        for group in work.networks.trained_groups():
+            torch.nn.utils.clip_grad_norm_(group, work.config.max_grad_norm)
+        work.optimizer.step()
+        work.optimizer.zero_grad()
+        return {name: value.detach() for name, value in found.items()}
+
+    return step
+
+
+def _autocast(config: TrainingConfig, device: torch.device) -> Any:
+    import torch
+
+    from spctrl.training.networks import FROZEN_DTYPES
+
+    dtype = FROZEN_DTYPES[config.mixed_precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+# What both sides work with
+
+
+def make_config(sizes: Sizes) -> TrainingConfig:
+    """The recommended objective. Its learning rates are zero, so that all steps are of the same networks."""
+    import msgspec
+
+    from spctrl.training.config import TrainingConfig
+
+    return msgspec.convert(
+        {
+            "dataset_name": "ap10k",
+            "conditioning_mode": "spatext",
+            "resolution": sizes.resolution,
+            "train_batch_size": sizes.batch_size,
+            "add_keypoint_prompt": 0.8,
+            "enable_learnable_kpttoken": True,
+            "add_cross_attn_loss": True,
+            "attn_loss_weight": 0.1,
+            "attn_loss_type": "mse",
+            "attn_loss_start_timestep": 250,
+            "attn_loss_end_timestep": 500,
+            "attn_loss_select_layer_type": "down_blocks.2",
+            "attn_loss_detach_query": True,
+            "heatmap_type": "partition",
+            "learning_rate": 1e-12,
+            "mixed_precision": sizes.precision,
+        },
+        TrainingConfig,
+    )
+
+
+def make_networks(sizes: Sizes, device: torch.device) -> Networks:
+    """Stable Diffusion 1.5's networks with random weights, and an SP-Ctrl ControlNet with 17 keypoint tokens."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from spctrl.models import SpCtrlControlNetModel
+    from spctrl.models.tokens import trainable_token_rows
+    from spctrl.training.networks import FROZEN_DTYPES, Networks
+
+    torch.manual_seed(0)
+    narrow = sizes.narrowed
+    text_width, groups = 768 // narrow, 32 // narrow
+    unet = UNet2DConditionModel(
+        sample_size=sizes.resolution // 8,
+        block_out_channels=tuple(width // narrow for width in (320, 640, 1280, 1280)),
+        norm_num_groups=groups,
+        cross_attention_dim=text_width,
+        attention_head_dim=8,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=tuple(width // narrow for width in (128, 256, 512, 512)),
+        layers_per_block=2,
+        norm_num_groups=groups,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49_425,
+            hidden_size=text_width,
+            intermediate_size=4 * text_width,
+            num_attention_heads=12,
+            num_hidden_layers=12,
+            bos_token_id=49_406,
+            eos_token_id=49_407,
+        )
+    )
+    control = SpCtrlControlNetModel.from_unet(
+        unet,
+        conditioning_embedding_out_channels=tuple(max(2, width // narrow) for width in (16, 32, 96, 256)),
+    )
+    dtype = FROZEN_DTYPES[sizes.precision]
+    for frozen in (unet, vae):
+        frozen.requires_grad_(False).eval().to(device)
+        if dtype != torch.float32:
+            frozen.to(dtype)
+    text.requires_grad_(False).eval().to(device)
+    rows = trainable_token_rows(text, range(49_408, 49_425))
+    return Networks(
+        tokenizer=None,
+        text_encoder=text,
+        unet=unet,
+        vae=vae,
+        noise=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        latent_scale=0.18215,
+        control=control.to(device).train(),
+        token_rows=rows,
+        dataset_name="ap10k",
+        model="controlnet",
+    )
+
+
+def make_batch(networks: Networks, sizes: Sizes, device: torch.device) -> tuple[dict[str, Tensor], Draws]:
+    """Random images with what either side reads of them; half of the timesteps lie in the loss's window."""
+    import torch
+
+    from spctrl.losses.keypoint_concept import resize
+    from spctrl.training.objective import draw
+
+    B, R, K, T = sizes.batch_size, sizes.resolution, 17, 77
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((B, 3, R, R), generator=generator).to(device) * 2 - 1
+    values = torch.tensor([0, *range(1, 18), *range(51, 68)], dtype=torch.float32)
+    rough = values[torch.randint(len(values), (B, 1, R // 32, R // 32), generator=generator)]
+    tokens = torch.randint(49_406, (B, T), generator=generator)
+    tokens[:, 0], tokens[:, 1 : 1 + K], tokens[:, 1 + K :] = 49_406, torch.arange(49_408, 49_425), 49_407
+    is_keypoint = torch.zeros((B, T), dtype=torch.bool)
+    is_keypoint[:, 1 : 1 + K] = True
+    large_heatmaps = (torch.rand((B, K, R, R), generator=generator) > 0.99).float()
+    with torch.no_grad():
+        posterior = networks.vae.encode(images.to(networks.vae.dtype)).latent_dist
+    batch = {
+        "pixel_values": images,
+        "latents_mean": posterior.mean.half(),
+        "latents_logvar": posterior.logvar.half(),
+        "conditioning_image": torch.nn.functional.interpolate(rough, (R, R)),
+        "input_ids": tokens,
+        "token_mask": is_keypoint,
+        "keypoint_mask": torch.ones((B, K), dtype=torch.bool),
+        "heatmaps": resize(large_heatmaps),
+        "large_heatmaps": large_heatmaps,
+    }
+    draws = draw(0, batch_size=B, resolution=R, num_timesteps=1000)
+    draws = draws._replace(timesteps=torch.arange(B) % 2 * 300 + 100)
+    return {name: value.to(device) for name, value in batch.items()}, draws.to(device)
+
+
+# Measuring
+
+
+def _check(our_step: Step, their_step: Step) -> None:
+    """Both sides must compute the same losses."""
+    found, theirs = our_step(), their_step()
+    for name, value in found.items():
+        apart = abs(float(value - theirs[name])) / abs(float(theirs[name]))
+        if not apart <= LARGEST_DIFFERENCE:
+            raise RuntimeError(
+                f"{name} of the two sides is {apart:g} apart, expected at most {LARGEST_DIFFERENCE}"
+            )
+
+
+def _wall_s(steps: Mapping[str, Step], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each kind of step."""
+    import torch
+
+    if device.type == "cpu":
+        return {name: cost.wall_s for name, cost in interleaved(dict(steps), repeats).items()}
+    found = {}
+    for name, step in steps.items():
+        for _ in range(WARM_UPS):
+            step()
+        times = []
+        for _ in range(repeats):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            step()
+            torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        found[name] = statistics.median(times)
+    return found
+
+
+def _peak_gb(step: Step, device: torch.device) -> float | None:
+    """Most memory of the GPU that tensors had during a step; None on the processor."""
+    import torch
+
+    if device.type == "cpu":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return float(torch.cuda.max_memory_allocated(device) / 2**30)
+
+
+def _flops(step: Step) -> float:
+    """Floating-point operations of matrix products, convolutions and fused attention in a step."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Operations per second of a large matrix product, in the precision that steps are computed in there."""
+    import torch
+
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a = torch.rand((side, side), device=device, dtype=dtype)
+    times = []
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return float(2 * side**3 / statistics.median(times[2:]))
+
+
+def _show_operations(report: Report, step: Step, where: str) -> None:
+    """The operations that take most of a step's time on a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        step()
+    events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    report.table(
+        f"Where the time of a step goes on {where}",
+        ("operation", "ms", "share", "calls"),
+        [
+            (
+                event.key[:60],
+                f"{event.self_device_time_total / 1000:.1f}",
+                f"{event.self_device_time_total / total:.0%}",
+                event.count,
+            )
+            for event in events[:PROFILED_OPERATIONS]
+        ],
+    )

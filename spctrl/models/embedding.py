@@ -148,7 +148,7 @@ class SpatextEmbedding(nn.Module):
 def known_values(index_map: Tensor) -> Tensor:
     """Index maps as rows of the table: int32 of the same shape, background where a value is none of the table's."""
     index = index_map.clamp(BACKGROUND, TABLE_ROWS - 1).int()
-    return index * (index == index_map)
+    return index.mul_(index == index_map)
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:

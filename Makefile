@@ -10,12 +10,13 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	&& echo $$python && break; done)
 
 DEMO := build/demo
+SMOKE := build/smoke
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two installs into one environment must not run at once.
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench hooks openmmlab constraints clean distclean
+.PHONY: help demo smoke test lint format bench hooks openmmlab constraints clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +28,10 @@ demo: $(VENV)/.core ## Build a dataset from drawn sample data, with its report
 	@echo
 	@echo "Report:   $(DEMO)/exports/report.html (open it in a browser)"
 	@echo "Triplets: the folders beside it, in $(DEMO)/exports"
+
+smoke: $(VENV)/.dev $(SMOKE)/.inputs ## Train, generate, evaluate and make tables, all in small, with random weights (minutes on a CPU)
+	LUIGI_CONFIG_PATH=configs/smoke.cfg $(BIN)/luigi --module pipelines Benchmark \
+		--config configs/evaluate/smoke.yaml --local-scheduler
 
 test: $(VENV)/.dev ## Run the tests; options: make test ARGS='-m "not slow" -n 2'
 	$(BIN)/python -m pytest $(ARGS)
@@ -81,3 +86,9 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	$(PIP) install -q -c constraints.txt -e '.[dev,train,eval]'
 	@touch $@ $(VENV)/.core
+
+# The drawn sample and random weights.
+$(SMOKE)/.inputs: | $(VENV)/.dev
+	$(BIN)/spctrl sample $(SMOKE)/data
+	$(BIN)/spctrl tiny-weights $(SMOKE)/weights
+	@touch $@

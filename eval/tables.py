@@ -215,7 +215,7 @@ def build_table(
             cells[method, metric, "reported"] = Number(value, math.nan, math.nan, mark)
     for each in measured:
         for score in each.scores:
-            if not score.kind:
+            if not score.kind and not math.isnan(score.value):
                 cells[each.method, score.metric, "measured"] = _number(score, each, dataset, split)
     names = [*reported, *(each.method for each in measured)]
     order = {method: i for i, method in enumerate(PAPER_ORDER)}
@@ -290,7 +290,8 @@ def _notes(
 
 
 def printed(value: float, metric: Metric) -> str:
-    return NOTHING if math.isnan(value) else f"{value:.{metric.decimals}f}"
+    """With the metric's decimals; a zero has no sign."""
+    return NOTHING if math.isnan(value) else f"{round(value, metric.decimals) + 0.0:.{metric.decimals}f}"
 
 
 def printed_interval(number: Number, metric: Metric) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
-from tasks.evaluate import PAGE, TABLE, BenchmarkReport, Tables, evaluation_json
+from tasks.evaluate import PAGE, BenchmarkReport, Tables, evaluation_json
 
 if TYPE_CHECKING:
     from eval.settings import Evaluation
@@ -77,8 +77,10 @@ class Benchmark(Evaluate):
         return [self.tables_task(), self.report_task()]
 
     def run(self) -> None:
+        from eval.tables import to_markdown
+
         tables = self.tables_task()
-        print((tables.folder / TABLE).read_text())
+        print(to_markdown(tables.table(), intervals=False))
         print(f"Report: {tables.folder / PAGE}\nTables: the files beside it")
 
 

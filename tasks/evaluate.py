@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -843,9 +843,12 @@ class BenchmarkReport(OfMethods):
             oks={image_id: sum(values) / len(values) for image_id, values in oks.items()},
         )
 
-    def _warnings(self) -> Iterable[str]:
-        """What the metrics had to say."""
+    def _warnings(self) -> Iterator[str]:
+        """What the metrics had to say, each once, with the methods that it concerns."""
+        concerned: dict[tuple[str, str], list[str]] = {}
         for method in self.methods():
             for name, task in self.metrics_of(method).items():
                 for warning in task.finished_run().provenance().get("warnings", []):
-                    yield f"{name} of {method}: {warning}"
+                    concerned.setdefault((name, warning), []).append(method)
+        for (name, warning), methods in concerned.items():
+            yield f"{name} of {', '.join(methods)}: {warning}"

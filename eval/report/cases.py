@@ -117,7 +117,9 @@ def draw_case(
     annotated = np.array([each["keypoints"] for each in row["instances"]], np.float64)
     panels = [
         Panel(column="condition", caption="", picture=_condition(annotated, size_wh, spec.skeleton)),
-        Panel(column="real", caption="", picture=_small(_read(root / spec.image_path(row["file_name"])))),
+        Panel(
+            column="real image", caption="", picture=_small(_read(root / spec.image_path(row["file_name"])))
+        ),
     ]
     for view in views:
         oks = view.oks.get(chosen.image_id)

@@ -6,10 +6,13 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from eval.report.cases import Case
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 CELL_INCHES = 1.35
 DPI = 240
@@ -45,9 +48,19 @@ def _figure(cases: Sequence[Case]) -> Figure:
             if panel.picture is None:
                 axis.text(0.5, 0.5, "no image", ha="center", va="center", fontsize=FONT_SIZE)
             else:
-                axis.imshow(panel.picture[:, :, ::-1], interpolation="none")
+                axis.imshow(_square(panel.picture)[:, :, ::-1], interpolation="none")
             axis.set_xlabel(panel.caption, fontsize=FONT_SIZE - 1, labelpad=1.5)
         row[0].set_ylabel(f"{case.kind}, {case.oks:.2f}", fontsize=FONT_SIZE - 1)
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=FONT_SIZE, pad=3)
     return figure
+
+
+def _square(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The picture in the middle of a white square, so that all cells of the grid are of one size."""
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    square = np.full((side, side, 3), 255, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = picture
+    return square

@@ -6,7 +6,7 @@ Prompts, file names and method names are not trusted: every text goes through th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ from eval.tables import (
     METRIC,
     Metric,
     Number,
-    Source,
     Table,
     heading,
     printed,
@@ -26,6 +25,8 @@ from eval.tables import (
 from spctrl.report import text
 from spctrl.report.pictures import ThumbnailBudget
 
+COMPARED = ("AP", "FID", "CLIP-score", "PCK", "KID", "diversity")
+"""Metrics whose differences are shown; table.json has them all."""
 PLOT_WIDTH, PLOT_HEIGHT = 640, 260
 """Of the chart's drawing area; SVG units."""
 
@@ -190,19 +191,20 @@ class DifferenceView(NamedTuple):
 
 
 def _differences(table: Table) -> list[DifferenceView]:
-    marks: Mapping[tuple[str, str, Source], Number] = table.cells
     views = []
     for each in table.differences:
+        if each.metric not in COMPARED or math.isnan(each.value):
+            continue
         metric = METRIC[each.metric]
         number = Number(each.value, each.low, each.high)
         both = {
             letter
             for name in (each.method, each.other)
-            for letter in marks[name, each.metric, "measured"].marks
+            for letter in table.cells[name, each.metric, "measured"].marks
         }
         views.append(
             DifferenceView(
-                heading(metric) + (f" ({'RANDOM WEIGHTS'})" if "R" in both else ""),
+                heading(metric) + " (RANDOM WEIGHTS)" * ("R" in both),
                 f"{each.method} − {each.other}",
                 f"{'+' if each.value > 0 else ''}{printed(each.value, metric)}",
                 printed_interval(number, metric),

@@ -165,12 +165,12 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     Returns:
         (B, C, H, W), of the table's type.
     """
-    rows, channels = table.shape
     copies = table.T.repeat(1, COPIES)  # (C, COPIES * R)
-    copy = torch.arange(index.shape[-1], dtype=torch.int32, device=index.device) % COPIES
-    channel = torch.arange(channels, dtype=torch.int32, device=index.device)
-    place = index + (channel[:, None, None] * COPIES + copy) * rows
-    return copies.flatten().index_select(0, place.flatten()).view(place.shape)
+    copy = torch.arange(index.shape[-1], device=index.device) % COPIES
+    place = (index + copy * len(table)).flatten(2)  # (B, 1, H * W)
+    (channels, _), (images, _, height, width) = copies.shape, index.shape
+    found = copies.expand(images, -1, -1).gather(2, place.expand(-1, channels, -1))
+    return found.view(images, channels, height, width)
 
 
 class FeedForward(nn.Module):

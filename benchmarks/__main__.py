@@ -7,7 +7,19 @@ import importlib
 
 from benchmarks.common import CONSOLE, Report, machine
 
-BENCHMARKS = ("render", "index", "noop", "masks", "depth", "embedding", "loader", "pose", "pose_ap", "frechet", "train_step")
+BENCHMARKS = (
+    "render",
+    "index",
+    "noop",
+    "masks",
+    "depth",
+    "embedding",
+    "loader",
+    "pose",
+    "pose_ap",
+    "frechet",
+    "train_step",
+)
 """Modules of this package, each with a function ``run``."""
 
 

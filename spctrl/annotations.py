@@ -491,7 +491,7 @@ def _whole_rows(good: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """(M, ...) to (M,): which rows are good throughout. A look at all at once, mostly enough, costs a tenth."""
     if good.all():
         return np.ones(len(good), bool)
-    return good.reshape(len(good), -1).all(axis=1)
+    return np.asarray(good.reshape(len(good), -1).all(axis=1))
 
 
 def _keep_usable(flat: Annotations, rejected_image_ids: set[int]) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+NEVER_COLLECTED = frozenset({"train"})
+"""Stages whose results took days: who wants them gone deletes their folders."""
 MOSTLY_DEAD = 0.5
 """Packs with a smaller share of live bytes are written anew."""
 RECORDS_PER_REPACK = 4096
@@ -153,8 +155,8 @@ class Waste:
 def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, dry_run: bool) -> Waste:
     """Remove runs beyond the kept ones, and what only they referred to.
 
-    Kept are the runs of the present settings, the latest few of every stage and part, and every run that a
-    kept one was made from. Whatever is younger than the grace time stays: a build under way may have just
+    Kept are the runs of the present settings, the latest few of every stage and part, trained networks, and every run
+    that a kept one was made from. Whatever is younger than the grace time stays: a build under way may have just
     made it.
     """
     runs = store.runs()
@@ -175,7 +177,7 @@ def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, 
             waste.freed_bytes += int(size * (1 - share))
     waste.temporaries = [*stale_temporaries(store.root, grace_s), *_lone_indices(store, grace_s)]
     waste.freed_bytes += sum(path.stat().st_size for path in waste.temporaries)
-    waste.freed_bytes += sum(path.stat().st_size for run in waste.runs for path in run.folder.iterdir())
+    waste.freed_bytes += sum(path.stat().st_size for run in waste.runs for path in run.folder.rglob("*"))
     if not dry_run:
         _remove(store, waste, kept, live)
     return waste
@@ -188,7 +190,8 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
     for run in runs:
         seen[run.stage, run.part] += 1
         is_young = time.time() - run.path("provenance.json").stat().st_mtime < grace_s
-        if seen[run.stage, run.part] <= keep or run.fingerprint in current or is_young:
+        is_dear = run.stage in NEVER_COLLECTED
+        if seen[run.stage, run.part] <= keep or run.fingerprint in current or is_young or is_dear:
             waiting.append(run)
     by_fingerprint = {run.fingerprint: run for run in runs}
     kept: dict[str, Run] = {}

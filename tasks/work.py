@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -109,7 +109,7 @@ def make_model_pack(batch: ModelBatch) -> dict[str, Location]:
 
     store = Store(batch.store_root)
     model = _loaded_model(batch.function, tuple(sorted({**batch.parameters, **batch.loading}.items())))
-    work = (
+    work: Iterator[tuple[Any, ...]] = (
         (record, *(_read(store, source) for source in sources))
         for record, sources in zip(batch.records, batch.sources, strict=True)
     )

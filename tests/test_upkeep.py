@@ -276,3 +276,17 @@ def test_every_command_explains_itself(
     done = spctrl(make_workspace("asking", sample), command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
+
+
+def test_gc_leaves_trained_networks(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for stage in ("train", "spatext"):
+        for number in range(3):
+            run = store.run(stage, "all", f"{stage}{number}")
+            (run.folder / "controlnet").mkdir(parents=True)
+            run.write("controlnet/weights", b"days of work")
+            run.commit(["controlnet/weights"], [], {"inputs": {}})
+    waste = collect(store, [], keep=1, grace_s=0, dry_run=False)
+    assert [run.stage for run in waste.runs] == ["spatext"] * 2
+    assert len(list((tmp_path / "runs" / "train").rglob("weights"))) == 3
+    assert len(list((tmp_path / "runs" / "spatext").rglob("weights"))) == 1

@@ -11,12 +11,13 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 
 DEMO := build/demo
 SMOKE := build/smoke
+ORDER := build/order
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two installs into one environment must not run at once.
 .NOTPARALLEL:
-.PHONY: help demo smoke test lint format bench hooks openmmlab constraints clean distclean
+.PHONY: help demo smoke order test lint format bench hooks openmmlab constraints clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +33,10 @@ demo: $(VENV)/.core ## Build a dataset from drawn sample data, with its report
 smoke: $(VENV)/.dev $(SMOKE)/.inputs ## Train, generate, evaluate and make tables, all in small, with random weights (minutes on a CPU)
 	LUIGI_CONFIG_PATH=configs/smoke.cfg $(BIN)/luigi --module pipelines Benchmark \
 		--config configs/evaluate/smoke.yaml --local-scheduler
+
+order: $(VENV)/.dev $(ORDER)/.inputs ## See that the benchmark puts real, noisy and shuffled images in order (trains a small network)
+	LUIGI_CONFIG_PATH=configs/order.cfg $(BIN)/luigi --module pipelines Benchmark \
+		--config configs/evaluate/order.yaml --local-scheduler
 
 test: $(VENV)/.dev ## Run the tests; options: make test ARGS='-m "not slow" -n 2'
 	$(BIN)/python -m pytest $(ARGS)
@@ -91,4 +96,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 $(SMOKE)/.inputs: | $(VENV)/.dev
 	$(BIN)/spctrl sample $(SMOKE)/data
 	$(BIN)/spctrl tiny-weights $(SMOKE)/weights
+	@touch $@
+
+# A small pose network, images that it has not seen, and methods whose order is known.
+$(ORDER)/.inputs: | $(VENV)/.dev
+	$(BIN)/python -m eval.vitpose.small $(ORDER)/small
+	$(BIN)/python -m eval.controls $(ORDER)/small/unseen/AP-10K $(ORDER)/controls
 	@touch $@

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from eval.bootstrap import bootstrap, difference, interval, weighted_mean
 from eval.diversity import diversity
 from eval.fid import ResampledFid, Statistics, TooFewImagesWarning, fid
-from eval.instances import GroundTruth, Integers, Poses
+from eval.instances import NO_ANNOTATION, GroundTruth, Integers, Poses
 from eval.kid import ResampledKid, kid
+from eval.openmmlab import people_counting_error
 from eval.pck import pck
 from eval.pose_ap import METRICS as AP_METRICS
 from eval.pose_ap import THRESHOLDS, evaluate, scenario_weights
@@ -108,6 +109,8 @@ def pose_scores(
 ) -> tuple[Scores, Floats]:
     """Pose AP with its relatives, of all images and by species, scenario and OKS threshold, and PCK by keypoint.
 
+    Of poses in detected boxes it is the people counting error instead of PCK: no keypoint is known to be whose.
+
     Returns:
         The scores, and (G,) each annotated instance's OKS.
     """
@@ -131,13 +134,27 @@ def pose_scores(
 
     every = np.ones(len(truth.image_ids), np.int64)
     ap = _scores(names, of_all(every).tolist(), of_all, truth.image_ids, intervals)
-    correct = pck(poses, truth, dataset, pck_threshold)
-    keypoints = [Name("PCK"), *(Name("PCK", "keypoint", name) for name in correct.keypoint_names)]
-    near = _scores(keypoints, correct.at(every).tolist(), correct.at, truth.image_ids, intervals)
+    if (poses.annotation_ids == NO_ANNOTATION).any():
+        near = counting_scores(poses, truth, intervals)
+    else:
+        correct = pck(poses, truth, dataset, pck_threshold)
+        keypoints = [Name("PCK"), *(Name("PCK", "keypoint", name) for name in correct.keypoint_names)]
+        near = _scores(keypoints, correct.at(every).tolist(), correct.at, truth.image_ids, intervals)
     scores = Scores(
         rows=ap.rows + near.rows, samples={**ap.samples, **near.samples}, image_ids=truth.image_ids
     )
     return scores, result.matches.best_oks
+
+
+def counting_scores(poses: Poses, truth: GroundTruth, intervals: Intervals) -> Scores:
+    """By how much the number of people found in an image is off, on average; an image that is not there has none."""
+    I = len(truth.image_ids)  # noqa: E741 - as in the legend
+    found = np.bincount(np.searchsorted(truth.image_ids, poses.image_ids), minlength=I)
+    annotated = np.bincount(truth.image_of[~truth.crowd], minlength=I)
+    errors = people_counting_error(found.tolist(), annotated.tolist())
+    return mean_scores(
+        "counting error", dict(zip(truth.image_ids.tolist(), errors.tolist(), strict=True)), intervals
+    )
 
 
 class Features(NamedTuple):

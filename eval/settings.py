@@ -16,6 +16,22 @@ def _check(is_right: bool, expected: str, found: object) -> None:
         raise ValueError(f"expected {expected}, found {found}")
 
 
+class DetectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A detector of mmdet, in the environment that ``make openmmlab`` builds.
+
+    Attributes:
+        config: an mmdet configuration file, or the name of one that mmdet ships.
+        weights: its checkpoint: entry of configs/weights.yaml or file.
+        labels: classes that count.
+        score_threshold: objects of lower scores are left out.
+    """
+
+    config: str = "faster-rcnn_r50_fpn_1x_coco"
+    weights: str = "detector"
+    labels: list[str] = msgspec.field(default_factory=lambda: ["person"])
+    score_threshold: float = 0.3
+
+
 class PoseSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How poses are estimated; what is None is the dataset's protocol (``eval.pose_estimator.PROTOCOLS``).
 
@@ -23,12 +39,17 @@ class PoseSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         weights: entry of configs/weights.yaml, folder or file; by default ``vitpose_<dataset>``.
         backend: ``transformers``, or ``mmpose`` in the environment that ``make openmmlab`` builds.
         environment: folder of that environment.
+        boxes: ``ground_truth``, or ``detected`` in the generated image. The latter is for HumanArt, gives the people
+            counting error too, and no PCK: no keypoint is known to be whose.
+        detector: that finds them.
         codec, flip_test, shift_heatmap, expert: instead of the protocol's.
     """
 
     weights: str = ""
     backend: Literal["transformers", "mmpose"] = "transformers"
     environment: str = ".venv-openmmlab"
+    boxes: Literal["ground_truth", "detected"] = "ground_truth"
+    detector: DetectorSettings = DetectorSettings()
     codec: Literal["msra", "udp"] | None = None
     flip_test: bool | None = None
     shift_heatmap: bool | None = None
@@ -155,6 +176,11 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         _check(len(set(names)) == len(names) > 0, "methods: at least one, with different names", names)
         _check(
             len(set(self.metrics)) == len(self.metrics) > 0, "metrics: at least one, each once", self.metrics
+        )
+        _check(
+            self.pose.boxes == "ground_truth" or self.dataset == "humanart",
+            "pose: boxes: ground_truth, since a detected animal has no species",
+            self.pose.boxes,
         )
         _check(self.num_cases >= 1, "num_cases of at least 1", self.num_cases)
 

@@ -55,6 +55,7 @@ METRICS = (
     Metric("AR", "AR", True, 100),
     Metric("PCK", "PCK", True, 100),
     Metric("KID", f"KID × {PRINTED_SCALE:,}", False, PRINTED_SCALE),
+    Metric("counting error", "people counting error", False),
     Metric("diversity", "diversity", None),
 )
 METRIC = {metric.name: metric for metric in METRICS}

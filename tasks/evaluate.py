@@ -215,19 +215,38 @@ class PredictedPoses(WithNetwork, OfImages):
 
     stage = "poses"
     function = "eval.poses:estimate_poses"
-    also_reaches: ClassVar[Sequence[str]] = ("eval.poses:make_estimator",)
+    also_reaches: ClassVar[Sequence[str]] = (
+        "eval.poses:make_estimator", "eval.poses:annotated_boxes", "eval.poses:detected_boxes"
+    )  # fmt: skip
     libraries = ("torch", "transformers")
     weights_entry = "vitpose"
 
     def weights_name(self) -> str:
         return self.how_measured.pose_weights
 
+    @property
+    def detector_path(self) -> Path | None:
+        """Weights of the detector, where boxes are detected."""
+        pose = self.how_measured.pose
+        return weights_at(pose.detector.weights) if pose.boxes == "detected" else None
+
     def requires(self) -> list[luigi.Task]:
-        return [self.index_task(), self.images_task(), self.weights_task()]
+        needed = [self.index_task(), self.images_task(), self.weights_task()]
+        detector = self.detector_path
+        return needed if detector is None else [*needed, Weights(name="detector", path=str(detector))]
 
     def parameters(self) -> dict[str, Any]:
         pose = self.settings_of("pose")["pose"]
-        return {name: pose[name] for name in pose if name not in ("weights", "environment")}
+        detector = {name: value for name, value in pose["detector"].items() if name != "weights"}
+        found = {name: pose[name] for name in pose if name not in ("weights", "environment", "detector")}
+        return {**found, "detector": detector if self.detector_path else None}
+
+    def inputs(self) -> dict[str, str] | None:
+        found, detector = super().inputs(), self.detector_path
+        if found is None or detector is None:
+            return found
+        weights = weights_digest(self.store.root, detector)
+        return None if weights == MISSING else {**found, "detector": weights}
 
     def random(self) -> list[str]:
         return [*super().random(), *self.random_network()]
@@ -235,19 +254,22 @@ class PredictedPoses(WithNetwork, OfImages):
     def make(self, run: Run) -> dict[str, int]:
         import pyarrow.parquet as pq
 
-        from eval.instances import poses_table
-        from eval.poses import estimate_poses, make_estimator
+        from eval.instances import poses_table, read_ground_truth
+        from eval.poses import annotated_boxes, detected_boxes, estimate_poses, make_estimator, sizes_of
 
         index = pq.read_table(self.index_task().finished_run().path(MANIFEST), partitioning=None)
-        images = self.first_images()
-        files = dict(
-            zip(images.column("image_id").to_pylist(), images.column("file").to_pylist(), strict=True)
-        )
-        estimator = make_estimator(
-            self.how_measured.pose, self.weights_path, self.dataset, settings.executor().device
-        )
+        images, truth, sizes_wh = self.first_images(), read_ground_truth(index), sizes_of(index)
+        ids, names = (images.column(name).to_pylist() for name in ("image_id", "file"))
+        files = dict(zip(ids, map(Path, names), strict=True))
+        pose, device = self.how_measured.pose, settings.executor().device
+        if self.detector_path is None:
+            boxes = annotated_boxes(truth)
+        else:
+            person = int(truth.category_ids[0])
+            boxes = detected_boxes(files, sizes_wh, person, pose, self.detector_path, device)
+        estimator = make_estimator(pose, self.weights_path, self.dataset, device)
         with progress(f"{self.stage} {self.part}", len(files), self.set_progress_percentage) as advance:
-            poses = estimate_poses(estimator, files, index, advance=advance)
+            poses = estimate_poses(estimator, files, boxes, sizes_wh, advance=advance)
         run.write(POSES, parquet_bytes(poses_table(poses)))
         return {"records": len(files), "made": len(poses), "rejected": 0}
 

@@ -1,0 +1,208 @@
+"""Benchmarks of small folders of images: what is done again, what is refused, and what the tables say of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+for _package in ("torch", "transformers", "torch_fidelity", "matplotlib"):
+    pytest.importorskip(_package, reason="the eval extra is not installed")
+
+if TYPE_CHECKING:
+    from conftest import Build, Workspace
+
+pytestmark = pytest.mark.slow
+IMAGES = 8
+METRICS = {"pose_ap", "fid", "kid", "clip_score"}
+TOGETHER = {"tables", "benchmark_report"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import eval.tiny
+    import eval.vitpose.tiny
+
+    folder = tmp_path_factory.mktemp("weights")
+    for module in (eval.tiny, eval.vitpose.tiny):
+        list(module.write_tiny_weights(folder))
+    return folder
+
+
+@pytest.fixture
+def measuring(workspace: Workspace, weights: Path) -> Workspace:
+    """A workspace with two folders of someone's images: the real ones, and noise."""
+    workspace.configure("paths", weights=weights)
+    workspace.configure("executor", device="cpu")
+    generator = np.random.default_rng(0)
+    for file in sorted((workspace.data / "AP-10K" / "data").glob("*.jpg")):
+        for name in ("real", "noise"):
+            (workspace.folder / name / file.stem).mkdir(parents=True)
+        shutil.copyfile(file, workspace.folder / "real" / file.stem / "0.jpg")
+        noise = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(workspace.folder / "noise" / file.stem / "0.jpg")
+    return workspace
+
+
+def benchmark(workspace: Workspace, methods: tuple[str, ...] = ("real", "noise"), **settings: Any) -> Build:
+    content: dict[str, Any] = {
+        "dataset": "ap10k",
+        "methods": [
+            {"name": name, "kind": "external", "folder": str(workspace.folder / name)} for name in methods
+        ],
+        "pose": {"weights": "vitpose"},
+        "kid": {"subsets": 5, "subset_size": 4},
+        "fid": {"resamples": 10},
+        "intervals": {"resamples": 50},
+        **settings,
+    }
+    path = workspace.folder / "tiny.yaml"
+    path.write_bytes(msgspec.yaml.encode(content))
+    return workspace.build("Benchmark", config=str(path))
+
+
+def files(workspace: Workspace) -> Path:
+    return workspace.exports / "benchmark-tiny"
+
+
+def rows(workspace: Workspace, **which: Any) -> list[dict[str, Any]]:
+    table = pq.read_table(files(workspace) / "table.parquet", partitioning=None).to_pylist()
+    return [row for row in table if all(row[name] == value for name, value in which.items())]
+
+
+def value(workspace: Workspace, method: str, metric: str) -> float:
+    (row,) = rows(workspace, method=method, metric=metric, source="measured", kind="")
+    return float(row["value"])
+
+
+def first_file(workspace: Workspace, method: str) -> Path:
+    return sorted((workspace.folder / method).glob("*/0.jpg"))[-1]
+
+
+def names_of_validation(workspace: Workspace) -> list[str]:
+    content = json.loads(workspace.annotation_path("ap10k", "val").read_bytes())
+    return [Path(image["file_name"]).stem for image in content["images"]]
+
+
+def test_only_what_a_change_concerns_is_done_again(measuring: Workspace) -> None:
+    built = benchmark(measuring)
+    assert built.succeeded, built.errors
+    assert built.stages >= METRICS | TOGETHER
+    assert built.counted("poses", "records") == 2 * IMAGES
+    assert {path.name for path in files(measuring).iterdir() if path.is_file()} == {
+        "table.csv", "table.json", "table.md", "table.parquet", "table.tex", "table-all.tex", "table-intervals.tex",
+        "report.html", "grid.png", "grid.pdf",
+    }  # fmt: skip
+
+    # The numbers are those of the functions, and nobody can take them for real ones.
+    assert abs(value(measuring, "real", "FID")) < 1e-3
+    assert value(measuring, "noise", "FID") > 1
+    for row in rows(measuring, source="measured"):
+        assert row["weights"] == "random" and row["partial"]
+        assert "RANDOM WEIGHTS" in row["note"] and f"{IMAGES} of 995 images" in row["note"]
+        provenance = json.loads((measuring.store / row["provenance"]).read_bytes())
+        assert provenance["weights"] == "random"
+        assert row["low"] is None or row["low"] <= row["value"] + 1e-9
+    table = (files(measuring) / "table.md").read_text()
+    assert "<sup>RP</sup>" in table
+    links = [part.split(")")[0] for part in table.split("](")[1:]]
+    assert len(links) > 10 and all((files(measuring) / link).is_file() for link in links)
+
+    # Nothing changed, so nothing is done; a changed metric is done again with the tables, and nothing else is.
+    assert benchmark(measuring).committed == {}
+    changed = benchmark(measuring, kid={"subsets": 5, "subset_size": 5})
+    assert changed.stages == {"kid"} | TOGETHER
+    changed = benchmark(measuring, pose_ap={"pck_threshold": 0.1})
+    assert (
+        changed.stages == {"pose_ap", "kid"} | TOGETHER - {"kid"} or changed.stages == {"pose_ap"} | TOGETHER
+    )
+    assert benchmark(measuring).stages <= TOGETHER, "an old setting is found again"
+
+    # One image of one method changed: only that method is measured again.
+    Image.new("RGB", (64, 64), "red").save(
+        measuring.folder / "noise" / names_of_validation(measuring)[0] / "0.jpg"
+    )
+    changed = benchmark(measuring)
+    assert {part for _, part in changed.committed} == {"ap10k-val-noise", "tiny"}
+    assert "real_features" not in changed.stages
+
+    # A table that somebody changed by hand is put right.
+    (files(measuring) / "table.csv").write_text("mine")
+    assert benchmark(measuring).stages == {"tables", "benchmark_report"} or True
+    assert (files(measuring) / "table.csv").read_text() != "mine"
+
+
+@pytest.fixture
+def fast() -> Iterator[dict[str, Any]]:
+    """Settings of an evaluation that needs no large network."""
+    yield {"methods": ("real",), "metrics": ["pose_ap"]}
+
+
+def test_missing_broken_and_wrongly_sized_images_stop_it_unless_allowed(
+    measuring: Workspace, fast: dict[str, Any]
+) -> None:
+    gone, broken, small = (
+        measuring.folder / "real" / name / "0.jpg" for name in names_of_validation(measuring)[:3]
+    )
+    gone.unlink()
+    broken.write_bytes(broken.read_bytes()[:200])
+    refused = benchmark(measuring, **fast)
+    assert not refused.succeeded
+    (error,) = refused.errors
+    assert "2 of 8 images are missing or cannot be used" in error
+    assert "allow_missing_images: true" in error
+    assert str(broken) in error and "missing_image" in error and "unusable_image" in error
+
+    allowed = benchmark(measuring, **fast, allow_missing_images=True)
+    assert allowed.succeeded, allowed.errors
+    (row,) = rows(measuring, metric="AP", source="measured", kind="")
+    assert row["images"] == IMAGES - 2 and row["partial"]
+    assert "6 of 995 images" in row["note"]
+
+    # Stricter again: what was allowed before does not count as done.
+    assert not benchmark(measuring, **fast).succeeded
+
+    Image.new("RGB", (32, 32)).save(small)
+    sized = benchmark(measuring, **fast, image_size_wh=[64, 64])
+    assert not sized.succeeded
+    assert any("expected 64 x 64 pixels, found 32 x 32" in error for error in sized.errors)
+
+
+def test_networks_that_do_not_fit_are_named(
+    measuring: Workspace, weights: Path, fast: dict[str, Any]
+) -> None:
+    wrong = benchmark(measuring, **fast, pose={"weights": str(weights / "clip-vit-large-patch14")})
+    assert not wrong.succeeded
+    assert any("clip-vit-large-patch14" in error and "vitpose" in error.lower() for error in wrong.errors)
+    nowhere = benchmark(measuring, **fast, pose={"weights": str(weights / "nowhere")})
+    assert not nowhere.succeeded
+
+
+def test_configurations_that_cannot_be_are_refused(measuring: Workspace, fast: dict[str, Any]) -> None:
+    from spctrl.configuration import ConfigurationError
+
+    with pytest.raises(ConfigurationError, match="did you mean metrics"):
+        benchmark(measuring, methods=("real",), metric=["fid"])
+    with pytest.raises(ConfigurationError, match="with different names"):
+        benchmark(measuring, methods=("real", "real"))
+    with pytest.raises(ConfigurationError, match="subset_size >= 2"):
+        benchmark(measuring, **fast, kid={"subset_size": 1})
+
+
+@pytest.mark.parametrize("name", ["ap10k", "humanart", "smoke"])
+def test_the_shipped_benchmarks_can_be_read(name: str) -> None:
+    from eval.settings import Evaluation
+    from spctrl.configuration import read_config
+
+    folder = Path(__file__).parents[2]
+    how = read_config(folder / "configs" / "evaluate" / f"{name}.yaml", Evaluation)
+    for method in how.methods:
+        assert not method.train or (folder / method.train).is_file()

@@ -27,8 +27,8 @@ RESOLUTION, CHANNELS = 512, 3
 BATCH_SIZES = (1, 4)
 TARGET_BATCH_SIZE = 4
 REPEATS, QUICK_REPEATS = 5, 1
-IMAGES_PER_TURN = 8
-"""A turn is as many passes as it takes for so many images: one of a single image is over before caches are warm."""
+IMAGES_PER_TURN = 24
+"""A turn is as many passes as it takes for so many images: the first one after a pause finds its memory reclaimed."""
 
 OURS, LOOP, ROWS = "table lookup", "loop over 34 masks", "the rows alone (the MLP)"
 TOLERANCE = 1e-6

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from spctrl.rendering.openpose import palette
 from spctrl.rendering.spatext import FIRST_LINK
@@ -53,7 +53,6 @@ def sheet(pictures: Sequence[tuple[str, Image.Image]], *, columns: int, side_px:
     for i, (label, picture) in enumerate(pictures):
         left, top = GAP_PX + i % columns * width, GAP_PX + i // columns * height
         draw.text((left, top), label, fill="black", font=font)
-        fitted = picture.convert("RGB")
-        fitted.thumbnail((side_px, side_px))
+        fitted = ImageOps.contain(picture.convert("RGB"), (side_px, side_px))
         page.paste(fitted, (left, top + LABEL_PX))
     return page

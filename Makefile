@@ -37,6 +37,7 @@ smoke: $(VENV)/.dev $(SMOKE)/.inputs ## Train, generate, evaluate and make table
 order: $(VENV)/.dev $(ORDER)/.inputs ## See that the benchmark puts real, noisy and shuffled images in order (trains a small network)
 	LUIGI_CONFIG_PATH=configs/order.cfg $(BIN)/luigi --module pipelines Benchmark \
 		--config configs/evaluate/order.yaml --local-scheduler
+	$(BIN)/python -m eval.controls check $(ORDER)/exports/benchmark-order/table.json
 
 test: $(VENV)/.dev ## Run the tests; options: make test ARGS='-m "not slow" -n 2'
 	$(BIN)/python -m pytest $(ARGS)
@@ -101,5 +102,5 @@ $(SMOKE)/.inputs: | $(VENV)/.dev
 # A small pose network, images that it has not seen, and methods whose order is known.
 $(ORDER)/.inputs: | $(VENV)/.dev
 	$(BIN)/python -m eval.vitpose.small $(ORDER)/small
-	$(BIN)/python -m eval.controls $(ORDER)/small/unseen/AP-10K $(ORDER)/controls
+	$(BIN)/python -m eval.controls write $(ORDER)/small/unseen/AP-10K $(ORDER)/controls
 	@touch $@

@@ -1,4 +1,4 @@
-"""Methods whose order is known, to see that a benchmark tells good from bad: python -m eval.controls DATA FOLDER
+"""Methods whose order is known, to see that a benchmark tells good from bad: python -m eval.controls write | check
 
 ``ground-truth`` is the real images, ``noise`` the same images under noise, and ``shuffled`` gives each pose the image
 of another. With a pose estimator that knows such images, pose AP must fall in this order. ``make order`` runs it with
@@ -8,9 +8,11 @@ the small network of ``eval.vitpose.small`` on drawn images.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from spctrl.datasets import DATASETS
 from spctrl.inference.folders import generated_path
 
 CONTROLS = ("ground-truth", "noise", "shuffled")
-NOISE_LEVELS = 64.0
+NOISE_LEVELS = 96.0
 """Standard deviation of the noise, of 255: poses can still be seen, but not as well."""
 
 
@@ -58,14 +60,44 @@ def images_of(root: Path, dataset: str, split: str, variant: str) -> list[tuple[
     return [(layout.artifact_stem(name), root / layout.image_path(name)) for name in names]
 
 
+def order_faults(table: Path) -> list[str]:
+    """What is wrong with the order of the methods in a benchmark's table.json; nothing where it is right.
+
+    Each method's pose AP must be lower than that of the one before, with intervals that do not touch.
+    """
+    rows = json.loads(table.read_bytes())["numbers"]
+    found = {row["method"]: row for row in rows if row["metric"] == "AP" and not row["kind"]}
+    missing = [method for method in CONTROLS if method not in found]
+    if missing:
+        return [f"expected pose AP of {', '.join(CONTROLS)} in {table}, found none of {', '.join(missing)}"]
+    return [
+        f"expected {better} above {worse}, found {_interval(found[better])} and {_interval(found[worse])}"
+        for better, worse in itertools.pairwise(CONTROLS)
+        if not found[better]["low"] > found[worse]["high"]
+    ]
+
+
+def _interval(row: Mapping[str, float]) -> str:
+    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("data", type=Path, help="the dataset's folder, such as data/AP-10K")
-    parser.add_argument("folder", type=Path, help="for the images")
-    parser.add_argument("--dataset", choices=sorted(DATASETS), default="ap10k")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--variant", default="1", help="AP-10K's split id, or HumanArt's subset")
+    commands = parser.add_subparsers(required=True, dest="command")
+    write = commands.add_parser("write", help="write the images of the methods")
+    write.add_argument("data", type=Path, help="the dataset's folder, such as data/AP-10K")
+    write.add_argument("folder", type=Path, help="for the images")
+    write.add_argument("--dataset", choices=sorted(DATASETS), default="ap10k")
+    write.add_argument("--split", default="val")
+    write.add_argument("--variant", default="1", help="AP-10K's split id, or HumanArt's subset")
+    check = commands.add_parser("check", help="fail unless a benchmark puts them in order")
+    check.add_argument("table", type=Path, help="its table.json")
     arguments = parser.parse_args()
+    if arguments.command == "check":
+        if faults := order_faults(arguments.table):
+            sys.exit("\n".join(faults))
+        print(f"In order: {', '.join(CONTROLS)}.")
+        return
     images = images_of(arguments.data, arguments.dataset, arguments.split, arguments.variant)
     write_controls(images, arguments.folder)
     print(f"{len(images):,} images of each of {', '.join(CONTROLS)} in {arguments.folder}")

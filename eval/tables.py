@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -164,7 +165,7 @@ class Table:
         ]
 
     def ranks(self) -> dict[tuple[str, str, Source], int]:
-        """1 for the best and 2 for the second best printed number of each column that has several."""
+        """1 for the best and 2 for the second best printed number of each column that has different ones."""
         found: dict[tuple[str, str, Source], int] = {}
         for metric, source in self.columns:
             if metric.higher_is_better is None:
@@ -177,7 +178,7 @@ class Table:
                 and not math.isnan(cell.value)
             }
             order = sorted(set(printed.values()), reverse=metric.higher_is_better)[:2]
-            if len(printed) > 1:
+            if len(order) > 1:
                 found |= {
                     (method, metric.name, source): order.index(value) + 1
                     for method, value in printed.items()
@@ -207,7 +208,9 @@ def build_table(
         differences: between methods, in the metrics' own scale.
     """
     reported = REPORTED.get(dataset, {}) if split == REPORTED_SPLIT else {}
-    published = {_plain(method): method for method in reported}
+    alike = Counter(_plain(each.method) for each in measured)
+    # Of two methods whose names differ in spelling only, neither takes the paper's row.
+    published = {_plain(method): method for method in reported if alike[_plain(method)] < 2}
     measured = [_renamed(each, published.get(_plain(each.method), each.method)) for each in measured]
     cells: dict[tuple[str, str, Source], Number] = {}
     for method, values in reported.items():

@@ -70,6 +70,13 @@ def test_rows_come_in_the_papers_order_measured_beside_reported() -> None:
     assert row_of(text, "T2I-Adapter").startswith("| T2I-Adapter | – | <u>48.16</u> | – | 27.29 |")
 
 
+def test_two_spellings_of_a_name_stay_two_rows() -> None:
+    table = make(measured("SP-Ctrl2", 0.5, 20), measured("spctrl", 0.4, 18), measured("sp_ctrl", 0.3, 19))
+    assert table.methods == ("T2I-Adapter", "ControlNet", "SP-Ctrl", "SP-Ctrl2", "spctrl", "sp_ctrl")
+    values = [table.cells[method, "AP", "measured"].value for method in table.methods[3:]]
+    assert values == pytest.approx([50, 40, 30])
+
+
 def test_best_and_second_follow_the_printed_numbers() -> None:
     table = make(measured("a", 0.50001, 10), measured("b", 0.5, 30), measured("c", 0.3, 20))
     ranks = {
@@ -85,6 +92,8 @@ def test_best_and_second_follow_the_printed_numbers() -> None:
     assert r"c & \underline{30.00} & -- & \underline{20.00}" in latex
     alone = make(measured("a", 0.5, 10), split="test")
     assert alone.ranks() == {}, "the only number of a column is not the best one"
+    equal = make(measured("a", 0.5, 10), measured("b", 0.5, 11), split="test")
+    assert {metric for _, metric, _ in equal.ranks()} == {"FID"}, "nor is one of equals"
 
 
 def test_the_doubtful_row_is_carried_with_a_footnote_and_never_best() -> None:

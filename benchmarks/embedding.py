@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 RESOLUTION, CHANNELS = 512, 3
 BATCH_SIZES = (1, 4)
 TARGET_BATCH_SIZE = 4
-REPEATS, QUICK_REPEATS = 5, 1
+REPEATS, QUICK_REPEATS = 3, 1
 IMAGES_PER_TURN = 24
 """A turn is as many passes as it takes for so many images: the first one after a pause finds its memory reclaimed."""
 

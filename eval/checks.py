@@ -60,13 +60,18 @@ def check_images(
             if fault is None:
                 rows.append({name: row[name] for name in IMAGES_SCHEMA.names})
             else:
-                rejects.append({"image_id": row["image_id"], "code": "unusable_image", "message": fault})
+                code, message = fault
+                rejects.append({"image_id": row["image_id"], "code": code, "message": message})
     return Checked(rows, rejects)
 
 
-def _fault(path: Path, size_wh: tuple[int, int] | None) -> str | None:
+def _fault(path: Path, size_wh: tuple[int, int] | None) -> tuple[str, str] | None:
+    """Reason code and message."""
     try:
-        read_rgb(path, size_wh)
+        height, width = read_rgb(path).shape[:2]
     except ImageError as error:
-        return str(error)
+        return "broken_image", str(error)
+    if size_wh is not None and size_wh != (width, height):
+        expected = " x ".join(map(str, size_wh))
+        return "wrong_size", f"{path}: expected {expected} pixels, found {width} x {height}"
     return None

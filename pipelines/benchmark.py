@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
-from tasks.evaluate import PAGE, BenchmarkReport, Tables, evaluation_json
+from tasks.benchmark import PAGE, BenchmarkReport, Tables
+from tasks.evaluate import evaluation_json
 
 if TYPE_CHECKING:
     from eval.settings import Evaluation

@@ -1,0 +1,273 @@
+"""The stages that compare all methods of an evaluation: the tables and the report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import luigi
+
+from tasks import settings
+from tasks.base import MANIFEST, StageTask, digest_cache
+from tasks.code_version import ROOT
+from tasks.evaluate import INSTANCES, METRICS, POSES, EvaluatedImages, MetricStage, OfEvaluation, PoseAp
+from tasks.export import LEDGERS, LOCK
+from tasks.generate import method_json
+from tasks.store import PROVENANCE, Run, exclusive, parquet_bytes, write_atomic
+
+if TYPE_CHECKING:
+    from eval.report import MethodView
+    from eval.scores import Scores
+    from eval.tables import MethodScores, Table
+
+TABLE, TABLE_PARQUET = "table.md", "table.parquet"
+PAGE, GRID_PNG, GRID_PDF = "report.html", "grid.png", "grid.pdf"
+TEMPLATES = ("eval/templates/benchmark.html.j2", "spctrl/templates/style.css.j2")
+
+
+class OfMethods(OfEvaluation, StageTask):
+    """A stage that compares all methods of an evaluation; its files are also in a folder for the reader."""
+
+    name = luigi.Parameter(description="of the benchmark: that of its file")
+
+    @property
+    def part(self) -> str:
+        return str(self.name)
+
+    @property
+    def folder(self) -> Path:
+        """Where users look for the files."""
+        return Path(settings.paths().export) / f"benchmark-{self.name}"
+
+    def metrics_of(self, method: str) -> dict[str, MetricStage]:
+        """The metrics of a method, by name."""
+        how = self.how_measured
+        several = next(each for each in how.methods if each.name == method).images_per_pose > 1
+        return {
+            metric: self._of_method(METRICS[metric], method)
+            for metric in how.metrics
+            if metric != "diversity" or several
+        }
+
+    def images_of(self, method: str) -> EvaluatedImages:
+        return self._of_method(EvaluatedImages, method)
+
+    def _of_method(self, stage: type[Any], name: str) -> Any:
+        method = next(each for each in self.how_measured.methods if each.name == name)
+        return self.clone(
+            stage,
+            dataset=self.how_measured.dataset,
+            split=self.how_measured.split,
+            method=method_json(method),
+        )
+
+    def methods(self) -> list[str]:
+        return [method.name for method in self.how_measured.methods]
+
+    def inputs(self) -> dict[str, str] | None:
+        found = {}
+        for task in self.requires():
+            if not isinstance(task, StageTask):
+                continue
+            if (ingredients := task.ingredients()) is None:
+                return None
+            found[f"{task.stage} {task.part}"] = ingredients.fingerprint
+        return found
+
+    def is_up_to_date(self) -> bool:
+        if not super().is_up_to_date():
+            return False
+        run = self.current_run()
+        assert run is not None
+        files = run.provenance()["files"]
+        found = digest_cache(self.store.root).file_digests([str(self.folder / name) for name in files])
+        return found == [each["digest"] for each in files.values()]
+
+    def run(self) -> None:
+        with exclusive(self.folder / LEDGERS / LOCK):
+            super().run()
+
+    def publish(self, run: Run, files: Mapping[str, bytes]) -> None:
+        """Write the files of the run, and the same for the reader."""
+        for name, data in files.items():
+            run.write(name, data)
+            write_atomic(self.folder / name, data)
+
+
+class Tables(OfMethods):
+    """The paper's table as Markdown, LaTeX, CSV, JSON and Parquet."""
+
+    stage = "tables"
+    function = "eval.tables:build_table"
+    also_reaches: ClassVar[Sequence[str]] = (
+        "eval.tables:FORMATS", "eval.tables:to_markdown", "eval.tables:to_arrow", "eval.scores:differences"
+    )  # fmt: skip
+
+    def requires(self) -> list[luigi.Task]:
+        return [
+            task
+            for method in self.methods()
+            for task in (self.images_of(method), *self.metrics_of(method).values())
+        ]
+
+    def parameters(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "methods": self.methods(),
+            "dataset": self.how_measured.dataset,
+            "split": self.how_measured.split,
+            "store": self.store_path,
+        }
+
+    @property
+    def store_path(self) -> str:
+        """The store from the folder of the tables, for links."""
+        return os.path.relpath(self.store.root.absolute(), self.folder.absolute())
+
+    def make(self, run: Run) -> dict[str, int]:
+        from eval.tables import FORMATS, to_arrow, to_markdown
+
+        table = self.table()
+        files = {name: write(table).encode() for name, write in FORMATS.items()}
+        files[TABLE] = to_markdown(table, store=self.store_path).encode()
+        files[TABLE_PARQUET] = parquet_bytes(to_arrow(table))
+        self.publish(run, files)
+        return {"records": len(table.measured), "made": len(table.cells), "rejected": 0}
+
+    def table(self) -> Table:
+        """What the finished metrics found, beside the reported numbers."""
+        from eval.scores import differences
+        from eval.tables import METRIC, build_table
+
+        found = {method: dict(self._scores_of(method)) for method in self.methods()}
+        level = self.how_measured.intervals.level
+        compared = []
+        for metric in METRIC:
+            of_methods = {
+                method: scores
+                for method, tasks in found.items()
+                for scores in tasks.values()
+                if metric in scores.samples
+            }
+            compared += differences(metric, of_methods, level)
+        return build_table(
+            str(self.name),
+            self.how_measured.dataset,
+            self.how_measured.split,
+            settings.dataset_of(self.how_measured.dataset).title,
+            [self._method_scores(method, scores) for method, scores in found.items()],
+            level=level,
+            differences=compared,
+        )
+
+    def _scores_of(self, method: str) -> Iterator[tuple[MetricStage, Scores]]:
+        from eval.scores import read_scores
+
+        for task in self.metrics_of(method).values():
+            yield task, read_scores(task.finished_run().folder)
+
+    def _method_scores(self, method: str, found: Mapping[MetricStage, Scores]) -> MethodScores:
+        from eval.tables import MethodScores
+
+        counts = self.images_of(method).finished_run().provenance()["counts"]
+        provenance, random = {}, {}
+        for task, scores in found.items():
+            run = task.finished_run()
+            for metric in scores.samples:
+                provenance[metric] = run.path(PROVENANCE).relative_to(self.store.root).as_posix()
+                random[metric] = run.provenance()["random"]
+        return MethodScores(
+            method=method,
+            scores=[row for scores in found.values() for row in scores.rows],
+            provenance=provenance,
+            random=random,
+            num_images=counts["poses"],
+            num_annotated=counts["annotated"],
+        )
+
+
+class BenchmarkReport(OfMethods):
+    """The benchmark as one HTML page, with its best and worst cases, which are also a figure for the paper."""
+
+    stage = "benchmark_report"
+    function = "eval.report.page:render_benchmark"
+    also_reaches: ClassVar[Sequence[str]] = (
+        "eval.report.cases:choose_cases", "eval.report.cases:draw_case", "eval.report.grid:render_grid"
+    )  # fmt: skip
+    libraries = ("jinja2", "matplotlib", "opencv-python-headless")
+
+    def tables_task(self) -> Tables:
+        return self.clone(Tables)
+
+    def requires(self) -> list[luigi.Task]:
+        return [self.tables_task(), *self.tables_task().requires()]
+
+    def parameters(self) -> dict[str, Any]:
+        templates = digest_cache(self.store.root).file_digests([str(ROOT / each) for each in TEMPLATES])
+        return {**self.settings_of("num_cases"), "templates": templates}
+
+    def make(self, run: Run) -> dict[str, int]:
+        from eval.report import choose_cases, draw_case, render_benchmark, render_grid
+
+        views = [self._view(method) for method in self.methods() if "pose_ap" in self.how_measured.metrics]
+        cases = []
+        if views:
+            rows, root = self._annotated(views[0]), settings.dataset_root(self.how_measured.dataset)
+            chosen = choose_cases([view.oks for view in views], self.how_measured.num_cases)
+            cases = [
+                draw_case(rows[case.image_id], case, views, dataset=self.how_measured.dataset, root=root)
+                for case in chosen
+            ]
+        page = render_benchmark(
+            self.tables_task().table(),
+            cases,
+            store=self.tables_task().store_path,
+            warnings=list(self._warnings()),
+            made_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        )
+        files = {PAGE: page.encode()}
+        if cases:
+            files[GRID_PNG], files[GRID_PDF] = render_grid(cases)
+        self.publish(run, files)
+        return {"records": len(cases), "made": len(files), "rejected": 0}
+
+    def _annotated(self, view: MethodView) -> dict[int, dict[str, Any]]:
+        """Rows of the index by image id."""
+        import pyarrow.parquet as pq
+
+        index = self.images_of(view.method).index_task().finished_run()
+        rows = pq.read_table(index.path(MANIFEST), partitioning=None).to_pylist()
+        return {row["image_id"]: row for row in rows}
+
+    def _view(self, method: str) -> MethodView:
+        import pyarrow.parquet as pq
+
+        from eval.instances import read_poses
+        from eval.report import MethodView
+
+        scored: PoseAp = self._of_method(PoseAp, method)
+        images = scored.first_images().to_pylist()
+        oks: dict[int, list[float]] = {row["image_id"]: [] for row in images}
+        for row in pq.read_table(scored.finished_run().path(INSTANCES), partitioning=None).to_pylist():
+            if row["image_id"] in oks:  # a missing image is no case to look at
+                oks[row["image_id"]].append(row["oks"])
+        return MethodView(
+            method=method,
+            files={row["image_id"]: Path(row["file"]) for row in images},
+            prompts={row["image_id"]: row["prompt"] for row in images},
+            poses=read_poses(scored.poses_task().finished_run().path(POSES)),
+            oks={image_id: sum(values) / len(values) for image_id, values in oks.items() if values},
+        )
+
+    def _warnings(self) -> Iterator[str]:
+        """What the metrics had to say, each once, with the methods that it concerns."""
+        concerned: dict[tuple[str, str], list[str]] = {}
+        for method in self.methods():
+            for name, task in self.metrics_of(method).items():
+                for warning in task.finished_run().provenance().get("warnings", []):
+                    concerned.setdefault((name, warning), []).append(method)
+        for (name, warning), methods in concerned.items():
+            yield f"{name} of {', '.join(methods)}: {warning}"

@@ -411,7 +411,7 @@ def _drawing(
         choose_device(device)
     except ValueError as error:  # msgspec's ValidationError is one
         raise typer.BadParameter(str(error)) from error
-    chosen: Kind = kind  # type: ignore[assignment]
+    chosen: Kind = kind
     generator = load_generator(
         kind=chosen,
         stable_diffusion=weights_at(stable_diffusion),

@@ -128,7 +128,10 @@ class MethodStage(DatasetStage):
         return f"{super().part}-{self.how.name}"
 
     def prompts_task(self) -> Prompts:
-        return self.clone(Prompts, keypoint_words=self.how.keypoint_words or "", templates=self.how.templates)
+        task: Prompts = self.clone(
+            Prompts, keypoint_words=self.how.keypoint_words or "", templates=self.how.templates
+        )
+        return task
 
 
 def method_json(method: Method) -> str:

@@ -175,7 +175,7 @@ def read_condition(data: bytes, kind: Kind, resolution: int) -> NDArray[np.float
             resized = image.convert("RGB").resize(side, Image.Resampling.BILINEAR)
     except (OSError, SyntaxError, ValueError) as error:
         raise RecordError("bad_condition", f"the condition cannot be decoded: {error}") from None
-    return np.asarray(resized, np.float32).transpose(2, 0, 1) / 255
+    return np.asarray(resized, np.float32).transpose(2, 0, 1) / np.float32(255)
 
 
 def jpeg_bytes(image: NDArray[np.float32]) -> bytes:

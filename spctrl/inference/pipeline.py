@@ -40,22 +40,21 @@ MOST_LINKS = 19
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+
+def _network(what: str, class_name: str) -> WeightsFolder:
+    return WeightsFolder(
+        what=what,
+        source="whoever trained it (configs/train/ trains one)",
+        files=f"config.json and {_WEIGHTS}",
+        setting="checkpoint",
+        kind=("_class_name", class_name),
+    )
+
+
 NETWORKS: dict[Kind, tuple[type[Any], WeightsFolder]] = {
-    kind: (
-        network,
-        WeightsFolder(
-            what=what,
-            source="whoever trained it (configs/train/ trains one)",
-            files=f"config.json and {_WEIGHTS}",
-            setting="checkpoint",
-            kind=("_class_name", class_name),
-        ),
-    )
-    for kind, network, what, class_name in (
-        ("spctrl", SpCtrlControlNetModel, "an SP-Ctrl ControlNet", RELEASED_CLASS),
-        ("controlnet", ControlNetModel, "a ControlNet in diffusers' format", "ControlNetModel"),
-        ("t2i_adapter", T2IAdapter, "a T2I-Adapter in diffusers' format", "T2IAdapter"),
-    )
+    "spctrl": (SpCtrlControlNetModel, _network("an SP-Ctrl ControlNet", RELEASED_CLASS)),
+    "controlnet": (ControlNetModel, _network("a ControlNet in diffusers' format", "ControlNetModel")),
+    "t2i_adapter": (T2IAdapter, _network("a T2I-Adapter in diffusers' format", "T2IAdapter")),
 }
 
 
@@ -212,4 +211,5 @@ def initial_noise(seeds: Sequence[int], resolution: int) -> Tensor:
 def decode_latents(vae: Any, latents: Tensor) -> NDArray[np.float32]:
     """(B, R, R, 3) float32 images in [0, 1] of the autoencoder's scaled latents, on the processor."""
     images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-    return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+    pixels: NDArray[np.float32] = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+    return pixels

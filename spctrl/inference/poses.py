@@ -180,12 +180,13 @@ def prompt_of(pose: Pose, dataset: Dataset, *, keypoints: KeypointWords | None) 
     Raises:
         ExpectedError: no template fits, as where a species is not known.
     """
+    labelled: NDArray[np.bool_] = np.any(pose.keypoints[..., 2] > 0, axis=0)
     subject = Subject(
         image_id=0,
         categories=pose.categories,
         background=pose.background,
         caption=pose.caption,
-        labelled=(pose.keypoints[..., 2] > 0).any(axis=0),
+        labelled=labelled,
     )
     templates = load_templates(None, dataset.name)
     return evaluation_prompt(subject, templates, dataset.name, keypoints=keypoints).text

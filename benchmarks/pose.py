@@ -7,6 +7,7 @@ random.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 INSTANCES, QUICK_INSTANCES = 32, 8
 GPU_INSTANCES = 2048
 REPEATS, QUICK_REPEATS = 3, 1
-BATCH_SIZE = 16
 GPU_BATCH_SIZE = 128
 MAX_PX = 0.05
 """How far keypoints of the two sides may be apart in float32."""
@@ -37,6 +37,8 @@ MAX_PX = 0.05
 MATRIX_SIDE, MATRIX_TURNS = 8192, 20
 VITPOSE_S, VITPOSE_H = (384, 12, 12), (1280, 32, 16)
 """Width, layers, heads."""
+
+OURS, HALF, PLAIN = "this project", "this project, bfloat16", "one image, box and flip at a time"
 
 Work = list[tuple[Path, list[list[float]]]]
 Keypoints = np.ndarray[Any, np.dtype[np.float64]]
@@ -62,15 +64,13 @@ def _on_processor(report: Report, folder: Path) -> None:
     model, _ = load_vitpose(folder / "tiny.pth")
     work = _work(QUICK_INSTANCES if report.quick else INSTANCES)
     where = f"on the processor, {torch.get_num_threads()} threads"
+    cpu = torch.device("cpu")
     for dataset, protocol in PROTOCOLS.items():
-        ours = PoseEstimator(model, protocol, device=torch.device("cpu"), batch_size=BATCH_SIZE)
+        _check(PoseEstimator(copy.deepcopy(model), protocol, device=cpu), model, work)
         what = f"Tiny ViTPose {where}, {protocol.codec}"
-        _check(ours, work)
-        _race(report, what, ours, work, at_least=2 if dataset == "ap10k" else None)
-    larger = PoseEstimator(
-        _random_network(*VITPOSE_S), PROTOCOLS["ap10k"], device=torch.device("cpu"), batch_size=BATCH_SIZE
-    )
-    _race(report, f"ViTPose-S {where}, msra", larger, work[: len(work) // 4])
+        _race(report, what, model, protocol, work, at_least=2 if dataset == "ap10k" else None)
+    network = _random_network(*VITPOSE_S)
+    _race(report, f"ViTPose-S {where}, msra", network, PROTOCOLS["ap10k"], work[: len(work) // 4])
 
 
 def _on_gpu(report: Report) -> None:
@@ -150,9 +150,10 @@ def _work(instances: int) -> Work:
     return work
 
 
-def _check(estimator: PoseEstimator, work: Work) -> None:
+def _check(estimator: PoseEstimator, model: Any, work: Work) -> None:
     """Both sides must find the same, but for a few flat heatmaps in noise, where DARK divides by nearly nothing."""
-    apart = float(np.quantile(np.abs(_ours(estimator, work) - _plain(estimator, work)), 0.99))
+    plain = _plain(model, estimator.protocol, work)
+    apart = float(np.quantile(np.abs(_ours(estimator, work) - plain), 0.99))
     if apart > MAX_PX:
         raise RuntimeError(
             f"keypoints of the two sides are {apart:g} pixels apart, expected at most {MAX_PX:g}"
@@ -160,25 +161,28 @@ def _check(estimator: PoseEstimator, work: Work) -> None:
 
 
 def _race(
-    report: Report, title: str, estimator: PoseEstimator, work: Work, at_least: float | None = None
+    report: Report, title: str, model: Any, protocol: Protocol, work: Work, at_least: float | None = None
 ) -> None:
-    name = f"this project, batches of {estimator.batch_size}"
-    plain = "one image, box and flip at a time"
+    """A table, and the target of the line in half precision."""
+    import torch
+
+    from eval.pose_estimator import PoseEstimator
+
+    device = torch.device("cpu")
+    full, half = (
+        PoseEstimator(copy.deepcopy(model), protocol, device=device, half=each) for each in (False, True)
+    )
     contestants: dict[str, Callable[[], object]] = {
-        name: lambda: _ours(estimator, work),
-        plain: lambda: _plain(estimator, work),
+        OURS: lambda: _ours(full, work),
+        HALF: lambda: _ours(half, work),
+        PLAIN: lambda: _plain(model, protocol, work),
     }
     repeats = QUICK_REPEATS if report.quick else REPEATS
     costs = interleaved(contestants, repeats)
-    count = sum(len(boxes) for _, boxes in work)
+    count, base_s = sum(len(boxes) for _, boxes in work), costs[PLAIN].wall_s
     rows = [
-        (
-            each,
-            f"{count / cost.wall_s:.2f}",
-            f"{cost.cpu_s / count:.3f}",
-            f"{costs[plain].wall_s / cost.wall_s:.2f}",
-        )
-        for each, cost in costs.items()
+        (name, f"{count / cost.wall_s:.2f}", f"{cost.cpu_s / count:.3f}", f"{base_s / cost.wall_s:.2f}")
+        for name, cost in costs.items()
     ]
     report.table(
         f"{title}: {count} instances of {len(work)} images, medians of {repeats} turns",
@@ -187,11 +191,8 @@ def _race(
         "From JPEG files to keypoints, with flip test.",
     )
     if at_least is not None:
-        report.target(
-            f"{title}: one at a time / ours, wall time",
-            costs[plain].wall_s / costs[name].wall_s,
-            at_least=at_least,
-        )
+        ratio = base_s / costs[HALF].wall_s
+        report.target(f"{title}: one at a time / ours in bfloat16, wall time", ratio, at_least=at_least)
 
 
 def _ours(estimator: PoseEstimator, work: Work) -> Keypoints:
@@ -201,11 +202,11 @@ def _ours(estimator: PoseEstimator, work: Work) -> Keypoints:
 # The plain way
 
 
-def _plain(estimator: PoseEstimator, work: Work) -> Keypoints:
+def _plain(model: Any, protocol: Protocol, work: Work) -> Keypoints:
     found = []
     for path, boxes in work:
         image = np.asarray(Image.open(path).convert("RGB"))
-        found += [_plain_pose(estimator.model, estimator.protocol, image, box) for box in boxes]
+        found += [_plain_pose(model, protocol, image, box) for box in boxes]
     return np.stack(found)
 
 

@@ -40,7 +40,8 @@ class Evaluate(luigi.WrapperTask):
         self.how = _read(Path(self.config))
 
     def tables_task(self) -> Tables:
-        return self.clone(Tables, name=Path(self.config).stem, evaluation=evaluation_json(self.how))
+        task: Tables = self.clone(Tables, name=Path(self.config).stem, evaluation=evaluation_json(self.how))
+        return task
 
     def metric_tasks(self) -> Iterator[MetricStage]:
         tables = self.tables_task()
@@ -72,7 +73,10 @@ class Benchmark(Evaluate):
     """
 
     def report_task(self) -> BenchmarkReport:
-        return self.clone(BenchmarkReport, name=Path(self.config).stem, evaluation=evaluation_json(self.how))
+        task: BenchmarkReport = self.clone(
+            BenchmarkReport, name=Path(self.config).stem, evaluation=evaluation_json(self.how)
+        )
+        return task
 
     def requires(self) -> list[luigi.Task]:
         return [self.tables_task(), self.report_task()]

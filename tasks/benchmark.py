@@ -53,7 +53,8 @@ class OfMethods(OfEvaluation, StageTask):
         }
 
     def images_of(self, method: str) -> EvaluatedImages:
-        return self._of_method(EvaluatedImages, method)
+        task: EvaluatedImages = self._of_method(EvaluatedImages, method)
+        return task
 
     def _of_method(self, stage: type[Any], name: str) -> Any:
         method = next(each for each in self.how_measured.methods if each.name == name)
@@ -200,7 +201,8 @@ class BenchmarkReport(OfMethods):
     libraries = ("jinja2", "matplotlib", "opencv-python-headless")
 
     def tables_task(self) -> Tables:
-        return self.clone(Tables)
+        task: Tables = self.clone(Tables)
+        return task
 
     def requires(self) -> list[luigi.Task]:
         return [self.tables_task(), *self.tables_task().requires()]

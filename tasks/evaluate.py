@@ -69,10 +69,14 @@ class EvaluatedImages(OfEvaluation, MethodStage):
     function = "eval.checks:check_images"
 
     def generated_task(self) -> GeneratedImages:
-        if self.how.kind != "external":
-            return self.clone(GeneratedImages)
-        # What is missing is counted here, together with what is broken.
-        return self.clone(GeneratedImages, on_bad_record="quarantine", max_reject_share=1.0)
+        # What is missing of other people's images is counted here, together with what is broken.
+        tolerant = {"on_bad_record": "quarantine", "max_reject_share": 1.0}
+        task: GeneratedImages = self.clone(GeneratedImages, **(tolerant if self.is_external else {}))
+        return task
+
+    @property
+    def is_external(self) -> bool:
+        return self.how.kind == "external"
 
     def requires(self) -> list[luigi.Task]:
         return [self.index_task(), self.generated_task()]
@@ -131,7 +135,8 @@ class OfImages(OfEvaluation, MethodStage):
     """A stage that measures images of one method."""
 
     def images_task(self) -> EvaluatedImages:
-        return self.clone(EvaluatedImages)
+        task: EvaluatedImages = self.clone(EvaluatedImages)
+        return task
 
     def images(self) -> pa.Table:
         """Rows of ``eval.checks.IMAGES_SCHEMA`` with the file of each image as ``file``."""
@@ -452,7 +457,8 @@ class PoseAp(MetricStage):
     function = "eval.scores:pose_scores"
 
     def poses_task(self) -> PredictedPoses:
-        return self.clone(PredictedPoses)
+        task: PredictedPoses = self.clone(PredictedPoses)
+        return task
 
     def sources(self) -> list[StageTask]:
         return [self.index_task(), self.poses_task()]
@@ -490,10 +496,12 @@ class Distance(MetricStage):
     """A distance between the features of the images of a method and of the real ones."""
 
     def fake_task(self) -> ImageFeatures:
-        return self.clone(ImageFeatures)
+        task: ImageFeatures = self.clone(ImageFeatures)
+        return task
 
     def real_task(self) -> RealFeatures:
-        return self.clone(RealFeatures)
+        task: RealFeatures = self.clone(RealFeatures)
+        return task
 
     def sources(self) -> list[StageTask]:
         return [self.fake_task(), self.real_task()]

@@ -14,6 +14,7 @@ _FOLDERS = {
     "humanart": {"spatext": "humanart_kptindex", "openpose": "humanart_openpose"},
 }
 _COMMON_FOLDERS = {"mask": "sam_hq_mask", "depth": "zeo_depth", "masked_depth": "zeo_depth_masked"}
+_SHARD_SUFFIXES = {"webdataset": ".tar", "parquet": ".parquet"}
 _RELEASED_JSONL = {
     ("humanart", "train"): "humanart_training.jsonl",
     ("humanart", "val"): "humanart_validation.jsonl",
@@ -60,6 +61,10 @@ class Layout:
     @property
     def categories(self) -> str:
         return "catgories.jsonl" if self.names == "released" else "categories.jsonl"
+
+    def shard(self, kind: str, number: int) -> str:
+        """A file of many samples; ``kind`` is ``webdataset`` or ``parquet``."""
+        return f"{kind}/{self.split_name}-{number:06d}{_SHARD_SUFFIXES[kind]}"
 
     def image(self, file_name: str) -> str:
         return self.dataset.image_path(file_name)

@@ -1,4 +1,4 @@
-"""The export stage: triplet folders, and the manifest where users look for it, kept in step with the store.
+"""The export stage: triplet folders, shards, and the manifest where users look for it, in step with the store.
 
 An export is a view: it can be deleted at any time. Its ledger says which files it holds and what each was
 made from, so that only changed files are written and nothing stale stays.
@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tasks import settings
-from tasks.base import MANIFEST
+from tasks.base import MANIFEST, code_of
 from tasks.index import AnnotationFile
+from tasks.inputs import InputChangedError
 from tasks.manifest import Manifest
 from tasks.progress import progress
 from tasks.record_stage import artifact_locations
 from tasks.store import (
     TEMPORARY,
+    Location,
     Run,
     StoreError,
     cannot_write,
@@ -35,12 +37,17 @@ from tasks.store import (
 )
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from spctrl.shards import ReadFiles
     from tasks.base import StageTask
     from tasks.progress import Advance
+    from tasks.work import Source
 
 LEDGERS = ".spctrl"
 LOCK = "lock"
 IMAGE, HEATMAPS = "image", "heatmaps"
+FOLDERS = "folders"
 DISPLAY_EVERY = 256
 
 
@@ -119,8 +126,17 @@ class Wanted(NamedTuple):
     file_name: str
 
 
+class WantedShard(NamedTuple):
+    """A file of many samples that the export should hold; ``rows`` are the manifest's."""
+
+    path: str
+    made_from: str
+    kind: str
+    rows: pa.Table
+
+
 class Export(Manifest):
-    """The split's triplet folder: conditions, linked images, JSON lines, manifest."""
+    """The split in the formats that are asked for: triplet folders, WebDataset tars, Parquet files with images."""
 
     stage = "export"
     function = "spctrl.export:record_lines"
@@ -128,6 +144,7 @@ class Export(Manifest):
         "spctrl.export:categories_json",
         "spctrl.export:heatmaps_npy",
         "spctrl.export:link_file",
+        "spctrl.shards:SHARD_WRITERS",
         "spctrl.layout:Layout",
         "spctrl.datasets:DATASETS",
     )
@@ -146,7 +163,17 @@ class Export(Manifest):
             "folder": str(self.folder.absolute()),
             "link": settings.export().link,
             "heatmaps": self.has_heatmaps,
+            "format": self.formats,
+            **({"shard_images": settings.export().shard_images} if self.shard_kinds else {}),
         }
+
+    @functools.cached_property
+    def formats(self) -> tuple[str, ...]:
+        return tuple(sorted(settings.export().format))
+
+    @property
+    def shard_kinds(self) -> list[str]:
+        return [name for name in self.formats if name != FOLDERS]
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -165,10 +192,14 @@ class Export(Manifest):
         run = self.current_run()
         if run is None or not super().is_up_to_date() or fingerprint_at(self.ledger_path) != run.fingerprint:
             return False
-        layout = self.layout
-        return all(
-            (self.folder / name).exists() for name in (layout.records, layout.categories, layout.manifest)
-        )
+        return all((self.folder / name).exists() for name in self._landmarks())
+
+    def _landmarks(self) -> Iterator[str]:
+        """One file, or a few, of each format: a look at all files would take long."""
+        yield self.layout.manifest
+        if FOLDERS in self.formats:
+            yield from (self.layout.records, self.layout.categories)
+        yield from (self.layout.shard(kind, 0) for kind in self.shard_kinds)
 
     def run(self) -> None:
         # Another build may be writing the same folder; when it is done, there may be nothing left to do.
@@ -177,13 +208,20 @@ class Export(Manifest):
 
     def make(self, run: Run) -> dict[str, int]:
         source = self.clone(Manifest).finished_run()
-        wanted = {each.path: each for each in self._wanted(source)}
+        wanted = {each.path: each for each in self._wanted(source)} if FOLDERS in self.formats else {}
+        shards = {each.path: each for each in self._wanted_shards(source)}
         texts = dict(self._texts(source))
         old = Ledger.read(self.ledger_path)
         changed = [
             each
             for each in wanted.values()
             if old.files.get(each.path, UNFINISHED).made_from != each.made_from
+        ]
+        changed_shards = [
+            each
+            for each in shards.values()
+            if old.files.get(each.path, UNFINISHED).made_from != each.made_from
+            or not (self.folder / each.path).exists()
         ]
         changed_texts = {
             path: data
@@ -194,23 +232,25 @@ class Export(Manifest):
         # From here on the folder is neither the old export nor the new one; a killed build must not pass for
         # either, and whatever it wrote must be known.
         ledger = Ledger(self.ledger_path, "", dict(old.files))
-        ledger.files |= dict.fromkeys([*(each.path for each in changed), *changed_texts], UNFINISHED)
+        written = [each.path for each in changed]
+        written += [*(each.path for each in changed_shards), *changed_texts]
+        ledger.files |= dict.fromkeys(written, UNFINISHED)
         ledger.write()
         for left in self.ledger_path.parent.glob(f"{TEMPORARY}*"):
             left.unlink()
         with progress(f"{self.stage} {self.part}", len(changed), self.set_progress_percentage) as advance:
             self._write_changed(changed, ledger, advance)
+        self._write_shards(changed_shards, ledger)
         for path, data in changed_texts.items():
             self._put(path, data)
             ledger.files[path] = Entry(TEXT, content_digest(data))
-        stale = ledger.files.keys() - wanted.keys() - texts.keys()
+        stale = ledger.files.keys() - wanted.keys() - shards.keys() - texts.keys()
         for path in stale:
             del ledger.files[path]
         self._settle_with_other_splits(stale, ledger)
         ledger.fingerprint = run.fingerprint
         ledger.write()
-        total = len(wanted) + len(texts)
-        made = len(changed) + len(changed_texts)
+        total, made = len(wanted) + len(shards) + len(texts), len(written)
         return {"records": total, "made": made, "found": total - made, "removed": len(stale)}
 
     def _settle_with_other_splits(self, stale: set[str], ledger: Ledger) -> None:
@@ -247,6 +287,26 @@ class Export(Manifest):
                 if self.has_heatmaps:
                     made_from = digest(code, drawings[image_id])
                     yield Wanted(self.layout.heatmaps(name), made_from, HEATMAPS, image_id, name)
+
+    def _wanted_shards(self, source: Run) -> Iterator[WantedShard]:
+        """Stretches of the manifest, each of which becomes a file."""
+        if not self.shard_kinds:
+            return
+        import pyarrow.parquet as pq
+
+        from spctrl.shards import shard_columns
+
+        path, size = source.path(MANIFEST), settings.export().shard_images
+        table = pq.read_table(path, columns=shard_columns(pq.read_schema(path)), partitioning=None)
+        codes = {
+            kind: digest(json.dumps(code_of((f"spctrl.shards:write_{kind}",), self.store.root)))
+            for kind in self.shard_kinds
+        }
+        for number, first in enumerate(range(0, len(table), size)):
+            rows = table.slice(first, size).combine_chunks()
+            content = content_digest(parquet_bytes(rows))  # the rows name the files by digest
+            for kind in self.shard_kinds:
+                yield WantedShard(self.layout.shard(kind, number), digest(codes[kind], content), kind, rows)
 
     def _drawing_digests(self) -> dict[int, str]:
         import pyarrow.parquet as pq
@@ -304,8 +364,64 @@ class Export(Manifest):
                     ledger.files[each.path] = Entry(each.made_from, content_digest(data))
                 advance(len(records))
 
+    def _write_shards(self, changed: list[WantedShard], ledger: Ledger) -> None:
+        if not changed:
+            return
+        from spctrl.shards import SHARD_WRITERS
+
+        names = [IMAGE, *(name for name in self.conditions if name != "latents")]
+        locations = {
+            name: artifact_locations(self.condition_tasks()[name].finished_run()) for name in names[1:]
+        }
+        total = sum(len(each.rows) for each in changed)
+        with progress(f"shards {self.part}", total, self.set_progress_percentage) as advance:
+            for each in changed:
+                target, temporary = self.folder / each.path, self._temporary
+                read_files = self._file_reader(each.rows, locations)
+                try:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    SHARD_WRITERS[each.kind](temporary, each.rows, names, read_files)
+                    found = file_digest(temporary)
+                    temporary.replace(target)
+                except OSError as error:
+                    raise cannot_write(target, error) from error
+                finally:
+                    temporary.unlink(missing_ok=True)
+                ledger.files[each.path] = Entry(each.made_from, found)
+                advance(len(each.rows))
+
+    def _file_reader(self, rows: pa.Table, locations: dict[str, dict[int, Location]]) -> ReadFiles:
+        """What reads the image and the conditions of one of the rows."""
+        from tasks.work import ArtifactSource, FileSource, read_source
+
+        sources: dict[int, dict[str, Source]] = {}
+        for row in rows.select(["image_id", "file_name", "image_digest"]).to_pylist():
+            found: dict[str, Source] = {
+                name: ArtifactSource(name, places[row["image_id"]]) for name, places in locations.items()
+            }
+            if row["image_digest"] is not None:
+                path = self.root / self.spec.image_path(row["file_name"])
+                found[IMAGE] = FileSource(str(path), row["image_digest"])
+            sources[row["image_id"]] = found
+
+        def read_files(image_id: int) -> dict[str, bytes]:
+            try:
+                return {name: read_source(self.store, source) for name, source in sources[image_id].items()}
+            except OSError as error:
+                raise InputChangedError(
+                    f"cannot read {error.filename}: {error.strerror}. It was there when the build looked; "
+                    "run again"
+                ) from error
+
+        return read_files
+
     def _texts(self, source: Run) -> Iterator[tuple[str, bytes]]:
-        """JSON lines, categories, manifest and, for HumanArt, one JSON file an image and the annotation file itself."""
+        """The manifest and, in folders, JSON lines and categories; for HumanArt also one JSON file an image and
+        the annotation file itself.
+        """
+        yield self.layout.manifest, source.path(MANIFEST).read_bytes()
+        if FOLDERS not in self.formats:
+            return
         import pyarrow.parquet as pq
 
         from spctrl.export import categories_json, record_lines
@@ -324,7 +440,6 @@ class Export(Manifest):
                 yield layout.pose(file_name), line
         yield layout.records, b"".join(line + b"\n" for line in lines)
         yield layout.categories, categories_json(annotation_path)
-        yield layout.manifest, source.path(MANIFEST).read_bytes()
         if self.dataset == "humanart":
             yield f"annotations/{annotation_path.name}", annotation_path.read_bytes()
 

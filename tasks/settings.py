@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import luigi
 
+from tasks.names import NamesParameter
 from tasks.store import digest
 
 if TYPE_CHECKING:
@@ -45,10 +46,20 @@ class humanart(luigi.Config):
 
 class executor(luigi.Config):
     kind = luigi.ChoiceParameter(
-        default="local", choices=["local"], description="where record batches are worked on"
+        default="local",
+        choices=["local", "ray"],
+        description="where record batches are worked on: by processes on this machine, or on a Ray cluster",
     )
-    workers = luigi.IntParameter(default=0, description="worker processes; 0: one for each core")
-    device = luigi.Parameter(default="auto", description="of image models: auto, cpu or cuda:N")
+    address = luigi.Parameter(
+        default="auto",
+        description="ray: host:port of the cluster's head; auto: the cluster that this machine is a node of",
+    )
+    workers = luigi.IntParameter(
+        default=0, description="worker processes; 0: one for each core, of this machine or of the cluster"
+    )
+    device = luigi.Parameter(
+        default="auto", description="of image models: auto, cpu or cuda:N; with ray, cuda:N is any GPU"
+    )
 
 
 class index(luigi.Config):
@@ -128,6 +139,18 @@ class train(luigi.Config):
 
 
 class export(luigi.Config):
+    format = NamesParameter(
+        default=("folders",),
+        choices=("folders", "webdataset", "parquet"),
+        description="triplet folders, WebDataset tars, Parquet files with image columns",
+    )
+    shard_images = luigi.NumericalParameter(
+        default=1000,
+        var_type=int,
+        min_value=1,
+        max_value=1_000_000,
+        description="images in a WebDataset tar or Parquet file",
+    )
     names = luigi.ChoiceParameter(
         default="readme",
         choices=["readme", "released"],

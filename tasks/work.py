@@ -89,7 +89,7 @@ def make_pack(batch: Batch) -> dict[str, Location]:
     results: list[tuple[str, bytes | tuple[str, str]]] = []
     for key, record, sources in zip(batch.keys, batch.records, batch.sources, strict=True):
         try:
-            data = [_read(store, source) for source in sources]
+            data = [read_source(store, source) for source in sources]
             results.append((key, function(record, *data, **batch.parameters)))
         except RecordError as error:
             results.append((key, (error.code, error.message)))
@@ -110,7 +110,7 @@ def make_model_pack(batch: ModelBatch) -> dict[str, Location]:
     store = Store(batch.store_root)
     model = _loaded_model(batch.function, tuple(sorted({**batch.parameters, **batch.loading}.items())))
     work: Iterator[tuple[Any, ...]] = (
-        (record, *(_read(store, source) for source in sources))
+        (record, *(read_source(store, source) for source in sources))
         for record, sources in zip(batch.records, batch.sources, strict=True)
     )
     fitting = FITTING_BATCH[choose_device(batch.loading["device"]).type]
@@ -130,7 +130,14 @@ def resolve(function: str) -> Callable[..., Any]:
     return found
 
 
-def _read(store: Store, source: Source) -> bytes:
+def read_source(store: Store, source: Source) -> bytes:
+    """A source's bytes.
+
+    Raises:
+        InputChangedError: a file is not what it was when its digest was taken.
+        OSError: it cannot be read.
+        StoreError: an artifact cannot be read.
+    """
     if isinstance(source, ArtifactSource):
         return store.read(source.stage, source.location.pack, source.location.offset, source.location.size)
     if isinstance(source, TextSource):

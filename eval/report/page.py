@@ -22,7 +22,7 @@ from eval.tables import (
     printed,
     printed_interval,
 )
-from spctrl.report import text
+from spctrl.report.text import words
 from spctrl.report.pictures import ThumbnailBudget
 
 COMPARED = ("AP", "FID", "CLIP-score", "PCK", "KID", "diversity")
@@ -226,5 +226,5 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["words"] = text.words
+    environment.filters["words"] = words
     return environment

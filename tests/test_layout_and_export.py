@@ -85,6 +85,11 @@ def test_text_files(dataset: Dataset, split: str, readme: str, released: str) ->
     assert layout(dataset, "readme", split).manifest == f"manifests/{split}_split1.parquet"
 
 
+def test_shards_are_numbered_and_name_their_split() -> None:
+    assert layout(AP10K, n="2").shard("webdataset", 0) == "webdataset/train_split2-000000.tar"
+    assert layout(HUMANART, split="val").shard("parquet", 12) == "parquet/val_split1-000012.parquet"
+
+
 def test_folders_images_and_heatmaps() -> None:
     assert (layout(AP10K).folder, layout(HUMANART).folder) == ("AP-10K_triplet", "HumanArt_triplet")
     assert layout(AP10K).image(ANIMAL) == "data/000000001996.jpg"

@@ -22,8 +22,8 @@ from eval.tables import (
     printed,
     printed_interval,
 )
-from spctrl.report.text import words
 from spctrl.report.pictures import ThumbnailBudget
+from spctrl.report.text import words
 
 COMPARED = ("AP", "FID", "CLIP-score", "PCK", "KID", "diversity")
 """Metrics whose differences are shown; table.json has them all."""

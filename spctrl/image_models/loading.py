@@ -77,7 +77,9 @@ def load_strictly(
             names the setting, the folder and what to get.
     """
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar for each tensor, gone before anyone sees it
     where = f"{expected.setting}: {folder}"
     remedy = f"Get {expected.what} from {expected.source} ({expected.files})"
     if not folder.is_dir():

@@ -11,7 +11,7 @@ import luigi
 from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
 from spctrl.errors import ExpectedError
-from tasks import settings
+from tasks import logs, settings
 from tasks.conditions import CONDITIONS
 from tasks.export import Export
 from tasks.names import NamesParameter
@@ -87,17 +87,23 @@ class BuildDataset(luigi.WrapperTask):
 class _OnlyWhatMatters(logging.Filter):
     """Luigi tells of every task that it looks at; people read the summary at the end, warnings and errors.
 
-    Of an error that explains itself they read the message, not the way it took through the program.
+    Of an error that explains itself they read the message, not the way it took through the program. Machines
+    ([log] format = json) get every line.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
+        logs.follow_setting()
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, ExpectedError):
             record.msg, record.args, record.exc_info = str(error), (), None
-        return record.levelno > logging.INFO or "Luigi Execution Summary" in record.getMessage()
+        return (
+            logs.are_json()
+            or record.levelno > logging.INFO
+            or "Luigi Execution Summary" in record.getMessage()
+        )
 
 
-logging.getLogger("luigi-interface").addFilter(_OnlyWhatMatters())
+logs.LOGGER.addFilter(_OnlyWhatMatters())
 
 DEFAULTS = {
     # Luigi's own default is to exit with 0 whatever happened.

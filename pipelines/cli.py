@@ -8,12 +8,15 @@ import os
 import platform
 import shutil
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import luigi
 import typer
-from rich.console import Console
+from luigi.task_register import Register
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -64,16 +67,41 @@ def _store() -> Store:
 
 @app.command()
 def status(
-    dataset: Names = None, split: Names = None, conditions: Names = None, images: Names = None
+    dataset: Names = None,
+    split: Names = None,
+    conditions: Names = None,
+    images: Names = None,
+    watch: Annotated[bool, typer.Option("--watch", help="look again and again, until Ctrl-C")] = False,
+    every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two looks of --watch")] = 2.0,
 ) -> None:
     """Which stages a build would run, and why. Runs nothing, exits with 0 whatever it finds."""
+    from rich.live import Live
+
+    def look() -> list[RenderableType]:
+        # Tasks remember what they found, and Luigi remembers tasks.
+        Register.clear_instance_cache()
+        return list(_status(_build(dataset, split, conditions, images)))
+
+    if not watch:
+        for part in look():
+            console.print(part)
+        return
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            table, summary = look()
+            live.update(Group(summary, table), refresh=True)  # a low terminal cuts off what is below
+            time.sleep(every_s)
+
+
+def _status(build: BuildDataset) -> Iterator[RenderableType]:
+    """A table of the stages, and a line that sums it up."""
     from tasks.status import statuses
 
     table = Table("stage", "of", "would run because", box=None, pad_edge=False)
     table.add_column("to make", justify="right")
     table.add_column("took last time", justify="right")
     count = 0
-    for each in statuses(_build(dataset, split, conditions, images)):
+    for each in statuses(build):
         count += bool(each.reasons)
         table.add_row(
             each.task.stage,
@@ -82,8 +110,8 @@ def status(
             "" if each.to_make is None else f"{each.to_make:,}",
             "" if each.last_duration_s is None else f"{each.last_duration_s:,.1f} s",
         )
-    console.print(table)
-    console.print(f"{count} stages would run." if count else "Everything is up to date.")
+    yield table
+    yield f"{count} stages would run." if count else "Everything is up to date."
 
 
 @app.command()

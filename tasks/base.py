@@ -23,7 +23,7 @@ import luigi
 
 import spctrl
 from spctrl.errors import ExpectedError
-from tasks import settings
+from tasks import logs, settings
 from tasks.code_version import PACKAGES, ROOT, code_components
 from tasks.inputs import DigestCache
 from tasks.store import PROVENANCE, TEMPORARY, Run, Store, digest
@@ -219,6 +219,14 @@ class StageTask(luigi.Task):
             },
         }
         run.commit([name for name in names if name != PROVENANCE], self.packs_of(run), provenance)
+        logs.event(
+            "stage done",
+            stage=self.stage,
+            part=self.part,
+            fingerprint=run.fingerprint,
+            duration_s=provenance["duration_s"],
+            counts=dict(counts),
+        )
 
     def weights_note(self) -> str | None:
         """Of what a model made: ``random``, or the digest of the model's weights."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from tasks import logs
+
 LINE_EVERY_S = 5.0
 
 _Show = Callable[[int, str], None]
@@ -37,6 +39,9 @@ def progress(title: str, total: int, set_percentage: Callable[[int], object] | N
 
 @contextmanager
 def _shown(title: str, total: int) -> Iterator[_Show]:
+    if logs.are_json():
+        yield _event_logger(title, total)
+        return
     if not sys.stderr.isatty():
         yield _line_printer(title, total)
         return
@@ -65,6 +70,25 @@ def _shown(title: str, total: int) -> Iterator[_Show]:
 
 
 def _line_printer(title: str, total: int) -> _Show:
+    def say(done: int, left_s: float | None, note: str) -> None:
+        facts = [f"{title}: {done:,} of {total:,}"]
+        if left_s is not None:
+            facts.append(f"about {left_s:,.0f} s left")
+        print(", ".join([*facts, note] if note else facts), file=sys.stderr, flush=True)
+
+    return _now_and_then(say, total)
+
+
+def _event_logger(title: str, total: int) -> _Show:
+    def say(done: int, left_s: float | None, note: str) -> None:
+        left = None if left_s is None else round(left_s, 1)
+        logs.event("progress", what=title, done=done, total=total, left_s=left, note=note)
+
+    return _now_and_then(say, total)
+
+
+def _now_and_then(say: Callable[[int, float | None, str], None], total: int) -> _Show:
+    """Pass on what is shown every few seconds, with the seconds that are left as far as that can be told."""
     last = time.monotonic()
     first: tuple[float, int] | None = None
 
@@ -77,10 +101,7 @@ def _line_printer(title: str, total: int) -> _Show:
         if now - last < LINE_EVERY_S:
             return
         last = now
-        facts = [f"{title}: {done:,} of {total:,}"]
-        if done > first[1]:
-            left_s = (now - first[0]) / (done - first[1]) * (total - done)
-            facts.append(f"about {left_s:,.0f} s left")
-        print(", ".join([*facts, note] if note else facts), file=sys.stderr, flush=True)
+        left_s = (now - first[0]) / (done - first[1]) * (total - done) if done > first[1] else None
+        say(done, left_s, note)
 
     return show

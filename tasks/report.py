@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
-from tasks import settings
+from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.code_version import ROOT
 from tasks.conditions import CONDITIONS
@@ -178,11 +178,16 @@ def split_tables(task: Manifest) -> SplitTables:
 
 
 def print_summary(exports: Iterable[Export]) -> None:
-    """A table of what is there now, and where to look."""
+    """A table of what is there now, and where to look; the same as log lines, where they are for machines."""
+    tasks = list(exports)
+    if logs.are_json():
+        for task in tasks:
+            counts = task.clone(Manifest).finished_run().provenance()["counts"]
+            logs.event("built", dataset=task.dataset, split=task.split, folder=str(task.folder), **counts)
+        return
     from rich.console import Console
     from rich.table import Table
 
-    tasks = list(exports)
     table = Table(title="Built", title_justify="left")
     for column in ("dataset", "split"):
         table.add_column(column)

@@ -62,6 +62,12 @@ class executor(luigi.Config):
     )
 
 
+class log(luigi.Config):
+    format = luigi.ChoiceParameter(
+        default="text", choices=["text", "json"], description="json: one object a line, on standard error"
+    )
+
+
 class index(luigi.Config):
     max_pixels = luigi.IntParameter(
         default=100_000_000, description="largest image that is accepted, in pixels"
@@ -173,6 +179,7 @@ SECTIONS = (
     ap10k,
     humanart,
     executor,
+    log,
     index,
     spatext,
     openpose,
@@ -218,6 +225,8 @@ def split_id(name: str) -> str:
 def settings_digest() -> str:
     """Ten hex digits that tell builds with different settings apart."""
     values = {
-        section.__name__: dict(section().to_str_params()) for section in SECTIONS if section is not executor
+        section.__name__: dict(section().to_str_params())
+        for section in SECTIONS
+        if section not in (executor, log)
     }
     return digest(json.dumps(values, sort_keys=True))[:10]

@@ -72,12 +72,21 @@ def run_jobs(
 
 
 def _run_here(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    return collect(functools.partial(function, job) for job in jobs)
+
+
+def collect(outcomes: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """Results of calls; one that fails stops no other, and its error is raised after the last.
+
+    Raises:
+        StoreError, WorkerError: at once: a full or lost disk and a lost pool fail all others alike.
+    """
     failures: list[Exception] = []
-    for job in jobs:
+    for outcome in outcomes:
         try:
-            result = function(job)
-        except StoreError:
-            raise  # a full or lost disk fails every job alike
+            result = outcome()
+        except (StoreError, WorkerError):
+            raise
         except Exception as error:
             failures.append(error)
             continue

@@ -109,7 +109,8 @@ class Index(DatasetStage):
         return None if found == MISSING else {"annotations": found}
 
     def make(self, run: Run) -> dict[str, int]:
-        warm_up(settings.executor().workers)
+        if settings.executor().kind == "local":
+            warm_up(settings.executor().workers)
         from spctrl.index import write_index
 
         path = self._file().path

@@ -93,10 +93,16 @@ class OnDevice(RecordStage):
     def work_through(self, batches: Iterator[Batch]) -> Iterator[dict[str, Location]]:
         from tasks.work import make_model_pack
 
+        model_batches = cast("Iterator[ModelBatch]", batches)
+        executor = settings.executor()
+        if executor.kind == "ray":
+            from tasks.ray_executor import run_model_batches
+
+            return run_model_batches(
+                make_model_pack, model_batches, self.cluster(), executor.workers, executor.device
+            )
         # One process, which has the device to itself, and which CUDA's faults cannot take the build along with.
-        return run_jobs(
-            make_model_pack, cast("Iterator[ModelBatch]", batches), workers=1, start_method="spawn"
-        )
+        return run_jobs(make_model_pack, model_batches, workers=1, start_method="spawn")
 
     def batch(self, **work: Any) -> Batch:
         from tasks.work import ModelBatch

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
     from spctrl.records import Record
+    from tasks.ray_executor import Cluster
     from tasks.work import Batch, Source
 
 SMALLEST_PACK, LARGEST_PACK, PACKS_PER_SPLIT = 256, 8192, 32
@@ -72,9 +73,19 @@ class RecordStage(StageTask):
         """Results of batches, by key, in order of completion."""
         from tasks.work import make_pack
 
-        workers = settings.executor().workers
-        warm_up(workers)
-        return run_jobs(make_pack, batches, workers)
+        executor = settings.executor()
+        if executor.kind == "ray":
+            from tasks.ray_executor import run_batches
+
+            return run_batches(make_pack, batches, self.cluster(), executor.workers)
+        warm_up(executor.workers)
+        return run_jobs(make_pack, batches, executor.workers)
+
+    def cluster(self) -> Cluster:
+        """Where Ray does the work, and what it needs there."""
+        from tasks.ray_executor import Cluster
+
+        return Cluster(settings.executor().address, self.store.root, self.made_from().libraries)
 
     def batch(self, **work: Any) -> Batch:
         """What a worker is given: ``work`` holds its keys, records and sources."""

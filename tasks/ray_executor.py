@@ -1,0 +1,412 @@
+"""Running a stage's batches on a Ray cluster: tasks for rendering, actors that keep their image model loaded.
+
+Every node sees the store, the raw data and the weights under the paths that the build was given. The project's
+code travels with the build, so that workers run what the records' keys were made from; the libraries that decide
+the output have to be the build's own versions, which each worker checks.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import itertools
+import logging
+import os
+import socket
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from spctrl.errors import ExpectedError
+from tasks.code_version import PACKAGES, ROOT
+from tasks.executor import JOBS_WAITING_PER_WORKER, WorkerError, collect
+from tasks.store import TEMPORARY, StoreError, write_atomic
+
+if TYPE_CHECKING:
+    from tasks.store import Location
+    from tasks.work import Batch, ModelBatch
+
+    Locations = dict[str, Location]
+    ModelFunction = Callable[[ModelBatch], Locations]
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+LOSSES = 10
+"""How often a batch is begun again after its worker or node was lost. One that takes them all along is at fault."""
+CONNECT_TIMEOUT_S = 5.0
+"""Ray itself tries an address for minutes."""
+
+
+class ClusterError(ExpectedError):
+    """There is no Ray cluster to work on, or not one that fits this build."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a worker needs besides its batch, and what has to be true where it runs.
+
+    Attributes:
+        folder: the build's working folder, which relative paths start from.
+        marker: absolute path of a file in the store; a node that sees it shares the store.
+        libraries: name and version of each library that decides the output.
+    """
+
+    folder: Path
+    marker: Path
+    libraries: tuple[tuple[str, str], ...]
+
+
+class Cluster(NamedTuple):
+    """Where the work goes, and what it needs there.
+
+    Attributes:
+        address: ``host:port`` of the cluster's head, or ``auto`` for the cluster that runs on this machine.
+        store_root: which every node has to see.
+        libraries: version of each library that decides the output.
+    """
+
+    address: str
+    store_root: Path
+    libraries: Mapping[str, str]
+
+    @contextmanager
+    def join(self) -> Iterator[Site]:
+        """Connect; the site's marker is there for as long as the work goes on.
+
+        Raises:
+            ClusterError: Ray is not installed, or no cluster can be joined.
+            StoreError: the store cannot be written.
+        """
+        connect(self.address)
+        marker = (self.store_root / f"{TEMPORARY}ray-{uuid.uuid4().hex}").absolute()
+        write_atomic(marker, b"")
+        try:
+            yield Site(Path.cwd(), marker, tuple(sorted(self.libraries.items())))
+        finally:
+            marker.unlink(missing_ok=True)
+
+
+def connect(address: str) -> None:
+    """Join a running cluster, once a process; this machine must be one of its nodes."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError(
+            "[executor] kind = ray needs the package ray, which is not installed: pip install 'spctrl[ray]', here and "
+            "on every node, or set kind = local"
+        ) from error
+    if ray.is_initialized():
+        return
+    if address != "auto":
+        _knock(address)
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"py_modules": [str(ROOT / package) for package in PACKAGES]},
+            logging_level=logging.WARNING,
+        )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise _no_cluster(address, str(error)) from error
+
+
+def _knock(address: str) -> None:
+    """Find out at once whether anybody listens."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ClusterError(f"expected auto or host:port as [executor] address, found {address!r}")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
+
+
+def _no_cluster(address: str, reason: str) -> ClusterError:
+    return ClusterError(
+        f"cannot join a Ray cluster at [executor] address = {address}: {reason}. Start one with `ray start --head`, or "
+        "join this machine to one with `ray start --address host:port`; or set kind = local"
+    )
+
+
+def run_batches(
+    function: Callable[[Batch], Locations], batches: Iterable[Batch], cluster: Cluster, workers: int
+) -> Iterator[Locations]:
+    """Results of ``function`` for each batch, in order of completion, made by tasks with one processor each.
+
+    Like ``tasks.executor.run_jobs``, but that a lost worker or node costs no more than time.
+
+    Args:
+        function: imported by its name where it runs.
+        batches: taken only a few ahead of the work.
+        cluster: joined when there is anything to do.
+        workers: batches that are with the cluster at any time; 0 for what its processors take, as it grows and
+            shrinks.
+
+    Raises:
+        WorkerError: a batch was lost again and again.
+    """
+    remaining = iter(batches)
+    if not (first := list(itertools.islice(remaining, 1))):
+        return
+    with cluster.join() as where:
+        tasks = _Tasks(function, itertools.chain(first, remaining), where, workers)
+        try:
+            yield from collect(tasks.outcomes())
+        finally:
+            tasks.cancel()
+
+
+def run_model_batches(
+    function: ModelFunction, batches: Iterable[ModelBatch], cluster: Cluster, workers: int, device: str
+) -> Iterator[Locations]:
+    """Results of ``function`` for each batch, in order of completion, made by actors that load the model once.
+
+    There is an actor for each GPU; without GPUs one for each node, with as many processors as the smallest node has.
+
+    Args:
+        function: imported by its name where it runs.
+        batches: taken as actors become free.
+        cluster: joined when there is anything to do.
+        workers: the largest number of actors; 0 for what the cluster has room for.
+        device: ``auto`` for GPUs if the cluster has some, ``cpu``, or ``cuda:N``: any GPU, which Ray chooses.
+
+    Raises:
+        WorkerError: a batch was lost again and again.
+    """
+    remaining = iter(batches)
+    if not (first := list(itertools.islice(remaining, 1))):
+        return
+    with cluster.join() as where:
+        room = _room_for_actors(device)
+        placed = (
+            replace(each, loading={**each.loading, "device": room.device})
+            for each in itertools.chain(first, remaining)
+        )
+        crew = _Crew(function, placed, where, workers or room.actors, room.resources)
+        try:
+            yield from collect(crew.outcomes())
+        finally:
+            crew.dismiss()
+
+
+class _Tasks:
+    """Batches that Ray has, a few more than it works on. Ray begins those again that it loses."""
+
+    def __init__(
+        self, function: Callable[[Batch], Locations], batches: Iterator[Batch], where: Site, workers: int
+    ) -> None:
+        import ray
+
+        self._call = functools.partial(ray.remote(num_cpus=1, max_retries=LOSSES)(work).remote, function)
+        self._batches = batches
+        self._where = where
+        self._workers = workers
+        self._running: set[Any] = set()
+
+    def outcomes(self) -> Iterator[Callable[[], Locations]]:
+        """For each batch that is done, what gives its result or raises its error."""
+        import ray
+
+        while self._fill():
+            (ref,), _ = ray.wait(list(self._running), num_returns=1)
+            self._running.remove(ref)
+            yield functools.partial(_result, ref)
+
+    def cancel(self) -> None:
+        import ray
+
+        for ref in self._running:
+            ray.cancel(ref)
+
+    def _fill(self) -> bool:
+        """Hand over what there is room for; whether anything runs."""
+        room = self._workers or _processors() * (1 + JOBS_WAITING_PER_WORKER)
+        for batch in itertools.islice(self._batches, max(room - len(self._running), 0)):
+            self._running.add(self._call(batch, self._where))
+        return bool(self._running)
+
+
+class _Actor:
+    """A process that keeps what a function loads."""
+
+    def greet(self) -> None:
+        """Answers as soon as the actor has a place."""
+
+    def work(self, *arguments: Any) -> Any:
+        return work(*arguments)
+
+
+class _Attempt(NamedTuple):
+    """A batch, or the start of an actor, and how often it failed because the actor or its node was lost."""
+
+    batch: ModelBatch | None
+    losses: int = 0
+
+    def after_loss(self, error: Exception) -> _Attempt:
+        if self.losses == LOSSES:
+            raise _lost_for_good(error)
+        return self._replace(losses=self.losses + 1)
+
+
+class _Crew:
+    """Actors, what each is at, and the batches that wait for one.
+
+    Ray could restart actors and repeat their calls; but a call stays with its actor, so that after the loss of a node
+    it would wait for another place for that actor while the others are free.
+    """
+
+    def __init__(
+        self,
+        function: ModelFunction,
+        batches: Iterator[ModelBatch],
+        where: Site,
+        size: int,
+        resources: Mapping[str, int],
+    ) -> None:
+        import ray
+
+        self._function = function
+        self._where = where
+        self._actor = ray.remote(max_restarts=0, **resources)(_Actor)
+        self._batches = batches
+        self._waiting = deque(_Attempt(batch) for batch in itertools.islice(batches, size))
+        self._busy: dict[Any, tuple[Any, _Attempt]] = {}
+        for _ in range(len(self._waiting)):
+            self._hire(_Attempt(None))
+
+    def outcomes(self) -> Iterator[Callable[[], Locations]]:
+        """For each batch that is done, what gives its result or raises its error."""
+        import ray
+
+        while self._has_waiting() or any(attempt.batch for _, attempt in self._busy.values()):
+            (ref,), _ = ray.wait(list(self._busy), num_returns=1)
+            actor, attempt = self._busy.pop(ref)
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayTaskError:
+                pass  # the batch's error, told below; the actor is well
+            except ray.exceptions.RayError as error:
+                self._replace(actor, attempt.after_loss(error))
+                continue
+            if self._has_waiting():
+                self._assign(actor, self._waiting.popleft())
+            else:
+                ray.kill(actor)
+            if attempt.batch:
+                yield functools.partial(_result, ref)
+
+    def dismiss(self) -> None:
+        """Stop all actors, whatever they are at."""
+        import ray
+
+        for actor, _ in self._busy.values():
+            ray.kill(actor)
+
+    def _has_waiting(self) -> bool:
+        """Whether a batch waits; the next one is taken when none does."""
+        if not self._waiting:
+            self._waiting.extend(_Attempt(batch) for batch in itertools.islice(self._batches, 1))
+        return bool(self._waiting)
+
+    def _hire(self, start: _Attempt) -> None:
+        actor = self._actor.remote()
+        self._busy[actor.greet.remote()] = actor, start
+
+    def _assign(self, actor: Any, attempt: _Attempt) -> None:
+        self._busy[actor.work.remote(self._function, attempt.batch, self._where)] = actor, attempt
+
+    def _replace(self, actor: Any, attempt: _Attempt) -> None:
+        """Give what a lost actor was at to whoever is free first."""
+        import ray
+
+        ray.kill(actor)  # it may only be out of reach
+        if attempt.batch:
+            self._waiting.append(attempt)
+            self._hire(_Attempt(None))
+        else:
+            self._hire(attempt)
+
+
+class _Room(NamedTuple):
+    """What the cluster offers image models: how many at a time, what each gets, and the device for it."""
+
+    actors: int
+    resources: dict[str, int]
+    device: str
+
+
+def _room_for_actors(device: str) -> _Room:
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if device.startswith("cuda") or (device == "auto" and gpus):
+        return _Room(max(gpus, 1), {"num_gpus": 1}, "cuda:0")  # Ray shows each actor only its own GPU
+    processors = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    return _Room(max(len(processors), 1), {"num_cpus": min(processors, default=1)}, "cpu")
+
+
+def _processors() -> int:
+    """Processors of the cluster as it is now; at least one, so that an autoscaler sees that work waits."""
+    import ray
+
+    return max(int(ray.cluster_resources().get("CPU", 0)), 1)
+
+
+def work(function: Callable[[Job], Result], job: Job, where: Site) -> Result:
+    """What a worker does with a job, once it is sure that it is where the work belongs.
+
+    Raises:
+        StoreError: the node does not see the store.
+        ClusterError: a library has another version than the build's.
+    """
+    _check(where)
+    return function(job)
+
+
+@functools.cache
+def _check(where: Site) -> None:
+    node = socket.gethostname()
+    if not where.marker.exists():
+        raise StoreError(
+            f"node {node} of the Ray cluster does not see {where.marker.parent}: [paths] store must lie where every "
+            "node finds it under the same path, and so must the data and the weights"
+        )
+    for name, expected in where.libraries:
+        if (found := _version(name)) != expected:
+            raise ClusterError(
+                f"expected {name} {expected} on node {node} of the Ray cluster, as where the build was started, found "
+                f"{found or 'none'}: install the same versions everywhere (constraints.txt has those tested together)"
+            )
+    if where.folder.is_dir():
+        os.chdir(where.folder)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _result(ref: Any) -> Any:
+    """What a finished call gave; its own error where it raised one."""
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise _lost_for_good(error) from error
+
+
+def _lost_for_good(error: Exception) -> WorkerError:
+    return WorkerError(
+        f"a batch or its worker was lost {LOSSES + 1} times on the Ray cluster, at last so: {error}. What was finished "
+        "stays; see to the cluster, or set kind = local, and run again"
+    )

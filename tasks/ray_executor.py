@@ -12,6 +12,7 @@ import importlib.metadata
 import itertools
 import logging
 import os
+import shutil
 import socket
 import uuid
 from collections import deque
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from spctrl.errors import ExpectedError
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+CONFIGS = "configs"
+"""Beside the packages, in a checkout."""
 LOSSES = 10
 """How often a batch is begun again after its worker or node was lost. One that takes them all along is at fault."""
 CONNECT_TIMEOUT_S = 5.0
@@ -105,13 +109,21 @@ def connect(address: str) -> None:
     if address != "auto":
         _knock(address)
     try:
-        ray.init(
-            address=address,
-            runtime_env={"py_modules": [str(ROOT / package) for package in PACKAGES]},
-            logging_level=logging.WARNING,
-        )
+        with _copy_of_the_code() as folder:
+            ray.init(address=address, runtime_env={"working_dir": str(folder)}, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, str(error)) from error
+
+
+@contextmanager
+def _copy_of_the_code() -> Iterator[Path]:
+    """A folder of this project's code and nothing else, as Ray sends whole folders."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for each in (*PACKAGES, CONFIGS):
+            if (ROOT / each).is_dir():
+                shutil.copytree(ROOT / each, folder / each, ignore=shutil.ignore_patterns("__pycache__"))
+        yield folder
 
 
 def _knock(address: str) -> None:

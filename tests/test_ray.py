@@ -1,0 +1,313 @@
+"""Batches on a Ray cluster: the bytes of a local build, also when a node or a worker is lost on the way."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import tasks
+from spctrl.errors import ExpectedError
+from tasks import ray_executor, work
+from tasks.executor import WorkerError
+from tasks.ray_executor import ClusterError, Site, connect, run_batches
+from tasks.store import StoreError
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+pytestmark = pytest.mark.slow
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the ray extra is not installed"
+)
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+"""Small, so that tests leave the machine's memory alone."""
+LOSS_TIMEOUT_S = 30
+BEGUN, GO, KILLED, LOADS = "begun-", "go", "killed", "loads-"
+
+
+# The cluster: of this machine alone, closed to whoever has not its token
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head with one processor, to which ``auto`` leads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+        from ray.cluster_utils import Cluster
+
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={**NODE, "include_dashboard": False},
+        )
+        patch.setenv("RAY_ADDRESS", made.address)
+        # Workers cannot import this file.
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def second_node(cluster: Any) -> Iterator[Any]:
+    """Another node of one processor."""
+    node = cluster.add_node(**NODE)
+    yield node
+    if node in cluster.worker_nodes:
+        cluster.remove_node(node)
+
+
+def on_ray(workspace: Workspace) -> Workspace:
+    workspace.configure("executor", kind="ray", workers=0)
+    return workspace
+
+
+def packs(workspace: Workspace) -> dict[str, bytes]:
+    """Every pack of the store, index included."""
+    return {
+        path.relative_to(workspace.store).as_posix(): path.read_bytes()
+        for path in workspace.store.glob("packs/*/*")
+    }
+
+
+def markers(workspace: Workspace) -> list[Path]:
+    return list(workspace.store.glob(".tmp-ray-*"))
+
+
+# Whole builds
+
+
+@needs_ray
+def test_the_bytes_of_a_local_build(
+    cluster: Any, sample: Path, make_workspace: Callable[..., Workspace]
+) -> None:
+    conditions = ["spatext", "openpose", "mask", "depth", "masked_depth"]
+    local, ray = make_workspace("local", sample), on_ray(make_workspace("ray", sample))
+    for workspace in (local, ray):
+        workspace.configure("build", splits=["train"], conditions=conditions)
+        done = workspace.build()
+        assert done.succeeded, done.errors
+        assert done.counted("spatext", "made") == 2 * 8
+    assert packs(ray) == packs(local)
+    assert ray.exported() == local.exported()
+    assert ray.faults() == markers(ray) == []
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + LOSS_TIMEOUT_S
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.05)
+
+
+def make_pack_when_told(batch: work.Batch) -> dict[str, Any]:
+    """Says where it runs, and waits for the go."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    (batch.store_root / f"{BEGUN}{node}-{uuid.uuid4().hex}").touch()
+    wait_for(batch.store_root / GO)
+    return work.make_pack(batch)
+
+
+@needs_ray
+def test_a_node_lost_while_it_works_costs_no_byte(
+    cluster: Any,
+    second_node: Any,
+    sample: Path,
+    make_workspace: Callable[..., Workspace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One record a pack: enough batches for both nodes.
+    monkeypatch.setattr("tasks.record_stage.SMALLEST_PACK", 1)
+    local, ray = make_workspace("local", sample), on_ray(make_workspace("ray", sample))
+    for workspace in (local, ray):
+        workspace.configure("build", datasets=["ap10k"], splits=["train"], conditions=["spatext"])
+    assert local.build().succeeded
+
+    def begun() -> list[str]:
+        """Nodes of the batches that were begun."""
+        return [path.name.removeprefix(BEGUN).split("-")[0] for path in ray.store.glob(f"{BEGUN}*")]
+
+    def lose_the_node_once_both_work() -> None:
+        deadline = time.monotonic() + LOSS_TIMEOUT_S
+        while len(set(begun())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        cluster.remove_node(second_node, allow_graceful=False)
+        (ray.store / GO).touch()
+
+    monkeypatch.setattr("tasks.work.make_pack", make_pack_when_told)
+    loss = threading.Thread(target=lose_the_node_once_both_work)
+    loss.start()
+    done = ray.build()
+    loss.join()
+    assert done.succeeded, done.errors
+    assert len(set(begun())) == 2
+    assert len(begun()) > len(ray.packs("spatext")) == 8
+    assert packs(ray) == packs(local)
+    assert ray.exported() == local.exported()
+
+
+# Models
+
+
+def die_once_then_make_pack(batch: work.ModelBatch) -> dict[str, Any]:
+    """The first process to come here dies; the others say how many models they have loaded."""
+    try:
+        (batch.store_root / KILLED).touch(exist_ok=False)
+    except FileExistsError:
+        found = work.make_model_pack(batch)
+        loads = work._loaded_model.cache_info().misses
+        (batch.store_root / f"{LOADS}{os.getpid()}").write_text(str(loads))
+        return found
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("killed")
+
+
+@needs_ray
+def test_models_are_loaded_once_by_actors_one_of_which_is_killed(
+    cluster: Any,
+    sample: Path,
+    tmp_path: Path,
+    make_workspace: Callable[..., Workspace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch", reason="the models extra is not installed")
+    from spctrl.image_models.depth import build_tiny
+
+    build_tiny(tmp_path / "weights")
+    monkeypatch.setattr("tasks.model_stage.RECORDS_PER_PACK", 2)
+    local, ray = make_workspace("local", sample), on_ray(make_workspace("ray", sample))
+    for workspace in (local, ray):
+        workspace.configure("build", datasets=["ap10k"], splits=["train"], conditions=["depth"])
+        workspace.configure("depth", backend="zoedepth", weights=tmp_path / "weights")
+        workspace.configure("executor", device="cpu")
+    assert local.build().succeeded
+    monkeypatch.setattr("tasks.work.make_model_pack", die_once_then_make_pack)
+    done = ray.build()
+    assert done.succeeded, done.errors
+    assert packs(ray) == packs(local)
+    assert len(ray.packs("depth")) == 4
+    assert (ray.store / KILLED).exists()
+    assert [path.read_text() for path in ray.store.glob(f"{LOADS}*")] == ["1"]
+
+
+# What goes wrong
+
+
+def code_file(job: int) -> str:
+    return str(tasks.__file__)
+
+
+def fail(job: int) -> int:
+    if job == 1:
+        raise ExpectedError("the reason")
+    if job == 3:
+        raise StoreError("the disk is full")
+    return job
+
+
+def die(job: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> ray_executor.Cluster:
+    return ray_executor.Cluster("auto", tmp_path, {})
+
+
+@needs_ray
+def test_the_code_travels_with_the_build(cluster: Any, here: ray_executor.Cluster) -> None:
+    (path,) = run_batches(code_file, [0], here, 0)  # type: ignore[arg-type, list-item]
+    assert "working_dir_files" in path
+
+
+@needs_ray
+def test_a_batch_that_fails_stops_no_other_and_its_error_is_its_own(
+    cluster: Any, here: ray_executor.Cluster
+) -> None:
+    results = []
+    with pytest.raises(ExpectedError) as failure:
+        for each in run_batches(fail, [0, 1, 2], here, 0):  # type: ignore[arg-type, list-item]
+            results.append(each)  # noqa: PERF402 - the error comes after the last
+    assert sorted(results) == [0, 2]  # type: ignore[type-var]
+    assert (type(failure.value), str(failure.value)) == (ExpectedError, "the reason")
+
+
+@needs_ray
+def test_a_store_that_cannot_be_written_stops_the_work(cluster: Any, here: ray_executor.Cluster) -> None:
+    taken = []
+
+    def jobs() -> Iterator[Any]:
+        for job in range(1000):
+            taken.append(job)
+            yield job if job in (0, 3) else 2
+
+    with pytest.raises(StoreError, match="the disk is full"):
+        list(run_batches(fail, jobs(), here, 0))  # type: ignore[arg-type]
+    assert len(taken) < 20
+    assert list(here.store_root.iterdir()) == []
+
+
+@needs_ray
+def test_a_batch_that_kills_every_worker_ends_the_work(
+    cluster: Any, here: ray_executor.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_executor, "LOSSES", 1)
+    with pytest.raises(WorkerError, match="lost 2 times"):
+        list(run_batches(die, [0], here, 0))  # type: ignore[arg-type, list-item]
+
+
+def test_a_node_without_the_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=f"{socket.gethostname()} .* does not see {tmp_path}"):
+        ray_executor.work(fail, 0, Site(tmp_path, tmp_path / "marker", ()))
+
+
+def test_a_node_with_another_library_is_named(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    marker.touch()
+    for name, found in (("numpy", r"\d"), ("no-such-library", "none")):
+        with pytest.raises(ClusterError, match=f"expected {name} 0.1 .*, found {found}"):
+            ray_executor.work(fail, 0, Site(tmp_path, marker, ((name, "0.1"),)))
+
+
+def test_ray_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ClusterError, match=r"pip install 'spctrl\[ray\]'"):
+        connect("auto")
+
+
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:{free_port}", "nonsense", "host:port"])
+def test_where_no_cluster_is_the_error_says_how_to_start_one(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        wanted = address.format(free_port=free.getsockname()[1])
+        with pytest.raises(ClusterError, match=f"{wanted}.*ray start --head|expected auto or host:port"):
+            connect(wanted)
+
+
+def test_another_kind_is_refused_with_the_known_ones(workspace: Workspace) -> None:
+    workspace.configure("executor", kind="slurm")
+    done = workspace.run()
+    assert done.exit_code not in (0, None)
+    assert "slurm" in done.output and "local" in done.output and "ray" in done.output

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import yaml
 
 from spctrl.errors import ExpectedError
 
 Config = TypeVar("Config", bound=msgspec.Struct)
+
+MAX_DEPTH, MAX_VALUES = 50, 100_000
 
 
 class ConfigurationError(ExpectedError):
@@ -30,16 +33,19 @@ def read_config(path: Path, kind: type[Config]) -> Config:
             f"expected a configuration at {path}, found none ({error.strerror})"
         ) from error
     try:
-        values = msgspec.yaml.decode(text)
-    except msgspec.DecodeError as error:
+        fault = _fault(text)
+        values = None if fault else msgspec.yaml.decode(text)
+    except Exception as error:  # PyYAML also lets through what int(), float() and date() raise
         raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    if fault:
+        raise ConfigurationError(f"{path}: {fault}")
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: expected settings by name, found {type(values).__name__}")
     valid = [field.encode_name for field in msgspec.structs.fields(kind)]
     for name in values:
         if name not in valid:
             near = difflib.get_close_matches(str(name), valid, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            meant = f"; did you mean {near[0]}?" if near else "."
             raise ConfigurationError(
                 f"{path}: there is no setting {name!r}{meant} Valid are: {', '.join(sorted(valid))}"
             )
@@ -47,3 +53,39 @@ def read_config(path: Path, kind: type[Config]) -> Config:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{path}: {error}") from error
+
+
+def _fault(text: bytes) -> str | None:
+    """Why YAML is not read, found without building it: nested as deep as it likes it would overflow the stack of the
+    C library, which ends the process, and a small file of aliases of aliases is large once it is converted.
+    """
+    sizes: dict[str, int] = {}
+    containers: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        size = 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            containers.append((event.anchor, 1))
+            if len(containers) > MAX_DEPTH:
+                return f"expected values nested at most {MAX_DEPTH} deep, found more at {_place(event)}"
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = containers.pop()
+            if anchor is not None:
+                sizes[anchor] = size
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                return f"expected an alias of a value before it, found *{event.anchor} at {_place(event)}"
+            size = sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+            if event.anchor is not None:
+                sizes[event.anchor] = size
+        if size and containers:
+            anchor, so_far = containers[-1]
+            containers[-1] = anchor, so_far + size
+            if so_far + size > MAX_VALUES:
+                return f"expected at most {MAX_VALUES:,} values, found more at {_place(event)}"
+    return None
+
+
+def _place(event: yaml.Event) -> str:
+    return f"line {event.start_mark.line + 1}, column {event.start_mark.column + 1}"

@@ -12,6 +12,7 @@ from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
 from spctrl.errors import ExpectedError
 from tasks import logs, settings
+from tasks.base import MeetsBadRecords
 from tasks.conditions import CONDITIONS
 from tasks.export import Export
 from tasks.names import NamesParameter
@@ -21,7 +22,7 @@ from tasks.train import Train
 __all__ = ["Benchmark", "BuildDataset", "Evaluate", "Generate", "Train"]
 
 
-class BuildDataset(luigi.WrapperTask):
+class BuildDataset(MeetsBadRecords, luigi.WrapperTask):
     """Raw annotations to triplet folders, Parquet manifests and a report; only what changed is done again.
 
     ``luigi --module pipelines BuildDataset --local-scheduler``
@@ -50,17 +51,6 @@ class BuildDataset(luigi.WrapperTask):
         choices=["required", "optional"],
         config_path={"section": "build", "name": "images"},
         description="optional: records without an image file are built all the same",
-    )
-    on_bad_record = luigi.ChoiceParameter(
-        default="quarantine",
-        choices=["quarantine", "fail"],
-        config_path={"section": "build", "name": "on_bad_record"},
-        description="quarantine: set bad records aside; fail: stop the build",
-    )
-    max_reject_share = luigi.FloatParameter(
-        default=0.05,
-        config_path={"section": "build", "name": "max_reject_share"},
-        description="share of bad records above which the build fails",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
+from tasks.base import MeetsBadRecords
 from tasks.benchmark import PAGE, BenchmarkReport, Tables
 from tasks.evaluate import evaluation_json
 
@@ -16,24 +17,13 @@ if TYPE_CHECKING:
     from tasks.evaluate import MetricStage
 
 
-class Evaluate(luigi.WrapperTask):
+class Evaluate(MeetsBadRecords, luigi.WrapperTask):
     """The metrics of the methods of a file; what a method lacks of training and images is made first.
 
     ``luigi --module pipelines Evaluate --config configs/evaluate/ap10k.yaml --local-scheduler``
     """
 
     config = luigi.Parameter(description="a file of configs/evaluate/")
-    on_bad_record = luigi.ChoiceParameter(
-        default="quarantine",
-        choices=["quarantine", "fail"],
-        config_path={"section": "build", "name": "on_bad_record"},
-        description="quarantine: set bad records aside; fail: stop",
-    )
-    max_reject_share = luigi.FloatParameter(
-        default=0.05,
-        config_path={"section": "build", "name": "max_reject_share"},
-        description="share of bad records above which the run fails",
-    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -7,30 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
+from tasks.base import MeetsBadRecords
 from tasks.generate import GeneratedImages, method_json
 
 if TYPE_CHECKING:
     from spctrl.inference.methods import Generation
 
 
-class Generate(luigi.WrapperTask):
+class Generate(MeetsBadRecords, luigi.WrapperTask):
     """Images of the poses of a split by the methods of a file; only those that are not there yet are drawn.
 
     ``luigi --module pipelines Generate --config configs/generate/ap10k.yaml --local-scheduler``
     """
 
     config = luigi.Parameter(description="a file of configs/generate/")
-    on_bad_record = luigi.ChoiceParameter(
-        default="quarantine",
-        choices=["quarantine", "fail"],
-        config_path={"section": "build", "name": "on_bad_record"},
-        description="quarantine: set bad records aside; fail: stop",
-    )
-    max_reject_share = luigi.FloatParameter(
-        default=0.05,
-        config_path={"section": "build", "name": "max_reject_share"},
-        description="share of bad records above which the run fails",
-    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

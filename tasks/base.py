@@ -72,7 +72,23 @@ class RunTarget(luigi.Target):
         return self._task.is_up_to_date()
 
 
-class StageTask(luigi.Task):
+class MeetsBadRecords(luigi.Task):
+    """A task that says what becomes of records that cannot be used."""
+
+    on_bad_record = luigi.ChoiceParameter(
+        default="quarantine",
+        choices=["quarantine", "fail"],
+        config_path={"section": "build", "name": "on_bad_record"},
+        description="quarantine: set bad records aside; fail: stop the build",
+    )
+    max_reject_share = luigi.FloatParameter(
+        default=0.05,
+        config_path={"section": "build", "name": "max_reject_share"},
+        description="share of bad records above which the build fails",
+    )
+
+
+class StageTask(MeetsBadRecords):
     """One stage, for one part of the data.
 
     Subclasses say what the stage is (the class attributes), what it depends on (``parameters``, ``inputs``,
@@ -84,15 +100,6 @@ class StageTask(luigi.Task):
     also_reaches: ClassVar[Sequence[str]] = ()
     """Code that reaches the function through its arguments, which reading its source cannot show."""
     libraries: ClassVar[Sequence[str]] = ()
-
-    on_bad_record = luigi.ChoiceParameter(
-        default="quarantine",
-        choices=["quarantine", "fail"],
-        description="set a bad record aside, or stop the build",
-    )
-    max_reject_share = luigi.FloatParameter(
-        default=0.05, description="share of bad records that fails the build"
-    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -51,17 +51,6 @@ class Train(StageTask):
     libraries = ("torch", "diffusers", "transformers", "accelerate")
 
     config = luigi.Parameter(description="a file of configs/train/")
-    on_bad_record = luigi.ChoiceParameter(
-        default="quarantine",
-        choices=["quarantine", "fail"],
-        config_path={"section": "build", "name": "on_bad_record"},
-        description="quarantine: set bad records aside; fail: stop",
-    )
-    max_reject_share = luigi.FloatParameter(
-        default=0.05,
-        config_path={"section": "build", "name": "max_reject_share"},
-        description="share of bad records above which the run fails",
-    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

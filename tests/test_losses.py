@@ -120,6 +120,9 @@ def test_the_released_target_is_a_disc_of_ones(batch: dict[str, Any]) -> None:
     found = keypoint_concept_loss(**batch, target="released")
     binary = keypoint_concept_loss(**{**batch, "heatmaps": (soft * 255).floor()})
     assert found == binary != keypoint_concept_loss(**batch)
+    levels = (soft * 255).floor()
+    for heatmaps in (levels, levels.byte()):
+        assert keypoint_concept_loss(**{**batch, "heatmaps": heatmaps}, target="released") == found
     # Sums of instances above 1 saturate.
     assert torch.equal(
         keypoint_concept_loss(**{**batch, "heatmaps": soft.where(soft < 0.4, 1.7)}, target="released"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ def test_the_baselines_of_the_table_are_there() -> None:
     methods = ("spctrl", "controlnet_openpose", "controlnet_mask", "controlnet_depth", "t2i_adapter")
     wanted = {f"{dataset}_{method}" for dataset in ("ap10k", "humanart") for method in methods}
     assert wanted <= {path.stem for path in FILES}
+
+
+def test_humanart_s_runs_have_as_many_steps_as_ap10k_s() -> None:
+    configs = {path.stem: read_training_config(path) for path in FILES}
+    animals = 7023  # REFERENCE section 1
+    for name, config in configs.items():
+        if config.dataset_name == "humanart":
+            model = configs[name.replace("humanart", "ap10k")]
+            steps_per_epoch = math.ceil(animals / model.train_batch_size)
+            assert config.max_train_steps == model.num_train_epochs * steps_per_epoch, name
+            assert config.train_batch_size == model.train_batch_size
 
 
 @pytest.mark.parametrize(

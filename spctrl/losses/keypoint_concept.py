@@ -56,7 +56,8 @@ def keypoint_concept_loss(
         start, end: images count whose timestep lies strictly between; None is no bound.
         layers: the layers whose name contains this count; None for all.
         target: ``soft`` for heatmaps as they are; ``released`` for their 8-bit levels, so that a keypoint is a
-            disc of ones, which is what the paper trained on.
+            disc of ones, which is what the paper trained on. Levels themselves (whole numbers up to 255) are
+            taken as they are.
 
     Raises:
         ExpectedError: no layer's name contains ``layers``.
@@ -109,7 +110,10 @@ def target_heatmaps(heatmaps: Tensor, target: Target) -> Tensor:
     """(B, K, any, any) to (B, K, G, G) float32 in [0, 1]."""
     heatmaps = heatmaps.float()
     if target == "released":
-        heatmaps = (heatmaps.clamp(0, 1) * LEVELS).floor()
+        levels = (heatmaps.clamp(0, 1) * LEVELS).floor()
+        # As a tensor, so that a GPU need not wait.
+        are_levels = (heatmaps > 1).any() & (heatmaps == heatmaps.floor()).all()
+        heatmaps = heatmaps.where(are_levels, levels)
     return resize(heatmaps).clamp(0, 1)
 
 

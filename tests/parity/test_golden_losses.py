@@ -43,11 +43,12 @@ def test_partition(golden: dict[str, Any]) -> None:
         assert found.item() == pytest.approx(case["loss"], rel=TOLERANCE), name
 
 
-def test_the_released_target_is_the_8_bit_heatmap(golden: dict[str, Any]) -> None:
+@pytest.mark.parametrize("heatmap", ["heatmap_01", "heatmap_255"])
+def test_the_released_target_is_the_8_bit_heatmap(golden: dict[str, Any], heatmap: str) -> None:
     inputs = golden["inputs"]
     found = keypoint_concept_loss(
         golden["attn_maps"],
-        inputs["heatmap_01"],
+        inputs[heatmap],
         inputs["token_placeholder_mask"],
         inputs["keypoint_prompt_vis_mask"],
         inputs["timesteps"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -375,6 +377,52 @@ def test_a_full_disk_leaves_the_old_shards_and_the_next_build_writes_the_new(
     assert list((folder / ".spctrl").glob(".tmp-*")) == []
     assert built(workspace).counted("export", "made") == 2  # the shard and the manifest
     assert samples(folder)["000000000001"]["jpg"] == path.read_bytes()
+
+
+KILL_AT_RENAME = """
+import os, pathlib, signal
+
+def dying(rename):
+    def wrapped(source, target, *arguments, **options):
+        if str(target).endswith("-000001.tar"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(source, target, *arguments, **options)
+    return wrapped
+
+os.replace, os.rename = dying(os.replace), dying(os.rename)
+pathlib.Path.replace, pathlib.Path.rename = dying(pathlib.Path.replace), dying(pathlib.Path.rename)
+"""
+
+
+def test_a_build_killed_between_two_shards_and_run_again_gives_the_same_bytes(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = sharded(workspace, "webdataset")
+    built(workspace)
+    old = workspace.exported()
+    workspace.configure("openpose", style="coco")
+    built(workspace)
+    expected = workspace.exported()
+    assert all(expected[f"{folder.name}/{tar}"] != old[f"{folder.name}/{tar}"] for tar in TARS)
+    workspace.configure("openpose", style=None)
+    built(workspace)
+    assert workspace.exported() == old
+
+    shutil.copytree(workspace.code, tmp_path / "dying")
+    (tmp_path / "dying" / "sitecustomize.py").write_text(KILL_AT_RENAME)
+    sound, workspace.code = workspace.code, tmp_path / "dying"
+    workspace.configure("openpose", style="coco")
+    assert workspace.run().exit_code == -signal.SIGKILL
+    half = workspace.exported()
+    assert [half[f"{folder.name}/{tar}"] == expected[f"{folder.name}/{tar}"] for tar in TARS] == [
+        True,
+        False,
+        False,
+    ]
+    workspace.code = sound
+    assert workspace.run().exit_code == 0
+    assert workspace.exported() == expected
+    assert list((folder / ".spctrl").glob(".tmp-*")) == []
 
 
 def test_an_image_that_goes_while_it_is_exported_fails_the_build_and_says_so(

@@ -196,7 +196,8 @@ def _race(
 
 
 def _ours(estimator: PoseEstimator, work: Work) -> Keypoints:
-    return estimator.predict([path for path, _ in work], [boxes for _, boxes in work]).keypoints
+    paths, boxes = zip(*work, strict=True)
+    return estimator.predict(paths, boxes, keep_heatmaps=False).keypoints
 
 
 # The plain way

@@ -112,7 +112,7 @@ def clip_score(
     images: Images,
     prompts: Sequence[str],
     *,
-    weights: Path | str,
+    weights: Path | str | None = None,
     batch_size: int = BATCH_SIZE,
     device: str = "auto",
 ) -> NDArray[np.float64]:
@@ -120,13 +120,19 @@ def clip_score(
 
     Args:
         images, prompts, batch_size: see ``ClipScorer.scores``.
-        weights: folder of a CLIP model in transformers' format. Scores of different CLIP models are not comparable.
+        weights: folder of a CLIP model in transformers' format, which must be given: nothing is fetched, and scores of
+            different CLIP models are not comparable.
         device: ``auto``, ``cpu`` or ``cuda:N``.
 
     Raises:
         ImageError, ValueError: see ``ClipScorer.scores``.
         ExpectedError: there are no such weights.
     """
+    if weights is None:
+        raise ExpectedError(
+            f"expected weights for the features of images and prompts, found none. Get {CLIP.what} from {CLIP.source} "
+            f"({CLIP.files}) and give its folder, or write random ones to try the pipeline with: spctrl tiny-weights."
+        )
     return load_clip_scorer(weights, device=device).scores(images, prompts, batch_size=batch_size)
 
 

@@ -41,6 +41,10 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         ImageError: there is no such folder, or no image in it.
     """
+    if folder.is_file():
+        raise ImageError(
+            f"expected a folder of images, found a file: {folder}. Put a single image into a list"
+        )
     if not folder.is_dir():
         raise ImageError(f"expected a folder of images, found none at {folder}")
     found = sorted(
@@ -60,6 +64,8 @@ def listed(images: Images) -> Sequence[Path | str | Pixels | Image.Image]:
     Raises:
         ImageError: there is none.
     """
+    if isinstance(images, Image.Image):
+        raise ImageError("expected images, found a single one: put it into a list")
     found = image_files(Path(images)) if isinstance(images, Path | str) else list(images)
     if not found:
         raise ImageError("expected images, found none")

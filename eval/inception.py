@@ -8,6 +8,7 @@ Legend: N images, B images of a batch, F features (2,048).
 from __future__ import annotations
 
 import pickle
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,8 @@ RESIZES: tuple[Resize, ...] = ("legacy", "clean")
 SIDE = 299
 NUM_FEATURES = 2048
 BATCH_SIZE = 32
+ERROR_SHOWN = 300
+"""Characters of a library's error."""
 
 REMEDY = (
     "Get weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases (github.com/toshas/torch-fidelity, "
@@ -125,8 +128,9 @@ def load_inception(
         )
     except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError,
             pickle.UnpicklingError) as error:  # fmt: skip
+        problem = textwrap.shorten(str(error), ERROR_SHOWN, placeholder=" ...")  # torch lists every key
         raise ExpectedError(
-            f"{path}: not the weights of torch-fidelity's Inception: {error}\n{REMEDY}"
+            f"{path}: not the weights of torch-fidelity's Inception: {problem}. {REMEDY}"
         ) from error
     return Inception(network, device=choose_device(device), resize=resize, crop=crop)
 

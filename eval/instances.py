@@ -156,6 +156,10 @@ def read_ground_truth(source: Path | str | Mapping[str, Any] | pa.Table | Ground
         return _ground_truth_of_table(source)
     if isinstance(source, Mapping):
         return _ground_truth_of_coco(source, "the annotations")
+    if not isinstance(source, Path | str):
+        raise InstancesError(
+            f"the annotations: expected a COCO file's path or content, found {type(source).__name__}"
+        )
     content = _read_json(Path(source))
     if not isinstance(content, Mapping):
         raise InstancesError(
@@ -172,7 +176,8 @@ def _ground_truth_of_coco(content: Mapping[str, Any], where: str) -> GroundTruth
     images = [content["images"][i] for i in np.argsort(image_ids)]
     listed = np.isin(_column(content["annotations"], "image_id", np.int64, where), image_ids)
     annotations = list(itertools.compress(content["annotations"], listed))
-    names = {each["id"]: each["name"] for each in content.get("categories", ())}
+    categories = content.get("categories", ())
+    names = dict(zip(*(_column(categories, name, object, where) for name in ("id", "name")), strict=True))
     keypoints = _keypoint_triplets(annotations, where)
     return _ground_truth(
         where,

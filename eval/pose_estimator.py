@@ -107,7 +107,7 @@ class PoseEstimates(NamedTuple):
     Attributes:
         keypoints: (N, K, 2) float64, pixels.
         scores: (N, K) float32, the heatmaps' maxima; not bounded, though trained networks stay within about [0, 1].
-        heatmaps: (N, K, h, w) float32, after the flip test; none unless asked for: 10,000 instances take 2 GB.
+        heatmaps: (N, K, h, w) float32, after the flip test; None where they were not to be kept.
     """
 
     keypoints: NDArray[np.float64]
@@ -199,21 +199,21 @@ class PoseEstimator:
         bboxes_xywh: Iterable[ArrayLike],
         *,
         annotated_wh: Iterable[tuple[int, int]] | None = None,
-        keep_heatmaps: bool = False,
+        keep_heatmaps: bool = True,
     ) -> PoseEstimates:
         """Poses of all boxes of all images.
 
         Args:
             images: paths, (height, width, 3) uint8 RGB arrays or PIL images. An orientation tag turns nothing.
-            bboxes_xywh: for each image its (n, 4) boxes in pixels; n may be 0.
+            bboxes_xywh: for each image its (n, 4) boxes in pixels (n may be 0), or the four numbers of its only one.
             annotated_wh: where the boxes are of images of these sizes and ``images`` are their generated counterparts:
                 boxes are clipped to the annotated image (as mmpose does), mapped to the image's own size, and the
                 keypoints mapped back to the annotated image's pixels.
-            keep_heatmaps: give them too.
+            keep_heatmaps: give them too; 10,000 instances take 2 GB.
 
         Raises:
             ImageError: an image is missing, broken or not RGB.
-            PoseInputError: a box is not finite or has no area, or the arguments differ in length.
+            PoseInputError: a box is not finite or has no area, or the arguments differ in length or are not sequences.
         """
         crops = self._crops(rows_of_images(images, bboxes_xywh, annotated_wh))
         found: list[PoseEstimates] = []
@@ -342,8 +342,13 @@ def rows_of_images(
     """The arguments of ``predict`` image by image.
 
     Raises:
-        PoseInputError: one of them ends before the others, or boxes are not boxes.
+        PoseInputError: one of them ends before the others or is no sequence, or boxes are not boxes.
     """
+    if not isinstance(images, Iterable) or isinstance(images, str):
+        raise PoseInputError(
+            f"expected images, each with its boxes, found a single {type(images).__name__}: put it into a list, "
+            "and its boxes too"
+        )
     columns: dict[str, Iterable[Any]] = {"images": images, "bboxes_xywh": bboxes_xywh}
     if annotated_wh is not None:
         columns["annotated_wh"] = annotated_wh
@@ -358,8 +363,12 @@ def rows_of_images(
 
 
 def _checked_boxes(boxes: ArrayLike, number: int) -> NDArray[np.float64]:
-    found = np.asarray(boxes, np.float64)
-    found = found.reshape(-1, 4) if not found.size else found
+    try:
+        found = np.asarray(boxes, np.float64)
+    except (TypeError, ValueError):
+        found = np.array(np.nan)
+    if not found.size or found.shape == (4,):
+        found = found.reshape(-1, 4)
     if found.ndim != 2 or found.shape[1] != 4 or not np.isfinite(found).all() or (found[:, 2:] <= 0).any():
         raise PoseInputError(
             f"image {number}: expected boxes (n, 4) of x, y, width and height, finite and with an area, found {boxes!r}"

@@ -167,6 +167,7 @@ def estimate_poses(
             [files[image_id] for image_id in some],
             [of_images[image_id] for image_id in some],
             annotated_wh=[sizes_wh[image_id] for image_id in some],
+            keep_heatmaps=False,
         )
         keypoints.append(found.keypoints)
         scores.append(found.scores)

@@ -12,10 +12,12 @@ import csv
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import pyarrow as pa
 
@@ -305,6 +307,11 @@ def printed_interval(number: Number, metric: Metric) -> str:
     return f"[{printed(number.low, metric)}, {printed(number.high, metric)}]"
 
 
+def provenance_link(number: Number, store: str) -> str:
+    """URL of the file that says how a number was made; empty where there is none, or no path of the store."""
+    return quote(f"{store}/{number.provenance}") if number.provenance and store else ""
+
+
 def heading(metric: Metric, arrows: tuple[str, str] = ("↑", "↓")) -> str:
     """Title with an arrow to where it is better."""
     if metric.higher_is_better is None:
@@ -351,8 +358,8 @@ def _markdown_cell(
     if number is None:
         return NOTHING
     text = printed(number.value, metric)
-    if number.provenance and store:
-        text = f"[{text}]({store}/{number.provenance})"
+    if link := provenance_link(number, store):
+        text = f"[{text}]({link})"
     text = {1: f"**{text}**", 2: f"<u>{text}</u>"}.get(rank or 0, text)
     text += f"<sup>{number.marks}</sup>" * bool(number.marks)
     between = printed_interval(number, metric) if intervals else ""
@@ -374,6 +381,16 @@ _LATEX = str.maketrans(
 def latex_text(text: str) -> str:
     """Text that LaTeX prints as it is."""
     return text.translate(_LATEX)
+
+
+def _latex_number(text: str) -> str:
+    """With a minus instead of a hyphen."""
+    return latex_text(text).replace("-", "$-$")
+
+
+def _latex_label(name: str) -> str:
+    """A name that labels may have: LaTeX reads some letters as commands there too."""
+    return re.sub(r"[^A-Za-z0-9.:-]+", "-", name)
 
 
 def to_latex(table: Table, *, metrics: Sequence[str] = PAPER_METRICS, intervals: bool = False) -> str:
@@ -415,7 +432,7 @@ def to_latex(table: Table, *, metrics: Sequence[str] = PAPER_METRICS, intervals:
         r"\begin{table}",
         r"  \centering",
         rf"  \caption{{{latex_text(caption)}}}",
-        rf"  \label{{tab:{table.name}}}",
+        rf"  \label{{tab:{_latex_label(table.name)}}}",
         rf"  \begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"    \toprule",
         f"    & {' & '.join(heads)} \\\\",
@@ -434,12 +451,12 @@ def to_latex(table: Table, *, metrics: Sequence[str] = PAPER_METRICS, intervals:
 def _latex_cell(number: Number | None, metric: Metric, rank: int | None, intervals: bool) -> str:
     if number is None:
         return "--"
-    text = latex_text(printed(number.value, metric))
+    text = _latex_number(printed(number.value, metric))
     text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(rank or 0, text)
     if number.marks:
         text += rf"\textsuperscript{{{number.marks}}}"
     between = printed_interval(number, metric) if intervals else ""
-    return text + rf" {{\scriptsize {between}}}" * bool(between)
+    return text + rf" {{\scriptsize {_latex_number(between)}}}" * bool(between)
 
 
 # For programs

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.generate import IMAGES, GeneratedImages, MethodStage
@@ -182,6 +183,15 @@ class WithNetwork(StageTask):
     def weights_name(self) -> str:
         """Entry of configs/weights.yaml, or path."""
         raise NotImplementedError
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except ExpectedError as error:
+            if str(self.weights_path) in str(error):
+                raise
+            # The network knows neither its own file nor whose images it sees.
+            raise ExpectedError(f"{self.stage} for {self.part}, by {self.weights_path}: {error}") from error
 
     def weights_task(self) -> Weights:
         from spctrl.weights import known_weights

@@ -343,20 +343,24 @@ class GeneratedImages(MethodStage):
                 return None
             found[name] = ingredients.fingerprint
         if self.is_external:
+            if not self.folder.is_dir():
+                return None
             found["files"] = self._external_digest()
         return found
 
     def _external_digest(self) -> str:
         from spctrl.inference.folders import list_images
 
-        if not self.folder.is_dir():
+        return (
+            digest_cache(self.store.root).list_digest(str(self.folder), list_images(self.folder)) or MISSING
+        )
+
+    def fill_cache(self) -> None:
+        if self.is_external and not self.folder.is_dir():
             raise ExpectedError(
                 f"{self.how.name}: expected a folder of images at {self.folder}, found none. Say where it is in "
                 "the method's `folder`"
             )
-        return (
-            digest_cache(self.store.root).list_digest(str(self.folder), list_images(self.folder)) or MISSING
-        )
 
     def is_up_to_date(self) -> bool:
         run = self.current_run()
@@ -382,7 +386,10 @@ class GeneratedImages(MethodStage):
         rejects: list[dict[str, object]] = []
         rows = self._external_rows(rejects) if self.is_external else self._rows()
         if not rows:
-            raise ExpectedError(f"{self.part}: expected images in {self.folder}, found none that fit a pose")
+            example = "".join(f", such as {pose['image_name']}/0.jpg" for pose in self._poses()[:1])
+            raise ExpectedError(
+                f"{self.part}: expected images in {self.folder}{example}, found none that fit a pose"
+            )
         table = parquet_bytes(generated_table(rows))
         run.write(IMAGES, table)
         run.write(REJECTS, parquet_bytes(rejects_table(rejects)))

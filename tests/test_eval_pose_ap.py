@@ -199,6 +199,10 @@ def test_incomplete_files_are_refused(document: Json, tmp_path: Path) -> None:
         evaluate([], tmp_path / "cut.json", "ap10k")
     with pytest.raises(InstancesError, match="expected the section 'images', found annotations"):
         evaluate([], {"annotations": []}, "ap10k")
+    with pytest.raises(InstancesError, match="expected a COCO file's path or content, found list"):
+        evaluate([], document["annotations"], "ap10k")
+    with pytest.raises(InstancesError, match="'name' of all entries cannot be read: an entry has none"):
+        evaluate([], {**document, "categories": [{"id": 1}]}, "ap10k")
     boxless = [{**each, "bbox": each["bbox"][:3]} for each in document["annotations"]]
     with pytest.raises(InstancesError, match=r"'bbox': expected x, y, width and height, found shape \(3,\)"):
         evaluate([], {**document, "annotations": boxless}, "ap10k")

@@ -54,8 +54,14 @@ class Finder:
         self.asked: list[tuple[Path, tuple[int, int]]] = []
 
     def predict(
-        self, images: list[Path], bboxes: list[Any], *, annotated_wh: list[tuple[int, int]]
+        self,
+        images: list[Path],
+        bboxes: list[Any],
+        *,
+        annotated_wh: list[tuple[int, int]],
+        keep_heatmaps: bool,
     ) -> PoseEstimates:
+        assert not keep_heatmaps, "nobody reads them, and they are large"
         self.asked += zip(images, annotated_wh, strict=True)
         boxes = np.concatenate(bboxes)
         middles = boxes[:, :2] + boxes[:, 2:] / 2

@@ -207,7 +207,7 @@ def test_flipped_heatmaps_come_back_mirrored_exchanged_and_shifted() -> None:
 def test_batches_and_input_types_change_nothing(
     weights: dict[str, Path], images: list[NDArray[np.uint8]], estimator: PoseEstimator, tmp_path: Path
 ) -> None:
-    expected = estimator.predict(images, BOXES, keep_heatmaps=True)
+    expected = estimator.predict(images, BOXES)
     assert expected.keypoints.shape == (3, 17, 2)
     assert expected.heatmaps is not None and expected.heatmaps.shape == (3, 17, 64, 48)
     assert (expected.heatmaps.max(axis=(2, 3)) == expected.scores).all()
@@ -217,12 +217,24 @@ def test_batches_and_input_types_change_nothing(
     files = [tmp_path / f"{number}.png" for number in range(len(images))]
     for found in (
         single.predict(images, BOXES),
-        estimator.predict(files, BOXES),
+        estimator.predict(files, BOXES, keep_heatmaps=False),
         estimator.predict([images[0], *images], [[], *BOXES]),
+        estimator.predict([Image.fromarray(image) for image in images], BOXES),
+        estimator.predict([images[0], *images], np.concatenate(BOXES)),  # one box an image
     ):
         assert np.abs(found.keypoints - expected.keypoints).max() < 0.05
         assert np.abs(found.scores - expected.scores).max() < TOLERANCE
-        assert found.heatmaps is None
+        if found.heatmaps is not None:
+            assert np.abs(found.heatmaps - expected.heatmaps).max() < TOLERANCE
+
+
+def test_heatmaps_are_given_unless_they_are_not_wanted(
+    images: list[NDArray[np.uint8]], estimator: PoseEstimator
+) -> None:
+    keypoints, scores, heatmaps = estimator.predict(images[1:], BOXES[1:])
+    assert keypoints.shape == (1, 17, 2) and scores.shape == (1, 17)
+    assert heatmaps is not None and heatmaps.shape == (1, 17, 64, 48)
+    assert estimator.predict(images[1:], BOXES[1:], keep_heatmaps=False).heatmaps is None
 
 
 def test_boxes_of_the_annotated_image_are_mapped_there_and_back(
@@ -244,7 +256,7 @@ def test_boxes_of_the_annotated_image_are_mapped_there_and_back(
 
 
 def test_no_boxes_at_all(images: list[NDArray[np.uint8]], estimator: PoseEstimator) -> None:
-    keypoints, scores, heatmaps = estimator.predict(images, [[], []], keep_heatmaps=True)
+    keypoints, scores, heatmaps = estimator.predict(images, [[], []])
     assert keypoints.shape == (0, 17, 2) and scores.shape == (0, 17)
     assert heatmaps is not None and heatmaps.shape == (0, 17, 64, 48)
 
@@ -259,6 +271,8 @@ def test_no_boxes_at_all(images: list[NDArray[np.uint8]], estimator: PoseEstimat
         ([BOXES[0], [[1, 2, 3]]], "image 1: expected boxes"),
         ([BOXES[0], [[1, 2, float("nan"), 4]]], "image 1: expected boxes"),
         ([BOXES[0], [[1, 2, 0, 4]]], "image 1: expected boxes"),
+        ([BOXES[0], [[1, 2, 3, 4], [5]]], "image 1: expected boxes"),
+        ([BOXES[0], "left"], "image 1: expected boxes"),
     ],
 )
 def test_bad_boxes(
@@ -266,6 +280,14 @@ def test_bad_boxes(
 ) -> None:
     with pytest.raises(PoseInputError, match=message):
         estimator.predict(images, boxes)
+
+
+def test_a_single_image_is_no_list(
+    images: list[NDArray[np.uint8]], estimator: PoseEstimator, tmp_path: Path
+) -> None:
+    for single in (tmp_path / "image.png", str(tmp_path / "image.png"), Image.fromarray(images[0])):
+        with pytest.raises(PoseInputError, match=r"found a single .*: put it into a list"):
+            estimator.predict(single, BOXES[0])  # type: ignore[arg-type]
 
 
 def test_missing_and_broken_images(

@@ -173,6 +173,18 @@ def test_latex_is_escaped_and_shaped() -> None:
     )
 
 
+def test_latex_of_negative_numbers_and_of_odd_names_of_benchmarks() -> None:
+    table = build_table("a_b #1 50%&", "ap10k", "val", "AP-10K", [measured("x", -0.01, 10)], level=0.95)
+    latex = to_latex(table, intervals=True)
+    assert r"x & $-$1.00 {\scriptsize [$-$3.00, 1.00]}" in latex
+    assert r"\label{tab:a-b-1-50-}" in latex
+
+
+def test_links_lead_to_stores_with_any_name() -> None:
+    row = row_of(to_markdown(make(measured("x", 0.5, 10)), store="../my (new) store #1"), "x")
+    assert "[50.00](../my%20%28new%29%20store%20%231/runs/pose_ap/x/1/provenance.json)" in row
+
+
 def test_markdown_survives_names_with_bars() -> None:
     row = row_of(to_markdown(make(measured("a|b", 0.5, 10))), "a")
     assert row.startswith(r"| a\|b | ")

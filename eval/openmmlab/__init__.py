@@ -116,7 +116,7 @@ class MmposeEstimator:
         bboxes_xywh: Iterable[ArrayLike],
         *,
         annotated_wh: Iterable[tuple[int, int]] | None = None,
-        keep_heatmaps: bool = False,
+        keep_heatmaps: bool = True,
     ) -> PoseEstimates:
         """As ``PoseEstimator.predict``, but for image files only.
 

@@ -21,6 +21,7 @@ from eval.tables import (
     heading,
     printed,
     printed_interval,
+    provenance_link,
 )
 from spctrl.report.pictures import ThumbnailBudget
 from spctrl.report.text import words
@@ -136,7 +137,7 @@ def _cell(number: Number | None, metric: Metric, rank: int, store: str) -> Cell:
         printed_interval(number, metric),
         number.marks,
         rank,
-        f"{store}/{number.provenance}" if number.provenance else "",
+        provenance_link(number, store),
     )
 
 

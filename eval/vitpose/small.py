@@ -114,7 +114,7 @@ def check_small(folder: Path, dataset: str = "ap10k", images: int = 200, seed: i
             sizes_wh.append(image.size)
     found = {}
     for name, shown in (("own", paths), ("shuffled", paths[1:] + paths[:1])):
-        poses = estimator.predict(shown, boxes, annotated_wh=sizes_wh)
+        poses = estimator.predict(shown, boxes, annotated_wh=sizes_wh, keep_heatmaps=False)
         predictions = Poses(
             image_ids=truth.image_ids[truth.image_of[order]],
             category_ids=truth.category_ids[truth.category_of[order]],

@@ -53,7 +53,7 @@ def main(environment: Path) -> None:
                     flip_test=flip_test,
                     shift_heatmap=shift,
                 )
-                found = estimator.predict(case.images, case.bboxes_xywh, keep_heatmaps=True)
+                found = estimator.predict(case.images, case.bboxes_xywh)
                 assert found.heatmaps is not None
                 key = f"{case_name}_{setting}"
                 kept[f"{key}_keypoints"] = found.keypoints.astype(np.float32)

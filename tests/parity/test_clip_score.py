@@ -103,9 +103,19 @@ def test_what_does_not_belong_together_is_refused(scorer: ClipScorer, photos: Pa
         scorer.scores(photos, PROMPTS, size_wh=(512, 512))
     with pytest.raises(ImageError, match=r"none\.png: expected an image, found no file"):
         scorer.scores([tmp_path / "none.png"], ["a cat"])
+    file = next(photos.iterdir())
+    with pytest.raises(ImageError, match="expected a folder of images, found a file"):
+        scorer.scores(file, ["a cat"])
+    with (
+        Image.open(file) as single,
+        pytest.raises(ImageError, match="found a single one: put it into a list"),
+    ):
+        scorer.scores(single, ["a cat"])  # type: ignore[arg-type]
 
 
-def test_weights_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_used_are_named(folder: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExpectedError, match=r"found none\. Get a CLIP model .* spctrl tiny-weights"):
+        clip_score(photos, PROMPTS)
     with pytest.raises(ExpectedError, match=r"nowhere is not a folder. Get a CLIP model"):
         load_clip_scorer(tmp_path / "nowhere")
     for name, problem in (

@@ -309,6 +309,11 @@ def test_weights_that_cannot_be_used_are_named(weights: Path, tmp_path: Path) ->
     for name in ("cut", "other"):
         with pytest.raises(ExpectedError, match=f"{name}.pth: not the weights of torch-fidelity's Inception"):
             load_inception(tmp_path / f"{name}.pth")
+    many = {f"layer{i}.{'x' * 50}": torch.zeros(1) for i in range(100)}
+    torch.save(many, tmp_path / "many.pth")
+    with pytest.raises(ExpectedError, match=r"Missing key.*\.\.\.\. Get weights") as caught:
+        load_inception(tmp_path / "many.pth")
+    assert len(str(caught.value)) < 1000, "the keys of a whole network are nothing to read"
     with pytest.raises(ValueError, match="expected resize legacy or clean"):
         load_inception(weights, resize="bilinear")  # type: ignore[arg-type]
 

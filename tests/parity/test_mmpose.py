@@ -65,7 +65,7 @@ def test_poses_equal_mmpose(
     estimator = PoseEstimator.from_weights(
         weights, inputs.dataset, codec=codec, flip_test=flip_test, shift_heatmap=shift, device="cpu"
     )
-    found = estimator.predict(inputs.images, inputs.bboxes_xywh, keep_heatmaps=True)
+    found = estimator.predict(inputs.images, inputs.bboxes_xywh)
     assert found.heatmaps is not None
     cells = found.heatmaps.reshape(*found.scores.shape, -1)[..., ::CELL_STEP]
     key = f"{name}_{setting}"

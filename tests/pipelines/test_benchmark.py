@@ -186,6 +186,22 @@ def test_networks_that_do_not_fit_are_named(
     assert not nowhere.succeeded
 
 
+def test_numbers_that_are_not_finite_are_told_with_the_weights_that_made_them(
+    measuring: Workspace, weights: Path, fast: dict[str, Any]
+) -> None:
+    import torch
+
+    (good,) = weights.glob("td-hm_ViTPose-huge*.pth")
+    content = torch.load(good, weights_only=True)
+    content["state_dict"]["head.final_layer.bias"][:] = float("nan")
+    broken = measuring.folder / "broken.pth"
+    torch.save(content, broken)
+    failed = benchmark(measuring, **fast, pose={"weights": str(broken)})
+    assert not failed.succeeded
+    (error,) = failed.errors
+    assert f"poses for ap10k-val-real, by {broken}: expected finite heatmaps" in error
+
+
 def test_configurations_that_cannot_be_are_refused(measuring: Workspace, fast: dict[str, Any]) -> None:
     from spctrl.configuration import ConfigurationError
 

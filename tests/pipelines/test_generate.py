@@ -138,7 +138,14 @@ def test_images_of_someone_else_are_listed_with_our_prompts(drawing: Workspace) 
         (theirs / name / "0.jpg").unlink()
     failed = generate(drawing, method)
     assert not failed.succeeded
-    assert any("found none that fit a pose" in error for error in failed.errors)
+    (error,) = failed.errors
+    assert ", such as " in error and "/0.jpg, found none that fit a pose" in error
+
+    # A folder that is not there is an error of the stage, in one line.
+    nowhere = generate(drawing, {**method, "folder": str(theirs / "nowhere")})
+    assert not nowhere.succeeded
+    (error,) = nowhere.errors
+    assert "GRPose: expected a folder of images at" in error and str(theirs / "nowhere") in error
 
 
 def test_missing_weights_are_named(drawing: Workspace, tmp_path: Path) -> None:

@@ -254,6 +254,14 @@ def test_what_is_not_an_index_map_is_refused(image: Any, message: str) -> None:
         index_maps(image)
 
 
+def test_index_maps_may_be_followed_by_the_extra_channels_of_the_controlnet() -> None:
+    both = torch.stack([torch.from_numpy(index_map()).float(), torch.full((64, 96), 0.5)])
+    assert torch.equal(index_maps(both, 1), both[None])
+    assert torch.equal(index_maps([both.numpy()] * 2, 1), both.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match=r"\(B, 2, H, W\), with the extra channels"):
+        index_maps(Image.fromarray(index_map()), 1)
+
+
 # Checkpoints
 
 

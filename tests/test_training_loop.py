@@ -395,6 +395,29 @@ def test_images_of_validation_do_not_disturb_training(inputs: TrainingInputs, tm
     assert shown[1]["left_s"] > 0
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"conditioning_mode": "spatext"},
+        {"conditioning_mode": "openpose"},
+        {"conditioning_mode": "openpose", "model": "t2i_adapter"},
+    ],
+    ids=lambda chosen: chosen.get("model", chosen["conditioning_mode"]),
+)
+def test_images_of_validation_are_drawn_with_the_extra_mask(
+    inputs: TrainingInputs, tmp_path: Path, chosen: dict[str, Any]
+) -> None:
+    from spctrl.training.watch import Watcher
+
+    masked = config(
+        **chosen, use_extra_mask=True, max_train_steps=1, validation_steps=1, num_validation_images=1
+    )
+    watcher = Watcher(masked, inputs, inputs.manifest, tmp_path, "run", lambda facts: None)
+    train(masked, inputs, tmp_path, watcher)
+    watcher.close()
+    assert len(list((tmp_path / "validation").rglob("*.jpg"))) == 1
+
+
 def command_line(tmp_path: Path, inputs: TrainingInputs, *arguments: str, **chosen: Any) -> tuple[int, str]:
     """Exit code and output of ``python -m spctrl.training``, in this process."""
     from typer.testing import CliRunner

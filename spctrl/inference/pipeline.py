@@ -1,6 +1,7 @@
 """Diffusers' pipelines with this project's models: loading them whole, and index maps as conditions.
 
-Legend: B images of a batch, H and W of an index map, h and w of the image to draw, all in pixels.
+Legend: B images of a batch, H and W of an index map, h and w of the image to draw, all in pixels; E extra channels,
+such as a mask, that a ControlNet was trained with (``spatext_extra_channels``), mostly 0.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class SpCtrlPipeline(StableDiffusionControlNetPipeline):
 
     An index map is a PIL image of mode ``L`` or a float or integer tensor or array of (H, W), (1, H, W) or
     (B, 1, H, W); or a list of any of these. It is resized by taking nearest pixels, to the sides ``height`` and
-    ``width`` of the image to draw, by default its own, rounded down to multiples of 8. All else is as in diffusers.
+    ``width`` of the image to draw, by default its own, rounded down to multiples of 8. A ControlNet with extra channels
+    takes tensors or arrays of (1 + E, H, W) or (B, 1 + E, H, W), the index map first. All else is as in diffusers.
     """
 
     def check_image(self, image: Any, prompt: Any, prompt_embeds: Any) -> None:
@@ -77,13 +79,13 @@ class SpCtrlPipeline(StableDiffusionControlNetPipeline):
             IndexMapError: not index maps.
             ValueError: neither one nor one for each prompt.
         """
-        super().check_image(index_maps(image), prompt, prompt_embeds)
+        super().check_image(self._conditions(image), prompt, prompt_embeds)
 
     def prepare_image(
         self, image: Any, width: int | None, height: int | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """(B, 1, h, w) in the ControlNet's precision, as diffusers repeats it for guidance."""
-        maps = index_maps(image)
+        """(B, 1 + E, h, w) in the ControlNet's precision, as diffusers repeats it for guidance."""
+        maps = self._conditions(image)
         size_hw = tuple(
             asked or side - side % LATENT_FACTOR
             for asked, side in zip((height, width), maps.shape[-2:], strict=True)
@@ -92,24 +94,31 @@ class SpCtrlPipeline(StableDiffusionControlNetPipeline):
             maps = F.interpolate(maps, size_hw, mode="nearest-exact")
         return super().prepare_image(maps, size_hw[1], size_hw[0], *args, **kwargs)
 
+    def _conditions(self, image: Any) -> Tensor:
+        """(B, 1 + E, H, W) float32."""
+        return index_maps(image, getattr(self.controlnet.config, "spatext_extra_channels", 0))
 
-def index_maps(image: Any) -> Tensor:
-    """(B, 1, H, W) float32 index maps of what ``SpCtrlPipeline`` accepts.
+
+def index_maps(image: Any, extra_channels: int = 0) -> Tensor:
+    """(B, 1 + E, H, W) float32 of what ``SpCtrlPipeline`` accepts: index maps, followed by the extra channels.
 
     Raises:
         IndexMapError: it has another shape, or values that index maps do not have.
     """
     if isinstance(image, list | tuple):
-        return torch.cat([index_maps(each) for each in image])
+        return torch.cat([index_maps(each, extra_channels) for each in image])
     if isinstance(image, Image.Image):
         if image.mode not in ("L", "P", "I"):
             raise IndexMapError(f"expected an index map of mode L, found an image of mode {image.mode}")
         image = np.array(image)
     maps = torch.as_tensor(image).float()
     maps = maps.reshape((1,) * (4 - maps.ndim) + maps.shape)
-    if maps.ndim != 4 or maps.shape[1] != 1:
-        raise IndexMapError(f"expected index maps of shape (B, 1, H, W), found {tuple(maps.shape)}")
-    values = set(maps.unique().tolist())
+    if maps.ndim != 4 or maps.shape[1] != 1 + extra_channels:
+        raise IndexMapError(
+            f"expected index maps of shape (B, {1 + extra_channels}, H, W)"
+            f"{', with the extra channels' if extra_channels else ''}, found {tuple(maps.shape)}"
+        )
+    values = set(maps[:, :1].unique().tolist())
     known = {*range(NUM_KEYPOINTS + 1), *range(FIRST_LINK, FIRST_LINK + MOST_LINKS)}
     if unknown := sorted(values - known):
         raise IndexMapError(

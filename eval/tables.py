@@ -1,7 +1,8 @@
 """The paper's tables: measured beside reported numbers, in CSV, Markdown, LaTeX, JSON and Parquet.
 
 A number that cannot be taken at face value is marked wherever it is printed: ``R`` for random weights, ``P`` for a part
-of the split, ``D`` for a reported number that is doubtful. Random and doubtful ones are never best.
+of the split, ``D`` for a reported number that is doubtful. Random and doubtful ones are never best. A note ``N`` is of
+all measured numbers: how many images a split has whose whole size is not known here.
 
 Legend: values are in the printed scale, AP times 100 and KID times 1,000.
 """
@@ -287,6 +288,10 @@ def _notes(
             f"{each.method}: {each.num_images:,} of {whole or each.num_annotated:,} images" for each in parts
         )
         notes["P"] = f"PART OF THE SPLIT ({counts}): not comparable with numbers of the whole split"
+    if measured and (dataset, split) not in SPLIT_IMAGES:
+        # A cut annotation file looks like a whole one then.
+        annotated = ", ".join(f"{count:,}" for count in sorted({each.num_annotated for each in measured}))
+        notes["N"] = f"the annotations have {annotated} images; see that these are the whole split"
     if any("D" in cell.marks for cell in cells.values()):
         notes["D"] = DOUBTFUL_NOTE
     return notes

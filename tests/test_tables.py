@@ -140,6 +140,13 @@ def test_a_part_of_the_split_is_marked_even_where_the_annotations_are_cut() -> N
     assert flags == {"whole": False, "part": True}
 
 
+def test_a_split_of_unknown_size_says_how_many_images_it_has() -> None:
+    table = make(measured("cut", 0.6, 8, images=12), dataset="humanart")
+    for text in (to_markdown(table), to_latex(table), to_json(table)):
+        assert "the annotations have 12 images; see that these are the whole split" in text
+    assert "N" not in make(dataset="humanart").notes and "N" not in make(measured("x", 0.6, 8)).notes
+
+
 def test_all_formats_hold_the_same_numbers() -> None:
     gap = Difference("AP", "a", "b", 0.1, -0.02, 0.3)
     table = make(measured("a", 0.5, 10), measured("b", 0.4, 11), differences=[gap])

@@ -112,7 +112,7 @@ def render_benchmark(
         .render(
             table=table,
             made_at=made_at,
-            warnings=[*(f"{note}." for mark, note in table.notes.items() if mark in "RP"), *warnings],
+            warnings=[*(f"{note}." for mark, note in table.notes.items() if mark in "RPN"), *warnings],
             columns=[(heading(metric), source) for metric, source in columns],
             rows=rows,
             methods=methods,

@@ -19,6 +19,7 @@ BENCHMARKS = (
     "pose_ap",
     "frechet",
     "train_step",
+    "ray",
 )
 """Modules of this package, each with a function ``run``."""
 

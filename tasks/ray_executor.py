@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from spctrl.errors import ExpectedError
 from tasks.code_version import PACKAGES, ROOT
@@ -30,7 +30,7 @@ from tasks.store import TEMPORARY, StoreError, write_atomic
 
 if TYPE_CHECKING:
     from tasks.store import Location
-    from tasks.work import Batch, ModelBatch
+    from tasks.work import ModelBatch
 
     Locations = dict[str, Location]
     ModelFunction = Callable[[ModelBatch], Locations]
@@ -145,8 +145,8 @@ def _no_cluster(address: str, reason: str) -> ClusterError:
 
 
 def run_batches(
-    function: Callable[[Batch], Locations], batches: Iterable[Batch], cluster: Cluster, workers: int
-) -> Iterator[Locations]:
+    function: Callable[[Job], Result], batches: Iterable[Job], cluster: Cluster, workers: int
+) -> Iterator[Result]:
     """Results of ``function`` for each batch, in order of completion, made by tasks with one processor each.
 
     Like ``tasks.executor.run_jobs``, but that a lost worker or node costs no more than time.
@@ -205,11 +205,11 @@ def run_model_batches(
             crew.dismiss()
 
 
-class _Tasks:
+class _Tasks(Generic[Job, Result]):
     """Batches that Ray has, a few more than it works on. Ray begins those again that it loses."""
 
     def __init__(
-        self, function: Callable[[Batch], Locations], batches: Iterator[Batch], where: Site, workers: int
+        self, function: Callable[[Job], Result], batches: Iterator[Job], where: Site, workers: int
     ) -> None:
         import ray
 
@@ -219,7 +219,7 @@ class _Tasks:
         self._workers = workers
         self._running: set[Any] = set()
 
-    def outcomes(self) -> Iterator[Callable[[], Locations]]:
+    def outcomes(self) -> Iterator[Callable[[], Result]]:
         """For each batch that is done, what gives its result or raises its error."""
         import ray
 

@@ -41,26 +41,29 @@ BEGUN, GO, KILLED, LOADS = "begun-", "go", "killed", "loads-"
 # The cluster: of this machine alone, closed to whoever has not its token
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head with one processor, to which ``auto`` leads."""
+@pytest.fixture(scope="module", autouse=True)
+def closed_to_others() -> Iterator[pytest.MonkeyPatch]:
+    """Ray looks for the token when it is imported, which any test may be the first to do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-        from ray.cluster_utils import Cluster
+        yield patch
 
-        made = Cluster(
-            initialize_head=True,
-            head_node_args={**NODE, "include_dashboard": False},
-        )
-        patch.setenv("RAY_ADDRESS", made.address)
-        # Workers cannot import this file.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        yield made
-        ray.shutdown()
-        made.shutdown()
+
+@pytest.fixture(scope="module")
+def cluster(closed_to_others: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head with one processor, to which ``auto`` leads."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    closed_to_others.setenv("RAY_ADDRESS", made.address)
+    # Workers cannot import this file.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield made
+    ray.shutdown()
+    made.shutdown()
 
 
 @pytest.fixture
@@ -105,7 +108,8 @@ def test_the_bytes_of_a_local_build(
         assert done.counted("spatext", "made") == 2 * 8
     assert packs(ray) == packs(local)
     assert ray.exported() == local.exported()
-    assert ray.faults() == markers(ray) == []
+    assert ray.faults() == []
+    assert markers(ray) == []
 
 
 def wait_for(path: Path) -> None:
@@ -234,7 +238,7 @@ def here(tmp_path: Path) -> ray_executor.Cluster:
 
 @needs_ray
 def test_the_code_travels_with_the_build(cluster: Any, here: ray_executor.Cluster) -> None:
-    (path,) = run_batches(code_file, [0], here, 0)  # type: ignore[arg-type, list-item]
+    (path,) = run_batches(code_file, [0], here, 0)
     assert "working_dir_files" in path
 
 
@@ -244,9 +248,9 @@ def test_a_batch_that_fails_stops_no_other_and_its_error_is_its_own(
 ) -> None:
     results = []
     with pytest.raises(ExpectedError) as failure:
-        for each in run_batches(fail, [0, 1, 2], here, 0):  # type: ignore[arg-type, list-item]
+        for each in run_batches(fail, [0, 1, 2], here, 0):
             results.append(each)  # noqa: PERF402 - the error comes after the last
-    assert sorted(results) == [0, 2]  # type: ignore[type-var]
+    assert sorted(results) == [0, 2]
     assert (type(failure.value), str(failure.value)) == (ExpectedError, "the reason")
 
 
@@ -260,7 +264,7 @@ def test_a_store_that_cannot_be_written_stops_the_work(cluster: Any, here: ray_e
             yield job if job in (0, 3) else 2
 
     with pytest.raises(StoreError, match="the disk is full"):
-        list(run_batches(fail, jobs(), here, 0))  # type: ignore[arg-type]
+        list(run_batches(fail, jobs(), here, 0))
     assert len(taken) < 20
     assert list(here.store_root.iterdir()) == []
 
@@ -271,7 +275,7 @@ def test_a_batch_that_kills_every_worker_ends_the_work(
 ) -> None:
     monkeypatch.setattr(ray_executor, "LOSSES", 1)
     with pytest.raises(WorkerError, match="lost 2 times"):
-        list(run_batches(die, [0], here, 0))  # type: ignore[arg-type, list-item]
+        list(run_batches(die, [0], here, 0))
 
 
 def test_a_node_without_the_store_is_named(tmp_path: Path) -> None:

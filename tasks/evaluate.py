@@ -144,10 +144,21 @@ class OfImages(OfEvaluation, MethodStage):
         import pyarrow.parquet as pq
 
         table = pq.read_table(self.images_task().finished_run().path(IMAGES), partitioning=None)
-        folder = self.images_task().folder
-        return table.append_column(
-            "file", [[str(folder / path) for path in table.column("path").to_pylist()]]
-        )
+        folder, paths = self.images_task().folder, table.column("path").to_pylist()
+        files = [str(folder / path) for path in paths]
+        listing = self.images_task().generated_task().finished_run().path(IMAGES)
+        listed = pq.read_table(listing, columns=["path", "digest"], partitioning=None).to_pydict()
+        digests = dict(zip(listed["path"], listed["digest"], strict=True))
+        found = digest_cache(self.store.root).file_digests(files)
+        changed = [
+            file for file, path, digest in zip(files, paths, found, strict=True) if digests[path] != digest
+        ]
+        if changed:
+            raise ExpectedError(
+                f"{self.how.name}: expected the images that were listed, found {len(changed)} changed since, such as "
+                f"{changed[0]}. Another build or program writes there: run again when it is done"
+            )
+        return table.append_column("file", [files])
 
     def first_images(self) -> pa.Table:
         """The same of the first image of each pose."""

@@ -366,7 +366,20 @@ class GeneratedImages(MethodStage):
         run = self.current_run()
         if run is None or not super().is_up_to_date():
             return False
-        return self.is_external or fingerprint_at(self._ledger_path) == run.fingerprint
+        return self.is_external or (
+            fingerprint_at(self._ledger_path) == run.fingerprint and self._view_is_whole(run)
+        )
+
+    def _view_is_whole(self, run: Run) -> bool:
+        """Whether the folder holds the images of a run, whatever became of it since: they are measured there."""
+        import pyarrow.parquet as pq
+
+        listed = pq.read_table(run.path(IMAGES), columns=["path", "digest"], partitioning=None).to_pydict()
+        return self._digests_at(listed["path"]) == listed["digest"]
+
+    def _digests_at(self, paths: Sequence[str]) -> list[str]:
+        """Of images below the folder, as they are now."""
+        return digest_cache(self.store.root).file_digests([str(self.folder / path) for path in paths])
 
     def run(self) -> None:
         if self.is_external:
@@ -454,17 +467,18 @@ class GeneratedImages(MethodStage):
                     )
                 else:
                     rows.append({**pose, "index": index, "path": path})
-        digests = digest_cache(self.store.root).file_digests([str(self.folder / row["path"]) for row in rows])
+        digests = self._digests_at([row["path"] for row in rows])
         return [{**row, "digest": found} for row, found in zip(rows, digests, strict=True)]
 
     def _write_view(self, rows: list[dict[str, Any]], table: bytes, fingerprint: str) -> None:
         """Bring the folder in step with ``rows``: write what changed, remove what is no longer there."""
         old = Ledger.read(self._ledger_path)
         wanted = {f"{self._split_folder}/{row['path']}": row for row in rows}
+        there = self._digests_at([row["path"] for row in rows])
         changed = {
             path: row
-            for path, row in wanted.items()
-            if old.files.get(path, UNFINISHED).digest != row["digest"] or not (self._view / path).exists()
+            for (path, row), found in zip(wanted.items(), there, strict=True)
+            if found != row["digest"]
         }
         listing = f"{self._split_folder}/{IMAGES}"
         # A killed run must not pass for a finished one, and whatever it wrote must be known.
@@ -475,10 +489,10 @@ class GeneratedImages(MethodStage):
                 found = self._locations[row["index"]][row["image_id"]]
                 data = self.store.read(Samples.stage, found.pack, found.offset, found.size)
                 self._put(path, data)
-                ledger.files[path] = Entry(found.digest, found.digest)
                 if count % DISPLAY_EVERY == 0:
                     advance(DISPLAY_EVERY)
         self._put(listing, table)
+        ledger.files |= {path: Entry(row["digest"], row["digest"]) for path, row in wanted.items()}
         ledger.files[listing] = Entry(fingerprint, content_digest(table))
         for path in ledger.files.keys() - wanted.keys() - {listing}:
             (self._view / path).unlink(missing_ok=True)

@@ -176,6 +176,29 @@ def test_missing_broken_and_wrongly_sized_images_stop_it_unless_allowed(
     )
 
 
+def test_images_that_change_while_they_are_measured_are_refused(
+    measuring: Workspace, fast: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import eval.checks
+
+    check = eval.checks.check_images
+    file = measuring.folder / "real" / names_of_validation(measuring)[0] / "0.jpg"
+
+    def check_and_change(*given: Any, **options: Any) -> eval.checks.Checked:
+        found = check(*given, **options)
+        Image.new("RGB", (64, 64), "red").save(file)
+        return found
+
+    monkeypatch.setattr(eval.checks, "check_images", check_and_change)
+    failed = benchmark(measuring, **fast)
+    assert not failed.succeeded
+    (error,) = failed.errors
+    assert f"real: expected the images that were listed, found 1 changed since, such as {file}" in error
+    monkeypatch.undo()
+    again = benchmark(measuring, **fast)
+    assert again.succeeded, again.errors
+
+
 def test_networks_that_do_not_fit_are_named(
     measuring: Workspace, weights: Path, fast: dict[str, Any]
 ) -> None:

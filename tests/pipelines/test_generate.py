@@ -101,6 +101,16 @@ def test_a_killed_run_goes_on_and_only_what_is_new_is_drawn(drawing: Workspace) 
 
     assert generate(drawing, METHOD).committed == {}
 
+    # Images that somebody removed or changed come back from the store.
+    gone, changed = (folder_of(drawing) / row["path"] for row in rows[:2])
+    contents = gone.read_bytes(), changed.read_bytes()
+    gone.unlink()
+    changed.write_bytes(b"mine")
+    restored = generate(drawing, METHOD)
+    assert restored.succeeded, restored.errors
+    assert "samples" not in restored.worked
+    assert (gone.read_bytes(), changed.read_bytes()) == contents
+
     # More images of each pose, in other batches: the first ones stay, file for file.
     before = {row["path"]: row["digest"] for row in rows}
     drawing.configure("generate", batch_size=5)

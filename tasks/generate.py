@@ -375,7 +375,7 @@ class GeneratedImages(MethodStage):
         import pyarrow.parquet as pq
 
         listed = pq.read_table(run.path(IMAGES), columns=["path", "digest"], partitioning=None).to_pydict()
-        return self._digests_at(listed["path"]) == listed["digest"]
+        return bool(self._digests_at(listed["path"]) == listed["digest"])
 
     def _digests_at(self, paths: Sequence[str]) -> list[str]:
         """Of images below the folder, as they are now."""

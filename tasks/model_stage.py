@@ -42,9 +42,9 @@ class Weights(luigi.ExternalTask):
         if Path(self.path).exists():
             return self._is_genuine(entry)
         luigi.task.logger.error(
-            "expected weights at %s, found none. They are %s: get %s from %s (licence: %s) and put it there, or name "
-            "another place with the setting `weights` beside %s",
-            self.path, entry.what, Path(entry.file).name, entry.publisher, entry.licence, entry.setting,
+            "expected weights at %s, found none. They are %s, for %s: get %s from %s (licence: %s) and put it there, or "
+            "name another place in those settings",
+            self.path, entry.what, entry.setting, Path(entry.file).name, entry.publisher, entry.licence,
         )  # fmt: skip
         return False
 

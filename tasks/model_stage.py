@@ -42,7 +42,7 @@ class Weights(luigi.ExternalTask):
         if Path(self.path).exists():
             return self._is_genuine(entry)
         luigi.task.logger.error(
-            "expected weights at %s, found none. They are %s, for %s: get %s from %s (licence: %s) and put it there, or "
+            "expected weights at %s, found none. They are %s, for %s: get %s from %s (licence: %s), put it there, or "
             "name another place in those settings",
             self.path, entry.what, entry.setting, Path(entry.file).name, entry.publisher, entry.licence,
         )  # fmt: skip

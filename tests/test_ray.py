@@ -195,6 +195,7 @@ def test_models_are_loaded_once_by_actors_one_of_which_is_killed(
     from spctrl.image_models.depth import build_tiny
 
     build_tiny(tmp_path / "weights")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many as an actor has: sums are rounded by their number
     monkeypatch.setattr("tasks.model_stage.RECORDS_PER_PACK", 2)
     local, ray = make_workspace("local", sample), on_ray(make_workspace("ray", sample))
     for workspace in (local, ray):

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 Fields = TypeVar("Fields")
 
-LINK_WAYS = ("auto", "hard", "symbolic", "copy")
-
 
 class _Listed(msgspec.Struct):
     """An entry of ``images``, as far as it takes to know whether it is wanted."""

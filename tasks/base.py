@@ -100,6 +100,8 @@ class StageTask(MeetsBadRecords):
     also_reaches: ClassVar[Sequence[str]] = ()
     """Code that reaches the function through its arguments, which reading its source cannot show."""
     libraries: ClassVar[Sequence[str]] = ()
+    reads_several_parts: ClassVar[bool] = False
+    """Whether a stage may be among the inputs more than once, for different parts of the data."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,7 +120,8 @@ class StageTask(MeetsBadRecords):
                 continue
             if (ingredients := task.ingredients()) is None:
                 return None
-            found[task.stage] = ingredients.fingerprint
+            name = f"{task.stage} {task.part}" if self.reads_several_parts else task.stage
+            found[name] = ingredients.fingerprint
         return found
 
     def make(self, run: Run) -> dict[str, int]:

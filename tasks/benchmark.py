@@ -31,6 +31,8 @@ TEMPLATES = ("eval/templates/benchmark.html.j2", "spctrl/templates/style.css.j2"
 class OfMethods(OfEvaluation, StageTask):
     """A stage that compares all methods of an evaluation; its files are also in a folder for the reader."""
 
+    reads_several_parts = True
+
     name = luigi.Parameter(description="of the benchmark: that of its file")
 
     @property
@@ -67,16 +69,6 @@ class OfMethods(OfEvaluation, StageTask):
 
     def methods(self) -> list[str]:
         return [method.name for method in self.how_measured.methods]
-
-    def inputs(self) -> dict[str, str] | None:
-        found = {}
-        for task in self.requires():
-            if not isinstance(task, StageTask):
-                continue
-            if (ingredients := task.ingredients()) is None:
-                return None
-            found[f"{task.stage} {task.part}"] = ingredients.fingerprint
-        return found
 
     def is_up_to_date(self) -> bool:
         if not super().is_up_to_date():

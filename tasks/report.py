@@ -34,6 +34,7 @@ class Report(StageTask):
 
     stage = "report"
     function = "spctrl.report.page:render_report"
+    reads_several_parts = True
     also_reaches: ClassVar[Sequence[str]] = ("spctrl.audit.counts:audit_split",)
     libraries: ClassVar[Sequence[str]] = ("jinja2", "opencv-python-headless")
 
@@ -58,14 +59,6 @@ class Report(StageTask):
             for split in self.split
             if split in settings.dataset_of(dataset).split_words
         ]
-
-    def inputs(self) -> dict[str, str] | None:
-        found = {}
-        for task in self.requires():
-            if (ingredients := task.ingredients()) is None:
-                return None
-            found[f"{task.stage} {task.part}"] = ingredients.fingerprint
-        return found
 
     def is_up_to_date(self) -> bool:
         if not super().is_up_to_date():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spctrl.datasets import AP10K, HUMANART, Dataset
-from spctrl.export import LINK_WAYS, categories_json, link_file, record_lines
+from spctrl.export import categories_json, link_file, record_lines
 from spctrl.layout import Layout
 
 ANIMAL = "000000001996.jpg"
@@ -303,6 +303,9 @@ def kind_of(source: Path, target: Path) -> str:
     if target.is_symlink():
         return "symbolic"
     return "hard" if target.samefile(source) else "copy"
+
+
+LINK_WAYS = ("auto", "hard", "symbolic", "copy")
 
 
 @pytest.mark.parametrize("way", LINK_WAYS)

@@ -156,9 +156,13 @@ def survivors(build: subprocess.Popen[str]) -> list[Process]:
     return found
 
 
-def kill_at(workspace: Workspace, moment_s: float, *, whole_group: bool) -> bool:
-    """SIGKILL a build after some time; says whether it was still running."""
+def kill_at(workspace: Workspace, moment_s: float | None, *, whole_group: bool) -> bool:
+    """SIGKILL a build after some time, or with its first pack; says whether it was still running."""
     build = workspace.start()
+    if moment_s is None:
+        while build.poll() is None and not any(workspace.store.glob("packs/spatext/[!.]*.parquet")):
+            time.sleep(0.002)
+        moment_s = 0
     try:
         build.communicate(timeout=moment_s)
     except subprocess.TimeoutExpired:
@@ -185,7 +189,8 @@ def test_a_build_killed_at_twenty_moments_and_run_again_gives_the_same_bytes(
     make_crowded: Callable[..., Workspace], expected: Expected
 ) -> None:
     killed = in_between = 0
-    for number, moment_s in enumerate(moments(MOMENTS, expected.duration_s)):
+    # By the clock alone, a busy machine may be killed outside the stages every time.
+    for number, moment_s in enumerate([None, *moments(MOMENTS - 1, expected.duration_s)]):
         workspace = make_crowded(f"killed-{number}")
         killed += kill_at(workspace, moment_s, whole_group=number % 2 == 0)
         assert workspace.faults() == []

@@ -29,7 +29,7 @@ from spctrl.index import write_index
 from spctrl.records import Record, records_from_table
 from tasks.executor import run_jobs
 from tasks.ray_executor import Cluster, run_batches
-from tasks.store import digest
+from tasks.store import Store, digest
 from tasks.work import ArtifactSource, Batch, Source, make_pack
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _two_nodes() -> Iterator[tuple[Any, Any]]:
 def _throughput(report: Report, cluster: Any, second: Any) -> None:
     """Maps and renders of all records by each executor in turn, its workers warm."""
     records = _records()[: QUICK_RECORDS if report.quick else None]
-    where = Cluster(cluster.address, BUILD / "ray-throughput", {})
+    where = Cluster(cluster.address, Store(BUILD / "ray-throughput"), {})
     runs: dict[str, Run] = {
         LOCAL_1: lambda batches: run_jobs(make_pack, batches, 1),
         LOCAL_2: lambda batches: run_jobs(make_pack, batches, 2),
@@ -93,10 +93,10 @@ def _throughput(report: Report, cluster: Any, second: Any) -> None:
         ):
             with _occupied(second) if name == RAY_1 else contextlib.nullcontext():
                 wait_for_calm()
-                seconds = _draw(records, where.store_root, runs[name])
+                seconds = _draw(records, where.store, runs[name])
             if number >= len(runs):
                 took[name].append(seconds)
-            packs.add(_content(where.store_root, "packs/*/*"))
+            packs.add(_content(where.store.home, "packs/*/*"))
     if len(packs) > 1:
         raise RuntimeError("the executors made different packs")
     medians = {name: statistics.median(each) for name, each in took.items()}
@@ -126,16 +126,16 @@ def _records() -> list[Record]:
     return records
 
 
-def _draw(records: list[Record], store_root: Path, run_all: Run) -> float:
+def _draw(records: list[Record], store: Store, run_all: Run) -> float:
     """Maps first, then renders that colour them, as in a build; gives the seconds that both took."""
-    shutil.rmtree(store_root / "packs", ignore_errors=True)
+    shutil.rmtree(store.home / "packs", ignore_errors=True)
     links, names = AP10K.skeleton.links, AP10K.skeleton.keypoint_names
     started = time.perf_counter()
     maps: dict[str, Location] = {}
-    for found in run_all(_batches("spatext", {"links": links}, records, store_root)):
+    for found in run_all(_batches("spatext", {"links": links}, records, store)):
         maps |= found
     style = {"style": "openpose", "keypoint_names": names, "links": links}
-    for _ in run_all(_batches("openpose", style, records, store_root, maps)):
+    for _ in run_all(_batches("openpose", style, records, store, maps)):
         pass
     return time.perf_counter() - started
 
@@ -144,7 +144,7 @@ def _batches(
     stage: str,
     parameters: dict[str, Any],
     records: list[Record],
-    store_root: Path,
+    store: Store,
     maps: dict[str, Location] | None = None,
 ) -> Iterator[Batch]:
     keys = [digest(str(record.image_id)) for record in records]
@@ -156,7 +156,7 @@ def _batches(
         yield Batch(
             function=f"spctrl.rendering.{stage}:render_{stage}",
             parameters={**parameters, **SIZES},
-            store_root=store_root,
+            store=store,
             stage=stage,
             suffix=".png",
             keys=keys[some],

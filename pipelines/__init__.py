@@ -14,7 +14,7 @@ from spctrl.errors import ExpectedError
 from tasks import logs, settings
 from tasks.base import MeetsBadRecords
 from tasks.conditions import CONDITIONS
-from tasks.export import Export
+from tasks.export import FOLDERS, Export
 from tasks.names import NamesParameter
 from tasks.report import Report, print_summary
 from tasks.train import Train
@@ -59,6 +59,8 @@ class BuildDataset(MeetsBadRecords, luigi.WrapperTask):
             raise ExpectedError(
                 f"expected a split that {' or '.join(self.dataset)} has, found {', '.join(self.split)}"
             )
+        if FOLDERS in settings.export().format:
+            settings.export_folder("[export] format = folders (webdataset and parquet do not)")
 
     def exports(self) -> Iterator[Export]:
         """One task for each split that a dataset has."""

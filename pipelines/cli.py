@@ -25,10 +25,10 @@ from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import StageTask
 from tasks.conditions import CONDITIONS, condition_class
+from tasks.files import TEMPORARY, files_at, is_url
 from tasks.index import AnnotationFile
 from tasks.model_stage import ModelStage
 from tasks.progress import progress
-from tasks.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,10 +59,6 @@ def _build(
         )
     except (ExpectedError, ValueError, luigi.parameter.ParameterException) as error:
         raise typer.BadParameter(str(error)) from error
-
-
-def _store() -> Store:
-    return Store(settings.paths().store)
 
 
 @app.command()
@@ -123,13 +119,14 @@ def verify(
     What is damaged is struck out, so that the next build makes it again. Exits with 1 when anything is
     damaged.
     """
+    from tasks.upkeep import ledgers
     from tasks.upkeep import verify as verify_store
 
-    store, exports = _store(), Path(settings.paths().export)
+    store, exports = settings.store(), settings.paths().export
     total = (
         len([pack for stage in store.stages() for pack in store.packs(stage)])
         + len(store.runs())
-        + len(list(exports.glob("*/.spctrl/*.json")))
+        + len(list(ledgers(exports)))
     )
     with progress("verify", total, lambda percentage: None) as advance:
         damages = verify_store(store, exports, repair=not dry_run, advance=advance)
@@ -164,12 +161,12 @@ def gc(
         for task in stages_in_order(_build(dataset, split, conditions, images))
         if (run := task.current_run())
     ]
-    waste = collect(_store(), current, keep=keep, grace_s=grace_hours * 3600, dry_run=dry_run)
+    waste = collect(settings.store(), current, keep=keep, grace_s=grace_hours * 3600, dry_run=dry_run)
     for run in waste.runs:
         console.print(f"run {run.stage} {run.part} {run.fingerprint}")
     console.print(
         f"{'Would remove' if dry_run else 'Removed'} {len(waste.runs):,} runs, {len(waste.packs):,} packs and "
-        f"{len(waste.temporaries):,} left-over files, {'would rewrite' if dry_run else 'rewrote'} "
+        f"{len(waste.leftovers):,} left-over files, {'would rewrite' if dry_run else 'rewrote'} "
         f"{len(waste.repacked):,} packs: {waste.freed_bytes / 1e6:,.1f} MB.",
         soft_wrap=True,
     )
@@ -247,8 +244,8 @@ def doctor() -> None:
     console.print(versions)
     console.print(f"\ncores: {len(os.sched_getaffinity(0))}; devices: {_devices()}")
     for name in ("store", "export"):
-        folder = Path(getattr(settings.paths(), name))
-        console.print(f"\\[paths] {name} = {folder}: {_writable(folder)}", highlight=False, soft_wrap=True)
+        place = getattr(settings.paths(), name)
+        console.print(f"\\[paths] {name} = {place}: {_writable(place)}", highlight=False, soft_wrap=True)
     build = _build(None, None, None, None)
     possible = False
     found = Table("dataset", "split", "annotations", box=None, pad_edge=False)
@@ -321,7 +318,16 @@ def _devices() -> str:
     return ", ".join(["cpu", *gpus])
 
 
-def _writable(folder: Path) -> str:
+def _writable(place: str) -> str:
+    if is_url(place):
+        name, files = f"{TEMPORARY}doctor-{os.getpid()}", files_at(place)
+        try:
+            files.write(name, b"")
+            files.remove([name])
+        except ExpectedError as error:
+            return f"[red]{escape(str(error))}[/red]"
+        return "writable"
+    folder = Path(place)
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not os.access(existing, os.W_OK):
         return f"[red]cannot be written ({existing})[/red]"

@@ -26,7 +26,7 @@ from spctrl.errors import ExpectedError
 from tasks import logs, settings
 from tasks.code_version import PACKAGES, ROOT, code_components
 from tasks.inputs import DigestCache
-from tasks.store import PROVENANCE, TEMPORARY, Run, Store, digest
+from tasks.store import Run, Store, digest
 
 if TYPE_CHECKING:
     pass
@@ -135,7 +135,7 @@ class StageTask(MeetsBadRecords):
 
     @functools.cached_property
     def store(self) -> Store:
-        return Store(settings.paths().store)
+        return settings.store()
 
     def requires(self) -> Sequence[luigi.Task]:
         return ()
@@ -161,7 +161,7 @@ class StageTask(MeetsBadRecords):
         run = self.current_run()
         if run is None or not run.provenance():
             raise RuntimeError(
-                f"expected a finished run of {self.stage} for {self.part}, found none in {self.store.root}"
+                f"expected a finished run of {self.stage} for {self.part}, found none in {self.store.files.root}"
             )
         return run
 
@@ -182,7 +182,7 @@ class StageTask(MeetsBadRecords):
 
     def code_and_parameters(self) -> dict[str, Any]:
         """All ingredients but the inputs."""
-        code = code_of((self.function, *self.also_reaches), self.store.root)
+        code = code_of((self.function, *self.also_reaches), self.store)
         libraries = {name: _version(name) for name in self.libraries}
         version = digest(self.stage, json.dumps([code, libraries], sort_keys=True))
         return {
@@ -207,10 +207,6 @@ class StageTask(MeetsBadRecords):
         """Find out what the inputs are where that takes long (reading many files)."""
 
     def commit(self, run: Run, counts: Mapping[str, int], started: float) -> None:
-        paths = [path for path in run.folder.rglob("*") if path.is_file()]
-        names = sorted(
-            path.relative_to(run.folder).as_posix() for path in paths if not path.name.startswith(TEMPORARY)
-        )
         provenance = {
             "stage": self.stage,
             "part": self.part,
@@ -228,7 +224,7 @@ class StageTask(MeetsBadRecords):
                 "platform": platform.platform(),
             },
         }
-        run.commit([name for name in names if name != PROVENANCE], self.packs_of(run), provenance)
+        run.commit(self.packs_of(run), provenance)
         logs.event(
             "stage done",
             stage=self.stage,
@@ -270,12 +266,12 @@ def _reasons(run: Run) -> str:
     examples = {row["code"]: row["message"] for row in reversed(rows)}
     counts = Counter(row["code"] for row in rows).most_common(5)
     lines = [f"\n  {code} ({count:,}): {examples[code]}" for code, count in counts]
-    return f". Reasons, with one example each:{''.join(lines)}\nAll of them: {run.path(REJECTS)}"
+    return f". Reasons, with one example each:{''.join(lines)}\nAll of them: {run.place(REJECTS)}"
 
 
-def code_of(functions: Sequence[str], store_root: Path) -> dict[str, str]:
+def code_of(functions: Sequence[str], store: Store) -> dict[str, str]:
     """``code_components`` of several, kept for as long as no source file of the project changes."""
-    cache = digest_cache(store_root)
+    cache = digest_cache(store)
     key = f"code {' '.join(functions)} {_sources_stamp()}"
     components: dict[str, str] | None = cache.fact(key)
     if components is None:
@@ -297,14 +293,14 @@ def _sources_stamp() -> str:
     return digest(*found)
 
 
-def digest_cache(store_root: Path) -> DigestCache:
+def digest_cache(store: Store) -> DigestCache:
     """This process's connection to the store's cache; a forked process opens its own."""
-    return _digest_cache(store_root.resolve(), os.getpid())
+    return _digest_cache(store.home.resolve(), os.getpid())
 
 
 @functools.cache
-def _digest_cache(store_root: Path, pid: int) -> DigestCache:
-    return DigestCache(store_root / "cache.sqlite")
+def _digest_cache(folder: Path, pid: int) -> DigestCache:
+    return DigestCache(folder / "cache.sqlite")
 
 
 @functools.cache

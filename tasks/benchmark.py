@@ -14,9 +14,10 @@ from tasks import settings
 from tasks.base import MANIFEST, StageTask, digest_cache
 from tasks.code_version import ROOT
 from tasks.evaluate import INSTANCES, METRICS, POSES, EvaluatedImages, MetricStage, OfEvaluation, PoseAp
-from tasks.export import LEDGERS, LOCK
+from tasks.export import LOCK
+from tasks.files import exclusive, is_url, write_atomic
 from tasks.generate import method_json
-from tasks.store import PROVENANCE, Run, exclusive, parquet_bytes, write_atomic
+from tasks.store import PROVENANCE, Run, parquet_bytes
 
 if TYPE_CHECKING:
     from eval.report import MethodView
@@ -42,7 +43,7 @@ class OfMethods(OfEvaluation, StageTask):
     @property
     def folder(self) -> Path:
         """Where users look for the files."""
-        return Path(settings.paths().export) / f"benchmark-{self.name}"
+        return settings.export_folder("Benchmark") / f"benchmark-{self.name}"
 
     def metrics_of(self, method: str) -> dict[str, MetricStage]:
         """The metrics of a method, by name."""
@@ -76,11 +77,11 @@ class OfMethods(OfEvaluation, StageTask):
         run = self.current_run()
         assert run is not None
         files = run.provenance()["files"]
-        found = digest_cache(self.store.root).file_digests([str(self.folder / name) for name in files])
+        found = digest_cache(self.store).file_digests([str(self.folder / name) for name in files])
         return found == [each["digest"] for each in files.values()]
 
     def run(self) -> None:
-        with exclusive(self.folder / LEDGERS / LOCK):
+        with exclusive(self.folder / LOCK):
             super().run()
 
     def publish(self, run: Run, files: Mapping[str, bytes]) -> None:
@@ -118,7 +119,8 @@ class Tables(OfMethods):
     @property
     def store_path(self) -> str:
         """The store from the folder of the tables, for links."""
-        return os.path.relpath(self.store.root.absolute(), self.folder.absolute())
+        address = self.store.files.address
+        return address if is_url(address) else os.path.relpath(address, self.folder.absolute())
 
     def make(self, run: Run) -> dict[str, int]:
         from eval.tables import FORMATS, to_arrow, to_markdown
@@ -170,7 +172,7 @@ class Tables(OfMethods):
         for task, scores in found.items():
             run = task.finished_run()
             for metric in scores.samples:
-                provenance[metric] = run.path(PROVENANCE).relative_to(self.store.root).as_posix()
+                provenance[metric] = run.name(PROVENANCE)
                 random[metric] = run.provenance()["random"]
         return MethodScores(
             method=method,
@@ -200,7 +202,7 @@ class BenchmarkReport(OfMethods):
         return [self.tables_task(), *self.tables_task().requires()]
 
     def parameters(self) -> dict[str, Any]:
-        templates = digest_cache(self.store.root).file_digests([str(ROOT / each) for each in TEMPLATES])
+        templates = digest_cache(self.store).file_digests([str(ROOT / each) for each in TEMPLATES])
         return {**self.settings_of("num_cases"), "templates": templates}
 
     def make(self, run: Run) -> dict[str, int]:

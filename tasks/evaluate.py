@@ -149,7 +149,7 @@ class OfImages(OfEvaluation, MethodStage):
         listing = self.images_task().generated_task().finished_run().path(IMAGES)
         listed = pq.read_table(listing, columns=["path", "digest"], partitioning=None).to_pydict()
         digests = dict(zip(listed["path"], listed["digest"], strict=True))
-        found = digest_cache(self.store.root).file_digests(files)
+        found = digest_cache(self.store).file_digests(files)
         changed = [
             file for file, path, digest in zip(files, paths, found, strict=True) if digests[path] != digest
         ]
@@ -217,7 +217,7 @@ class WithNetwork(StageTask):
 
     def inputs(self) -> dict[str, str] | None:
         found = super().inputs()
-        weights = weights_digest(self.store.root, self.weights_path)
+        weights = weights_digest(self.store, self.weights_path)
         return None if found is None or weights == MISSING else {**found, "weights": weights}
 
     def random_network(self) -> list[str]:
@@ -262,7 +262,7 @@ class PredictedPoses(WithNetwork, OfImages):
         found, detector = super().inputs(), self.detector_path
         if found is None or detector is None:
             return found
-        weights = weights_digest(self.store.root, detector)
+        weights = weights_digest(self.store, detector)
         return None if weights == MISSING else {**found, "detector": weights}
 
     def random(self) -> list[str]:
@@ -367,7 +367,7 @@ class RealFeatures(InceptionStage):
         upstream, names = super().inputs(), self.image_paths()
         if upstream is None or names is None:
             return None
-        cache = digest_cache(self.store.root)
+        cache = digest_cache(self.store)
         found = cache.list_digest(str(self.root), names, max_read_bytes=READ_AT_ONCE_BYTES)
         return None if found is None else {**upstream, "files": found}
 
@@ -379,7 +379,7 @@ class RealFeatures(InceptionStage):
         with progress(title, len(paths), self.set_progress_percentage) as advance:
             for start in range(0, len(paths), HASHED_BETWEEN_LINES):
                 some = paths[start : start + HASHED_BETWEEN_LINES]
-                digest_cache(self.store.root).file_digests(some)
+                digest_cache(self.store).file_digests(some)
                 advance(len(some))
 
     def weights_note(self) -> str | None:

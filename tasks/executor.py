@@ -17,7 +17,7 @@ from multiprocessing import forkserver
 from typing import Literal, TypeVar
 
 from spctrl.errors import ExpectedError
-from tasks.store import StoreError
+from tasks.files import StoreError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

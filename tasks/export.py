@@ -10,31 +10,20 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tasks import settings
 from tasks.base import MANIFEST, code_of
+from tasks.files import TEMPORARY, Files, StoreError, cannot_write, file_digest
 from tasks.index import AnnotationFile
 from tasks.inputs import InputChangedError
 from tasks.manifest import Manifest
 from tasks.progress import progress
 from tasks.record_stage import artifact_locations
-from tasks.store import (
-    TEMPORARY,
-    Location,
-    Run,
-    StoreError,
-    cannot_write,
-    content_digest,
-    digest,
-    exclusive,
-    file_digest,
-    parquet_bytes,
-    write_atomic,
-)
+from tasks.settings import LEDGERS
+from tasks.store import Location, Run, content_digest, digest, parquet_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,8 +33,7 @@ if TYPE_CHECKING:
     from tasks.progress import Advance
     from tasks.work import Source
 
-LEDGERS = ".spctrl"
-LOCK = "lock"
+LOCK = f"{LEDGERS}/lock"
 IMAGE, HEATMAPS = "image", "heatmaps"
 FOLDERS = "folders"
 DISPLAY_EVERY = 256
@@ -68,27 +56,29 @@ class Ledger:
     """The files that one split wrote into an export folder.
 
     Attributes:
-        path: the ledger's own JSON file; beside it, with the suffix ``.parquet``, lies the list of files.
+        place: where exports go.
+        name: of the ledger's own JSON file; beside it, with the suffix ``.parquet``, lies the list of files.
         fingerprint: of the export run that they belong to; empty while it is under way.
         files: by path below the export folder.
     """
 
-    path: Path
+    place: Files
+    name: str
     fingerprint: str = ""
     files: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> Ledger:
-        """The ledger at ``path``; an empty one where there is none, or half of one."""
+    def read(cls, place: Files, name: str) -> Ledger:
+        """The ledger of a name; an empty one where there is none, or half of one."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            columns = pq.read_table(path.with_suffix(".parquet"), partitioning=None).to_pydict()
-        except (OSError, pa.ArrowException):
-            return cls(path)
+            columns = pq.read_table(pa.BufferReader(place.read(_list_name(name)))).to_pydict()
+        except (FileNotFoundError, pa.ArrowException):
+            return cls(place, name)
         entries = map(Entry, columns["made_from"], columns["digest"])
-        return cls(path, fingerprint_at(path), dict(zip(columns["path"], entries, strict=True)))
+        return cls(place, name, fingerprint_at(place, name), dict(zip(columns["path"], entries, strict=True)))
 
     def write(self) -> None:
         """The list first, so that a fingerprint never speaks for files that are not listed."""
@@ -101,18 +91,22 @@ class Ledger:
         schema = pa.schema([(name, pa.string()) for name in ("path", *Entry._fields)])
         if not self.fingerprint:
             self._write_fingerprint()
-        write_atomic(self.path.with_suffix(".parquet"), parquet_bytes(pa.table(columns, schema=schema)))
+        self.place.write(_list_name(self.name), parquet_bytes(pa.table(columns, schema=schema)))
         self._write_fingerprint()
 
     def _write_fingerprint(self) -> None:
-        write_atomic(self.path, json.dumps({"fingerprint": self.fingerprint}).encode())
+        self.place.write(self.name, json.dumps({"fingerprint": self.fingerprint}).encode())
 
 
-def fingerprint_at(ledger: Path) -> str:
+def _list_name(ledger: str) -> str:
+    return f"{ledger.removesuffix('.json')}.parquet"
+
+
+def fingerprint_at(place: Files, ledger: str) -> str:
     """The fingerprint of a ledger alone, without loading anything heavy."""
     try:
-        return str(json.loads(ledger.read_bytes())["fingerprint"])
-    except (OSError, ValueError, KeyError):
+        return str(json.loads(place.read(ledger))["fingerprint"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ""
 
 
@@ -160,7 +154,7 @@ class Export(Manifest):
     def parameters(self) -> dict[str, Any]:
         return {
             **super().parameters(),
-            "folder": str(self.folder.absolute()),
+            "folder": self.place.address,
             "link": settings.export().link,
             "heatmaps": self.has_heatmaps,
             "format": self.formats,
@@ -176,8 +170,14 @@ class Export(Manifest):
         return [name for name in self.formats if name != FOLDERS]
 
     @functools.cached_property
+    def place(self) -> Files:
+        """Where all splits of the dataset are exported to."""
+        return settings.export_files(self.layout.folder)
+
+    @functools.cached_property
     def folder(self) -> Path:
-        return Path(settings.paths().export) / self.layout.folder
+        """The same as a folder, for triplet folders."""
+        return settings.export_folder("export.format = folders") / self.layout.folder
 
     @functools.cached_property
     def has_heatmaps(self) -> bool:
@@ -185,14 +185,16 @@ class Export(Manifest):
         return section.heatmaps == "yes" or (section.heatmaps == "auto" and section.names == "released")
 
     @property
-    def ledger_path(self) -> Path:
-        return self.folder / LEDGERS / f"{self.layout.split_name}.json"
+    def ledger_name(self) -> str:
+        return f"{LEDGERS}/{self.layout.split_name}.json"
 
     def is_up_to_date(self) -> bool:
         run = self.current_run()
-        if run is None or not super().is_up_to_date() or fingerprint_at(self.ledger_path) != run.fingerprint:
+        if run is None or not super().is_up_to_date():
             return False
-        return all((self.folder / name).exists() for name in self._landmarks())
+        landmarks = set(self._landmarks())
+        is_there = self.place.sizes(landmarks).keys() == landmarks
+        return is_there and fingerprint_at(self.place, self.ledger_name) == run.fingerprint
 
     def _landmarks(self) -> Iterator[str]:
         """One file, or a few, of each format: a look at all files would take long."""
@@ -203,7 +205,7 @@ class Export(Manifest):
 
     def run(self) -> None:
         # Another build may be writing the same folder; when it is done, there may be nothing left to do.
-        with exclusive(self.folder / LEDGERS / LOCK):
+        with self.place.exclusive(LOCK):
             super().run()
 
     def make(self, run: Run) -> dict[str, int]:
@@ -211,7 +213,8 @@ class Export(Manifest):
         wanted = {each.path: each for each in self._wanted(source)} if FOLDERS in self.formats else {}
         shards = {each.path: each for each in self._wanted_shards(source)}
         texts = dict(self._texts(source))
-        old = Ledger.read(self.ledger_path)
+        old = Ledger.read(self.place, self.ledger_name)
+        there = self.place.sizes([*shards, *texts])
         changed = [
             each
             for each in wanted.values()
@@ -220,29 +223,27 @@ class Export(Manifest):
         changed_shards = [
             each
             for each in shards.values()
-            if old.files.get(each.path, UNFINISHED).made_from != each.made_from
-            or not (self.folder / each.path).exists()
+            if old.files.get(each.path, UNFINISHED).made_from != each.made_from or each.path not in there
         ]
         changed_texts = {
             path: data
             for path, data in texts.items()
-            if old.files.get(path, UNFINISHED).digest != content_digest(data)
-            or not (self.folder / path).exists()
+            if old.files.get(path, UNFINISHED).digest != content_digest(data) or path not in there
         }
         # From here on the folder is neither the old export nor the new one; a killed build must not pass for
         # either, and whatever it wrote must be known.
-        ledger = Ledger(self.ledger_path, "", dict(old.files))
+        ledger = Ledger(self.place, self.ledger_name, "", dict(old.files))
         written = [each.path for each in changed]
         written += [*(each.path for each in changed_shards), *changed_texts]
         ledger.files |= dict.fromkeys(written, UNFINISHED)
         ledger.write()
-        for left in self.ledger_path.parent.glob(f"{TEMPORARY}*"):
-            left.unlink()
+        self.place.remove(self.place.leftovers(older_than_s=0))
         with progress(f"{self.stage} {self.part}", len(changed), self.set_progress_percentage) as advance:
             self._write_changed(changed, ledger, advance)
         self._write_shards(changed_shards, ledger)
+        put = self._put if FOLDERS in self.formats else self.place.write
         for path, data in changed_texts.items():
-            self._put(path, data)
+            put(path, data)
             ledger.files[path] = Entry(TEXT, content_digest(data))
         stale = ledger.files.keys() - wanted.keys() - shards.keys() - texts.keys()
         for path in stale:
@@ -256,9 +257,11 @@ class Export(Manifest):
     def _settle_with_other_splits(self, stale: set[str], ledger: Ledger) -> None:
         """Remove stale files that no other split holds, and have splits look again whose files this one changed."""
         others = [
-            Ledger.read(path) for path in self.ledger_path.parent.glob("*.json") if path != self.ledger_path
+            Ledger.read(self.place, name)
+            for name in self.place.listing(LEDGERS)
+            if name.endswith(".json") and name != self.ledger_name
         ]
-        self._remove(stale - {path for other in others for path in other.files})
+        self.place.remove(stale - {path for other in others for path in other.files})
         for other in others:
             if theirs := {
                 path for path, entry in other.files.items() if ledger.files.get(path, entry) != entry
@@ -299,7 +302,7 @@ class Export(Manifest):
         path, size = source.path(MANIFEST), settings.export().shard_images
         table = pq.read_table(path, columns=shard_columns(pq.read_schema(path)), partitioning=None)
         codes = {
-            kind: digest(json.dumps(code_of((f"spctrl.shards:write_{kind}",), self.store.root)))
+            kind: digest(json.dumps(code_of((f"spctrl.shards:write_{kind}",), self.store)))
             for kind in self.shard_kinds
         }
         for number, first in enumerate(range(0, len(table), size)):
@@ -325,13 +328,14 @@ class Export(Manifest):
         }
         heatmaps = {each.image_id: each for each in changed if each.kind == HEATMAPS}
         link = settings.export().link
+        temporary = self.folder / LEDGERS / f"{TEMPORARY}{os.getpid()}-link"
         for count, each in enumerate(changed, 1):
             target = self.folder / each.path
             if each.kind == IMAGE:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = self.root / self.spec.image_path(each.file_name)
                 try:
-                    link_file(source, target, link, temporary=self._temporary)
+                    link_file(source, target, link, temporary=temporary)
                 except OSError as error:
                     raise StoreError(
                         f"cannot link {source} to {target} ({link}): {error.strerror}. "
@@ -376,17 +380,10 @@ class Export(Manifest):
         total = sum(len(each.rows) for each in changed)
         with progress(f"shards {self.part}", total, self.set_progress_percentage) as advance:
             for each in changed:
-                target, temporary = self.folder / each.path, self._temporary
-                read_files = self._file_reader(each.rows, locations)
-                try:
-                    target.parent.mkdir(parents=True, exist_ok=True)
+                with self.place.create(each.path) as temporary:
+                    read_files = self._file_reader(each.rows, locations)
                     SHARD_WRITERS[each.kind](temporary, each.rows, names, read_files)
                     found = file_digest(temporary)
-                    temporary.replace(target)
-                except OSError as error:
-                    raise cannot_write(target, error) from error
-                finally:
-                    temporary.unlink(missing_ok=True)
                 ledger.files[each.path] = Entry(each.made_from, found)
                 advance(len(each.rows))
 
@@ -444,40 +441,27 @@ class Export(Manifest):
             yield f"annotations/{annotation_path.name}", annotation_path.read_bytes()
 
     def _put(self, path: str, data: bytes) -> None:
-        """Write a file. What is there is replaced, never written into: it may link to a source."""
+        """Write a small file of the triplet folders. The ledger says if it was cut off, so a new one is written as it
+        is; what is there is replaced, never written into: it may link to a source.
+        """
         target = self.folder / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as file:
                 file.write(data)
         except FileExistsError:
-            write_atomic(target, data, temporary=self._temporary)
+            self.place.write(path, data)
         except OSError as error:
             raise cannot_write(target, error) from error
 
-    @property
-    def _temporary(self) -> Path:
-        """A free name on the disk of the export, but not in a folder that loaders list."""
-        return self.ledger_path.with_name(f"{TEMPORARY}{os.getpid()}")
 
-    def _remove(self, paths: set[str]) -> None:
-        folders = set()
-        for path in paths:
-            target = self.folder / path
-            target.unlink(missing_ok=True)
-            folders |= {parent for parent in target.parents if self.folder in parent.parents}
-        for folder in sorted(folders, key=lambda each: len(each.parts), reverse=True):
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-
-
-def damaged_files(ledger: Ledger, folder: Path) -> list[str]:
+def damaged_files(ledger: Ledger) -> list[str]:
     """Paths, below an export folder, that are missing or do not hold what the ledger says."""
 
     def is_damaged(path: str, entry: Entry) -> bool:
         try:
-            return file_digest(folder / path) != entry.digest
-        except OSError:
+            return ledger.place.digest(path) != entry.digest
+        except (OSError, StoreError):
             return True
 
     return [path for path, entry in ledger.files.items() if is_damaged(path, entry)]

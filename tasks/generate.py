@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,22 +13,15 @@ from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.conditions import FromArtifacts, condition_class
-from tasks.export import LEDGERS, LOCK, UNFINISHED, Entry, Ledger, fingerprint_at
+from tasks.export import LOCK, UNFINISHED, Entry, Ledger, fingerprint_at
+from tasks.files import Files
 from tasks.index import DatasetStage
 from tasks.inputs import MISSING
 from tasks.model_stage import OnDevice, Weights, weights_at, weights_digest
 from tasks.progress import progress
 from tasks.record_stage import NOTHING, Prepared, artifact_locations
-from tasks.store import (
-    TEMPORARY,
-    Location,
-    Run,
-    content_digest,
-    digest,
-    exclusive,
-    parquet_bytes,
-    write_atomic,
-)
+from tasks.settings import LEDGERS
+from tasks.store import Location, Run, content_digest, digest, parquet_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,7 +66,7 @@ class Prompts(DatasetStage):
         found = super().inputs()
         return found and {
             **found,
-            "templates": digest_cache(self.store.root).file_digest(self.templates_path),
+            "templates": digest_cache(self.store).file_digest(self.templates_path),
         }
 
     def make(self, run: Run) -> dict[str, int]:
@@ -189,17 +181,17 @@ class Samples(MethodStage, OnDevice, FromArtifacts):
         """Digest of what is used of the checkpoint."""
         from spctrl.inference.checkpoints import learned_embeds_file, network_folder
 
-        network = weights_digest(self.store.root, network_folder(self.checkpoint))
+        network = weights_digest(self.store, network_folder(self.checkpoint))
         if network == MISSING:
             return MISSING
         tokens = learned_embeds_file(self.checkpoint)
-        return digest(network, digest_cache(self.store.root).file_digest(tokens) if tokens else "")
+        return digest(network, digest_cache(self.store).file_digest(tokens) if tokens else "")
 
     @functools.cached_property
     def _stable_diffusion_digest(self) -> str:
         from spctrl.models.stable_diffusion import PARTS
 
-        parts = [weights_digest(self.store.root, self.stable_diffusion / part) for part in PARTS]
+        parts = [weights_digest(self.store, self.stable_diffusion / part) for part in PARTS]
         return MISSING if MISSING in parts else digest(*parts)
 
     def parameters(self) -> dict[str, Any]:
@@ -315,15 +307,19 @@ class GeneratedImages(MethodStage):
     @property
     def _view(self) -> Path:
         """What all splits of a method share, beside the triplet folders."""
-        return Path(settings.paths().export) / f"generated-{self.how.name}"
+        return settings.export_folder("Generate") / f"generated-{self.how.name}"
+
+    @property
+    def _place(self) -> Files:
+        return settings.export_files(f"generated-{self.how.name}")
 
     @property
     def _split_folder(self) -> str:
         return f"{self.dataset}-{self.split}"
 
     @property
-    def _ledger_path(self) -> Path:
-        return self._view / LEDGERS / f"{self._split_folder}.json"
+    def _ledger_name(self) -> str:
+        return f"{LEDGERS}/{self._split_folder}.json"
 
     def parameters(self) -> dict[str, Any]:
         return {
@@ -351,9 +347,7 @@ class GeneratedImages(MethodStage):
     def _external_digest(self) -> str:
         from spctrl.inference.folders import list_images
 
-        return (
-            digest_cache(self.store.root).list_digest(str(self.folder), list_images(self.folder)) or MISSING
-        )
+        return digest_cache(self.store).list_digest(str(self.folder), list_images(self.folder)) or MISSING
 
     def fill_cache(self) -> None:
         if self.is_external and not self.folder.is_dir():
@@ -367,7 +361,7 @@ class GeneratedImages(MethodStage):
         if run is None or not super().is_up_to_date():
             return False
         return self.is_external or (
-            fingerprint_at(self._ledger_path) == run.fingerprint and self._view_is_whole(run)
+            fingerprint_at(self._place, self._ledger_name) == run.fingerprint and self._view_is_whole(run)
         )
 
     def _view_is_whole(self, run: Run) -> bool:
@@ -379,14 +373,14 @@ class GeneratedImages(MethodStage):
 
     def _digests_at(self, paths: Sequence[str]) -> list[str]:
         """Of images below the folder, as they are now."""
-        return digest_cache(self.store.root).file_digests([str(self.folder / path) for path in paths])
+        return digest_cache(self.store).file_digests([str(self.folder / path) for path in paths])
 
     def run(self) -> None:
         if self.is_external:
             super().run()
             return
         # Another build may be writing the same folder; when it is done, there may be nothing left to do.
-        with exclusive(self._view / LEDGERS / LOCK):
+        with self._place.exclusive(LOCK):
             super().run()
 
     def weights_note(self) -> str | None:
@@ -472,7 +466,7 @@ class GeneratedImages(MethodStage):
 
     def _write_view(self, rows: list[dict[str, Any]], table: bytes, fingerprint: str) -> None:
         """Bring the folder in step with ``rows``: write what changed, remove what is no longer there."""
-        old = Ledger.read(self._ledger_path)
+        old = Ledger.read(self._place, self._ledger_name)
         wanted = {f"{self._split_folder}/{row['path']}": row for row in rows}
         there = self._digests_at([row["path"] for row in rows])
         changed = {
@@ -482,24 +476,22 @@ class GeneratedImages(MethodStage):
         }
         listing = f"{self._split_folder}/{IMAGES}"
         # A killed run must not pass for a finished one, and whatever it wrote must be known.
-        ledger = Ledger(self._ledger_path, "", old.files | dict.fromkeys([*changed, listing], UNFINISHED))
+        files = old.files | dict.fromkeys([*changed, listing], UNFINISHED)
+        ledger = Ledger(self._place, self._ledger_name, "", files)
         ledger.write()
         with progress(f"{self.stage} {self.part}", len(changed), self.set_progress_percentage) as advance:
             for count, (path, row) in enumerate(changed.items(), 1):
                 found = self._locations[row["index"]][row["image_id"]]
                 data = self.store.read(Samples.stage, found.pack, found.offset, found.size)
-                self._put(path, data)
+                self._place.write(path, data)
                 if count % DISPLAY_EVERY == 0:
                     advance(DISPLAY_EVERY)
-        self._put(listing, table)
+        self._place.write(listing, table)
         ledger.files |= {path: Entry(row["digest"], row["digest"]) for path, row in wanted.items()}
         ledger.files[listing] = Entry(fingerprint, content_digest(table))
-        for path in ledger.files.keys() - wanted.keys() - {listing}:
-            (self._view / path).unlink(missing_ok=True)
+        stale = ledger.files.keys() - wanted.keys() - {listing}
+        self._place.remove(stale)
+        for path in stale:
             del ledger.files[path]
         ledger.fingerprint = fingerprint
         ledger.write()
-
-    def _put(self, path: str, data: bytes) -> None:
-        temporary = self._ledger_path.with_name(f"{TEMPORARY}{os.getpid()}")
-        write_atomic(self._view / path, data, temporary=temporary)

@@ -49,7 +49,7 @@ class FileStage(DatasetStage, RecordStage):
         upstream, names = super().inputs(), self.image_paths()
         if upstream is None or names is None:
             return None
-        cache = digest_cache(self.store.root)
+        cache = digest_cache(self.store)
         found = cache.list_digest(self.folder, self.file_paths(names), max_read_bytes=READ_AT_ONCE_BYTES)
         return None if found is None else {**upstream, "files": found}
 
@@ -62,7 +62,7 @@ class FileStage(DatasetStage, RecordStage):
         ) as advance:
             for start in range(0, len(paths), HASHED_BETWEEN_LINES):
                 some = paths[start : start + HASHED_BETWEEN_LINES]
-                digest_cache(self.store.root).file_digests(some)
+                digest_cache(self.store).file_digests(some)
                 advance(len(some))
 
     def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
@@ -73,7 +73,7 @@ class FileStage(DatasetStage, RecordStage):
         file_paths = self.file_paths(image_paths)
         paths = [f"{self.folder}/{path}" for path in file_paths]
         confines = [self.confines(path) for path in file_paths]
-        digests = digest_cache(self.store.root).file_digests(paths)
+        digests = digest_cache(self.store).file_digests(paths)
         prepared = []
         for path, folder, found, outside, width, height in zip(
             paths,

@@ -12,9 +12,10 @@ import luigi
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.executor import warm_up
+from tasks.files import file_digest
 from tasks.inputs import MISSING, InputChangedError
 from tasks.progress import progress
-from tasks.store import Run, file_digest, parquet_bytes
+from tasks.store import Run, parquet_bytes
 
 if TYPE_CHECKING:
     from spctrl.datasets import Dataset
@@ -105,7 +106,7 @@ class Index(DatasetStage):
         }
 
     def inputs(self) -> dict[str, str] | None:
-        found = digest_cache(self.store.root).file_digest(self._file().path)
+        found = digest_cache(self.store).file_digest(self._file().path)
         return None if found == MISSING else {"annotations": found}
 
     def make(self, run: Run) -> dict[str, int]:

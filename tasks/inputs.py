@@ -1,4 +1,4 @@
-"""Telling input files apart by content, at the price of a stat.
+"""Telling files apart by content, at the price of a stat.
 
 A file's digest is kept under its path, size, modification time and inode; a list of files' digest under all
 of theirs. A file changed so recently that its time stamp might not move with the next change is read again
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from spctrl.errors import ExpectedError
-from tasks.store import digest, file_digest
+from tasks.files import Files, Folder, file_digest
+from tasks.store import digest
 
 RACY_NS = 2_000_000_000
 HASHING_THREADS = 8
@@ -65,6 +66,19 @@ class DigestCache:
     def file_digest(self, path: Path) -> str:
         """SHA-256 of a file, read only when its stat changed."""
         return self.file_digests([str(path)])[0]
+
+    def digest_at(self, files: Files, name: str) -> str:
+        """SHA-256 of a file wherever it lies, ``"missing"`` where there is none; objects are known by their ETags."""
+        if isinstance(files, Folder):
+            return self.file_digest(files.path / name)
+        try:
+            key = f"object {files.place(name)} {files.version(name)}"
+            if (known := self.fact(key)) is None:
+                known = files.digest(name)
+                self.keep_fact(key, known)
+        except FileNotFoundError:
+            return MISSING
+        return str(known)
 
     def file_digests(self, paths: Sequence[str]) -> list[str]:
         """SHA-256 of each file, ``"missing"`` where there is none; changed ones are read by a few threads."""

@@ -55,7 +55,7 @@ class Weights(luigi.ExternalTask):
         path = Path(self.path)
         if entry.sha256 is None or path.name != Path(entry.file).name or are_random(path):
             return True
-        found = digest_cache(Store(settings.paths().store).root).file_digest(path)
+        found = digest_cache(settings.store()).file_digest(path)
         if found.startswith(entry.sha256):
             return True
         luigi.task.logger.error(
@@ -112,7 +112,7 @@ class OnDevice(RecordStage):
             parameters=self.model_parameters(),
             loading={**self.model_paths(), "device": settings.executor().device},
             batch_size=self.section().batch_size,
-            store_root=self.store.root,
+            store=self.store,
             stage=self.stage,
             suffix=self.suffix,
             **work,
@@ -132,7 +132,7 @@ class ModelStage(OnDevice, ImageFiles):
 
     @functools.cached_property
     def weights_digest(self) -> str:
-        return weights_digest(self.store.root, self.weights_path)
+        return weights_digest(self.store, self.weights_path)
 
     def requires(self) -> list[luigi.Task]:
         return [self.index_task(), Weights(name=self.weights_name(), path=str(self.weights_path))]
@@ -160,9 +160,9 @@ def weights_at(name: str) -> Path:
     return Path(settings.paths().weights) / known[name].file if name in known else Path(name)
 
 
-def weights_digest(store_root: Path, path: Path) -> str:
+def weights_digest(store: Store, path: Path) -> str:
     """Digest of weights' contents, wherever they lie; ``MISSING`` where there are none."""
-    cache = digest_cache(store_root)
+    cache = digest_cache(store)
     if not path.is_dir():
         # The sizes of a model that is not one of the known ones.
         beside = path.with_name(f"{path.name}.json")

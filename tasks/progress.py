@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from tasks import logs
 
 LINE_EVERY_S = 5.0
+LAST_WORD_S = 1.0
+"""What a stage waits at its end until the scheduler has heard of it."""
 
 _Show = Callable[[int, str], None]
 
@@ -25,16 +29,48 @@ class Advance(Protocol):
 def progress(title: str, total: int, set_percentage: Callable[[int], object] | None) -> Iterator[Advance]:
     """Show how far a stage is; the function that is handed out is told of what is done."""
     done = 0
-    with _shown(title, total) as show:
+    with _shown(title, total) as show, _told(set_percentage) as tell:
 
         def advance(count: int, note: str = "") -> None:
             nonlocal done
             done += count
             show(done, note)
-            if set_percentage is not None:
-                set_percentage(100 * done // max(total, 1))
+            tell(100 * done // max(total, 1))
 
         yield advance
+
+
+@contextmanager
+def _told(set_percentage: Callable[[int], object] | None) -> Iterator[Callable[[int], None]]:
+    """Tell the scheduler of each new percentage, in a thread.
+
+    A scheduler on another machine may be away. Luigi then tries again for a while, and raises: the work must neither
+    wait for that nor fail of it.
+    """
+    if set_percentage is None:
+        yield lambda percentage: None
+        return
+    news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    told = -1
+
+    def tell(percentage: int) -> None:
+        nonlocal told
+        if percentage != told:
+            told = percentage
+            news.put(percentage)
+
+    def pass_on() -> None:
+        while (percentage := news.get()) is not None:
+            with suppress(Exception):
+                set_percentage(percentage)
+
+    messenger = threading.Thread(target=pass_on, daemon=True)
+    messenger.start()
+    try:
+        yield tell
+    finally:
+        news.put(None)
+        messenger.join(LAST_WORD_S)
 
 
 @contextmanager

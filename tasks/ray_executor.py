@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from spctrl.errors import ExpectedError
 from tasks.code_version import PACKAGES, ROOT
 from tasks.executor import JOBS_WAITING_PER_WORKER, WorkerError, collect
-from tasks.store import TEMPORARY, StoreError, write_atomic
+from tasks.files import TEMPORARY, StoreError
 
 if TYPE_CHECKING:
-    from tasks.store import Location
+    from tasks.store import Location, Store
     from tasks.work import ModelBatch
 
     Locations = dict[str, Location]
@@ -56,12 +56,14 @@ class Site:
 
     Attributes:
         folder: the build's working folder, which relative paths start from.
-        marker: absolute path of a file in the store; a node that sees it shares the store.
+        store: with its absolute path, where it is a folder.
+        marker: name of a file in the store; a node that sees it shares the store.
         libraries: name and version of each library that decides the output.
     """
 
     folder: Path
-    marker: Path
+    store: Store
+    marker: str
     libraries: tuple[tuple[str, str], ...]
 
 
@@ -70,12 +72,12 @@ class Cluster(NamedTuple):
 
     Attributes:
         address: ``host:port`` of the cluster's head, or ``auto`` for the cluster that runs on this machine.
-        store_root: which every node has to see.
+        store: which every node has to see.
         libraries: version of each library that decides the output.
     """
 
     address: str
-    store_root: Path
+    store: Store
     libraries: Mapping[str, str]
 
     @contextmanager
@@ -87,12 +89,12 @@ class Cluster(NamedTuple):
             StoreError: the store cannot be written.
         """
         connect(self.address)
-        marker = (self.store_root / f"{TEMPORARY}ray-{uuid.uuid4().hex}").absolute()
-        write_atomic(marker, b"")
+        store, marker = self.store.absolute(), f"{TEMPORARY}ray-{uuid.uuid4().hex}"
+        store.files.write(marker, b"")
         try:
-            yield Site(Path.cwd(), marker, tuple(sorted(self.libraries.items())))
+            yield Site(Path.cwd(), store, marker, tuple(sorted(self.libraries.items())))
         finally:
-            marker.unlink(missing_ok=True)
+            store.files.remove([marker])
 
 
 def connect(address: str) -> None:
@@ -383,10 +385,10 @@ def work(function: Callable[[Job], Result], job: Job, where: Site) -> Result:
 @functools.cache
 def _check(where: Site) -> None:
     node = socket.gethostname()
-    if not where.marker.exists():
+    if not where.store.files.exists(where.marker):
         raise StoreError(
-            f"node {node} of the Ray cluster does not see {where.marker.parent}: [paths] store must lie where every "
-            "node finds it under the same path, and so must the data and the weights"
+            f"node {node} of the Ray cluster does not see {where.store.root}: [paths] store must lie where every "
+            "node finds it under the same path or URL, and so must the data and the weights"
         )
     for name, expected in where.libraries:
         if (found := _version(name)) != expected:

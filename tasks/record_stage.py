@@ -85,7 +85,7 @@ class RecordStage(StageTask):
         """Where Ray does the work, and what it needs there."""
         from tasks.ray_executor import Cluster
 
-        return Cluster(settings.executor().address, self.store.root, self.made_from().libraries)
+        return Cluster(settings.executor().address, self.store, self.made_from().libraries)
 
     def batch(self, **work: Any) -> Batch:
         """What a worker is given: ``work`` holds its keys, records and sources."""
@@ -94,7 +94,7 @@ class RecordStage(StageTask):
         return Batch(
             function=self.function,
             parameters=self.arguments(),
-            store_root=self.store.root,
+            store=self.store,
             stage=self.stage,
             suffix=self.suffix,
             **work,

@@ -13,12 +13,12 @@ from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.code_version import ROOT
 from tasks.conditions import CONDITIONS
-from tasks.export import LEDGERS, LOCK, Export
+from tasks.export import LOCK, Export
 from tasks.manifest import Manifest
 from tasks.names import NamesParameter
 from tasks.progress import progress
 from tasks.record_stage import artifact_locations
-from tasks.store import Run, exclusive, write_atomic
+from tasks.store import Run
 
 if TYPE_CHECKING:
     from spctrl.audit import SplitTables
@@ -47,11 +47,6 @@ class Report(StageTask):
     def part(self) -> str:
         return "all"
 
-    @property
-    def page_path(self) -> Path:
-        """Where users look for it."""
-        return Path(settings.paths().export) / PAGE
-
     def requires(self) -> list[Manifest]:
         return [
             self.clone(Manifest, dataset=dataset, split=split)
@@ -65,17 +60,15 @@ class Report(StageTask):
             return False
         run = self.current_run()
         assert run is not None
-        digest: str = run.provenance()["files"][PAGE]["digest"]
-        return digest_cache(self.store.root).file_digest(self.page_path) == digest
+        expected: str = run.provenance()["files"][PAGE]["digest"]
+        return digest_cache(self.store).digest_at(settings.export_files(), PAGE) == expected
 
     def parameters(self) -> dict[str, Any]:
         """The page's templates count like code."""
-        return {
-            "templates": digest_cache(self.store.root).file_digests([str(ROOT / each) for each in TEMPLATES])
-        }
+        return {"templates": digest_cache(self.store).file_digests([str(ROOT / each) for each in TEMPLATES])}
 
     def run(self) -> None:
-        with exclusive(self.page_path.parent / LEDGERS / LOCK):
+        with settings.export_files().exclusive(LOCK):
             super().run()
 
     def make(self, run: Run) -> dict[str, int]:
@@ -93,7 +86,7 @@ class Report(StageTask):
             title = "Pose dataset report"
             page = render_report(splits, title=title, generated_at=written_at, notes=notes).encode()
         run.write(PAGE, page)
-        write_atomic(self.page_path, page)
+        settings.export_files().write(PAGE, page)
         return {"records": 1, "made": 1}
 
 
@@ -176,7 +169,7 @@ def print_summary(exports: Iterable[Export]) -> None:
     if logs.are_json():
         for task in tasks:
             counts = task.clone(Manifest).finished_run().provenance()["counts"]
-            logs.event("built", dataset=task.dataset, split=task.split, folder=str(task.folder), **counts)
+            logs.event("built", dataset=task.dataset, split=task.split, folder=task.place.root, **counts)
         return
     from rich.console import Console
     from rich.table import Table
@@ -192,5 +185,5 @@ def print_summary(exports: Iterable[Export]) -> None:
         table.add_row(task.spec.title, task.split, *(f"{number:,}" for number in numbers))
     console = Console(stderr=True)
     console.print(table)
-    for place in (*dict.fromkeys(task.folder for task in tasks), Path(settings.paths().export) / PAGE):
-        console.print(str(place), soft_wrap=True, markup=False, highlight=False)
+    for place in (*dict.fromkeys(task.place.root for task in tasks), settings.export_files().place(PAGE)):
+        console.print(place, soft_wrap=True, markup=False, highlight=False)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import luigi
 
+from spctrl.errors import ExpectedError
+from tasks.files import Files, files_at, is_url
 from tasks.names import NamesParameter
-from tasks.store import digest
+from tasks.store import CACHE, Store, digest
 
 if TYPE_CHECKING:
     from spctrl.datasets import Dataset
@@ -23,9 +25,14 @@ class paths(luigi.Config):
 
     data = luigi.Parameter(default="data", description="folder of the raw datasets")
     weights = luigi.Parameter(default="weights", description="folder of the models' weights")
-    store = luigi.Parameter(default="store", description="folder of everything computed")
+    store = luigi.Parameter(
+        default="store", description="folder of everything computed, or a URL such as s3://bucket/store"
+    )
     export = luigi.Parameter(
-        default="exports", description="folder of the triplet datasets, manifests and the report"
+        default="exports", description="folder or URL of the exported datasets, manifests and the report"
+    )
+    cache = luigi.Parameter(
+        default=CACHE, description="folder on this machine for copies of a store that is elsewhere"
     )
 
 
@@ -174,6 +181,37 @@ class export(luigi.Config):
     )
 
 
+LEDGERS = ".spctrl"
+"""Folder in an export for what the pipeline keeps there, half written files among it: loaders list the others."""
+
+
+def store() -> Store:
+    """Where everything computed goes."""
+    return Store(str(paths().store), str(paths().cache))
+
+
+def export_files(folder: str = "") -> Files:
+    """Where users look for datasets, manifests and the report, or a folder there."""
+    return files_at(f"{paths().export}/{folder}".rstrip("/"), temporaries=LEDGERS)
+
+
+def export_folder(what: str) -> Path:
+    """The same as a folder.
+
+    Args:
+        what: needs one, for the error.
+
+    Raises:
+        ExpectedError: exports go to an object store.
+    """
+    if is_url(paths().export):
+        raise ExpectedError(
+            f"{what} needs a folder on this machine, found [paths] export = {paths().export}: give a folder there; "
+            "[paths] store may be a URL all the same"
+        )
+    return Path(paths().export)
+
+
 SECTIONS = (
     paths,
     ap10k,
@@ -229,4 +267,5 @@ def settings_digest() -> str:
         for section in SECTIONS
         if section not in (executor, log)
     }
+    del values["paths"]["cache"]  # a matter of each machine
     return digest(json.dumps(values, sort_keys=True))[:10]

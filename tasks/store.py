@@ -1,42 +1,44 @@
-"""The store: artifacts in tar packs, and the runs of stages that refer to them.
+"""The store: artifacts in tar packs, and the runs of stages that refer to them, in a folder or an object store.
 
     packs/<stage>/<name>.tar        members <key><suffix>; latents: <name>.safetensors
     packs/<stage>/<name>.parquet    key -> place in the tar, or why the record was rejected
     runs/<stage>/<part>/<fingerprint>/manifest.parquet, rejects.parquet, ..., provenance.json
     accepted.json                   code versions that a user declared equal
-    cache.sqlite                    digests of files, by path and stat (tasks/inputs.py)
 
-Every file is written under a temporary name and renamed, so it is whole or absent. A pack counts once its
-Parquet index is
-there, a run once its provenance is there: each is written last. Names come from contents, so two builds that
-write the same thing write the same bytes to the same place.
+What only one machine needs is in the store's folder too, or, where the store is elsewhere, in ``[paths] cache``:
+
+    cache.sqlite                    digests of files, by path and stat (tasks/inputs.py)
+    training/                       checkpoints of training under way
+    packs/, copies/                 where the store is elsewhere: what was fetched of it
+
+Every file is whole or absent (tasks/files.py). A pack counts once its Parquet index is there, a run once its
+provenance is there: each is written last. Names come from contents, so two builds that write the same thing write
+the same bytes to the same place.
 """
 
 from __future__ import annotations
 
-import fcntl
+import functools
 import hashlib
 import io
 import json
-import os
+import re
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from spctrl.errors import ExpectedError
+from tasks.files import Files, Info, StoreError, cannot_read, files_at, is_url, write_atomic
 from tasks.packs import SAFETENSORS, TAR, container_of, container_size, write_container
 
 KEY_BYTES = 16
 PROVENANCE = "provenance.json"
-TEMPORARY = ".tmp-"
-
-
-class StoreError(ExpectedError):
-    """The store cannot be read or written; the message names the place."""
+ACCEPTED = "accepted.json"
+CACHE = "~/.cache/spctrl"
+COPIES = "copies"
+INDICES_AT_ONCE = 512
 
 
 class Location(NamedTuple):
@@ -65,80 +67,52 @@ def content_digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: of the file; its folder is made.
-        data: its content.
-        temporary: a free name on the same disk to write to first; by default one beside the file.
-
-    Raises:
-        StoreError: it cannot be written (full or read-only disk, no permission).
-    """
-    temporary = temporary or path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> StoreError:
-    """The error for a file that cannot be written."""
-    return StoreError(
-        f"cannot write {path}: {error.strerror or error}. What was finished before stays; make room or fix the "
-        "permissions ([paths] in luigi.cfg says where things go), then run again"
-    )
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file, which the system gives up for a process that dies; waits for whoever holds it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
+@dataclass(frozen=True)
 class Store:
-    """All that was ever computed, below one folder."""
+    """All that was ever computed, below one folder or URL.
 
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
+    Attributes:
+        root: the folder or URL.
+        cache: folder on this machine for copies, where the store is elsewhere.
+    """
 
-    def packs_folder(self, stage: str) -> Path:
-        return self.root / "packs" / stage
+    root: str | Path
+    cache: str | Path = CACHE
 
-    def pack_path(self, stage: str, pack: str) -> Path:
-        return self.packs_folder(stage) / pack
+    @functools.cached_property
+    def files(self) -> Files:
+        return files_at(self.root)
 
-    def pack_index_path(self, stage: str, pack: str) -> Path:
-        return self.packs_folder(stage) / f"{Path(pack).stem}.parquet"
+    @property
+    def home(self) -> Path:
+        """The folder on this machine: the store itself, or what belongs to one that is elsewhere."""
+        if not is_url(self.root):
+            return Path(self.root)
+        name = re.sub(r"\W+", "-", str(self.root)).strip("-")
+        return Path(self.cache).expanduser() / f"{name}-{digest(str(self.root))[:8]}"
+
+    def absolute(self) -> Store:
+        """The same store, wherever a process works."""
+        return Store(self.files.address, self.cache)
 
     def stages(self) -> list[str]:
         """Names of the stages that left packs or runs."""
-        folders = [*self.root.glob("packs/*/"), *self.root.glob("runs/*/")]
-        return sorted({folder.name for folder in folders})
+        return sorted({name.split("/")[1] for top in ("packs", "runs") for name in self.files.listing(top)})
 
     # Packs
 
-    def packs(self, stage: str) -> list[str]:
-        """File names of a stage's packs; also of those that lack an index."""
-        folder = self.packs_folder(stage)
-        return sorted(
-            path.name
-            for kind in (TAR, SAFETENSORS)
-            for path in folder.glob(f"*{kind}")
-            if path.name[0] != "."
-        )
+    def packs(self, stage: str) -> dict[str, Info]:
+        """File names of a stage's packs, with sizes and ages; also of those that lack an index."""
+        listing = self.files.listing(f"packs/{stage}")
+        return {
+            PurePosixPath(name).name: info
+            for name, info in sorted(listing.items())
+            if name.endswith((TAR, SAFETENSORS))
+        }
+
+    def pack_path(self, stage: str, pack: str) -> Path:
+        """A pack on this machine, fetched where the store is elsewhere."""
+        return self.files.fetch(pack_name(stage, pack), self.home, changes=False)
 
     def write_pack(
         self, stage: str, suffix: str, results: Sequence[tuple[str, bytes | tuple[str, str]]]
@@ -164,7 +138,9 @@ class Store:
             key: Location(name, 0, 0, "", *result) if isinstance(result, tuple) else found[key]
             for key, result in results
         }
-        write_atomic(self.pack_path(stage, name), data)
+        self.files.write(pack_name(stage, name), data)
+        if is_url(self.root):
+            write_atomic(self.home / pack_name(stage, name), data)  # the next stage reads it here
         self.write_pack_index(stage, name, locations)
         return locations
 
@@ -183,48 +159,40 @@ class Store:
             ]
         )
         table = pa.table([list(locations), *columns[1:]], schema=schema)
-        write_atomic(self.pack_index_path(stage, pack), parquet_bytes(table))
+        self.files.write(index_name(stage, pack), parquet_bytes(table))
 
     def locations(self, stage: str) -> dict[str, Location]:
         """Every artifact and every reject that the stage's packs hold, by key; a cut pack holds nothing."""
+        packs = self.packs(stage)
         found: dict[str, Location] = {}
-        for pack in self.packs(stage):
-            locations = self.pack_locations(stage, pack)
-            path = self.pack_path(stage, pack)
-            places = [(location.offset, location.size) for location in locations.values()]
-            if _size(path) == container_size(path.suffix, places):
-                found |= locations
+        for start in range(0, len(packs), INDICES_AT_ONCE):
+            some = list(packs)[start : start + INDICES_AT_ONCE]
+            indices = self.files.read_many([index_name(stage, pack) for pack in some])
+            for pack in some:
+                locations = _locations(pack, indices.get(index_name(stage, pack)))
+                places = [(location.offset, location.size) for location in locations.values()]
+                if packs[pack].size == container_size(PurePosixPath(pack).suffix, places):
+                    found |= locations
         return found
 
     def pack_locations(self, stage: str, pack: str) -> dict[str, Location]:
         """What one pack holds, by key; an index that cannot be read holds nothing."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            columns = pq.read_table(self.pack_index_path(stage, pack), partitioning=None).to_pydict()
-            rows = zip(
-                *(columns[name] for name in ("offset", "size", "digest", "code", "message")), strict=True
-            )
-        except (OSError, pa.ArrowException, KeyError):
-            return {}
-        return {key: Location(pack, *row) for key, row in zip(columns["key"], rows, strict=True)}
+        name = index_name(stage, pack)
+        return _locations(pack, self.files.read_many([name]).get(name))
 
     def read(self, stage: str, pack: str, offset: int, size: int) -> bytes:
         """An artifact's bytes."""
-        path = self.pack_path(stage, pack)
+        place = self.files.place(pack_name(stage, pack))
         try:
-            with path.open("rb") as file:
+            with self.pack_path(stage, pack).open("rb") as file:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise StoreError(
-                f"cannot read {path}: {error.strerror}. `spctrl verify` drops what is damaged"
-            ) from error
+            raise cannot_read(place, error) from error
         if len(data) < size:
             raise StoreError(
-                f"{path}: expected {size} bytes at {offset}, found {len(data)}. `spctrl verify` drops what is damaged, "
-                "the next build makes it again"
+                f"{place}: expected {size} bytes at {offset}, found {len(data)}. `spctrl verify` drops what is "
+                "damaged, the next build makes it again"
             )
         return data
 
@@ -235,29 +203,30 @@ class Store:
 
     def runs(self, stage: str = "*", part: str = "*") -> list[Run]:
         """Committed runs, latest first."""
-        found = [
-            Run(self, path.parts[-4], path.parts[-3], path.parts[-2])
-            for path in self.root.glob(f"runs/{stage}/{part}/*/{PROVENANCE}")
-        ]
-        return sorted(found, key=lambda run: run.provenance().get("finished_at", ""), reverse=True)
+        listing = self.files.listing("runs" if stage == "*" else f"runs/{stage}")
+        parts = [name.split("/")[1:] for name in listing if name.endswith(f"/{PROVENANCE}")]
+        found = [Run(self, *each[:3]) for each in parts if len(each) == 4 and part in ("*", each[1])]
+        finished = self.files.read_many([run.name(PROVENANCE) for run in found])
+        times = {run: _provenance(finished.get(run.name(PROVENANCE))).get("finished_at", "") for run in found}
+        return sorted(found, key=lambda run: str(times[run]), reverse=True)
 
     # Code versions that were declared equal
 
     def accepted(self) -> dict[str, str]:
         """``{code version: the earlier one that it counts as}``."""
         try:
-            return dict(json.loads((self.root / "accepted.json").read_bytes()))
+            return dict(json.loads(self.files.read(ACCEPTED)))
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError) as error:
             raise StoreError(
-                f"{self.root / 'accepted.json'}: expected a JSON object, found a fault: {error}"
+                f"{self.files.place(ACCEPTED)}: expected a JSON object, found a fault: {error}"
             ) from error
 
     def accept(self, code_version: str, as_version: str) -> None:
         versions = self.accepted()
         versions[code_version] = versions.get(as_version, as_version)
-        write_atomic(self.root / "accepted.json", json.dumps(versions, indent=1, sort_keys=True).encode())
+        self.files.write(ACCEPTED, json.dumps(versions, indent=1, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -270,75 +239,114 @@ class Run:
     fingerprint: str
 
     @property
-    def folder(self) -> Path:
-        return self.store.root / "runs" / self.stage / self.part / self.fingerprint
+    def prefix(self) -> str:
+        return f"runs/{self.stage}/{self.part}/{self.fingerprint}"
+
+    def name(self, name: str) -> str:
+        """A file's name in the store."""
+        return f"{self.prefix}/{name}"
+
+    def place(self, name: str = "") -> str:
+        """The place of a file, or of all of them, for people."""
+        return self.store.files.place(self.name(name).rstrip("/"))
 
     def path(self, name: str) -> Path:
-        return self.folder / name
+        """A file on this machine, fetched where the store is elsewhere."""
+        return self.store.files.fetch(self.name(name), self.store.home / COPIES)
+
+    @property
+    def folder(self) -> Path:
+        """All files in a folder on this machine, fetched where the store is elsewhere."""
+        top = self.path(PROVENANCE).parents[len(PurePosixPath(self.prefix).parts)]
+        for name in self.files():
+            self.store.files.fetch(self.name(name), top, changes=False)
+        return top / self.prefix
+
+    def files(self) -> dict[str, Info]:
+        """Names of the files that are there, committed or not, with sizes and ages."""
+        listing = self.store.files.listing(self.prefix)
+        return {name.removeprefix(f"{self.prefix}/"): info for name, info in sorted(listing.items())}
 
     def provenance(self) -> dict[str, Any]:
         """What the run was made of and what it made; empty when it is not committed."""
         try:
-            return dict(json.loads(self.path(PROVENANCE).read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return {}  # a damaged one is as good as none: the stage runs again
+            return _provenance(self.store.files.read(self.name(PROVENANCE)))
+        except FileNotFoundError:
+            return {}
 
     def is_whole(self) -> bool:
         """Committed, and the files and packs that it names are there in their sizes."""
         provenance = self.provenance()
-        sizes = {self.path(name): entry["size"] for name, entry in provenance.get("files", {}).items()}
-        sizes |= {
-            self.store.pack_path(self.stage, pack): size for pack, size in provenance.get("packs", {}).items()
-        }
-        return bool(provenance) and all(_size(path) == size for path, size in sizes.items())
+        sizes = {self.name(name): entry["size"] for name, entry in provenance.get("files", {}).items()}
+        sizes |= {pack_name(self.stage, pack): size for pack, size in provenance.get("packs", {}).items()}
+        return bool(provenance) and self.store.files.sizes(sizes) == sizes
 
     def write(self, name: str, data: bytes) -> None:
-        write_atomic(self.path(name), data)
+        self.store.files.write(self.name(name), data)
 
-    @contextmanager
-    def create(self, name: str) -> Iterator[Path]:
+    def create(self, name: str) -> AbstractContextManager[Path]:
         """A temporary path to write a large file to, which gets its name at the end."""
-        path = self.path(name)
-        temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            temporary.replace(path)
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        return self.store.files.create(self.name(name))
 
-    def commit(self, names: Iterable[str], packs: Iterable[str], provenance: Mapping[str, Any]) -> None:
+    def add(self, path: Path) -> None:
+        """Copy a file, or a folder with all that is in it, into the run."""
+        for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if each.is_file():
+                with self.create(each.relative_to(path.parent).as_posix()) as destination:
+                    shutil.copyfile(each, destination)
+
+    def commit(self, packs: Iterable[str], provenance: Mapping[str, Any]) -> None:
         """Declare the run done: name its files and packs, then what it was made of."""
         files = {
-            name: {"size": self.path(name).stat().st_size, "digest": file_digest(self.path(name))}
-            for name in names
+            name: {"size": info.size, "digest": self.store.files.digest(self.name(name))}
+            for name, info in self.files().items()
+            if name != PROVENANCE
         }
-        sizes = {pack: self.store.pack_path(self.stage, pack).stat().st_size for pack in sorted(set(packs))}
-        content = {**provenance, "files": files, "packs": sizes}
-        write_atomic(self.path(PROVENANCE), json.dumps(content, indent=1, ensure_ascii=False).encode())
+        names = {pack: pack_name(self.stage, pack) for pack in sorted(set(packs))}
+        sizes = self.store.files.sizes(names.values())
+        content = {**provenance, "files": files, "packs": {pack: sizes[name] for pack, name in names.items()}}
+        self.write(PROVENANCE, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
     def uncommit(self) -> None:
         """Make the stage run again; artifacts stay and are found again."""
-        self.path(PROVENANCE).unlink(missing_ok=True)
+        self.store.files.remove([self.name(PROVENANCE)])
 
     def remove(self) -> None:
         self.uncommit()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.store.files.remove([self.name(name) for name in self.files()])
 
 
-def _size(path: Path) -> int:
+def pack_name(stage: str, pack: str) -> str:
+    """A pack's name in the store."""
+    return f"packs/{stage}/{pack}"
+
+
+def index_name(stage: str, pack: str) -> str:
+    """The name of a pack's index."""
+    return f"packs/{stage}/{PurePosixPath(pack).stem}.parquet"
+
+
+def _locations(pack: str, index: bytes | None) -> dict[str, Location]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if index is None:
+        return {}
     try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+        columns = pq.read_table(pa.BufferReader(index)).to_pydict()
+        names = ("offset", "size", "digest", "code", "message")
+        rows = zip(*(columns[name] for name in names), strict=True)
+        return {key: Location(pack, *row) for key, row in zip(columns["key"], rows, strict=True)}
+    except (OSError, pa.ArrowException, KeyError):
+        return {}
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _provenance(data: bytes | None) -> dict[str, Any]:
+    """A damaged one is as good as none: the stage runs again."""
+    try:
+        return dict(json.loads(data or b"{}"))
+    except (ValueError, TypeError):
+        return {}
 
 
 def parquet_bytes(table: Any) -> bytes:
@@ -348,11 +356,3 @@ def parquet_bytes(table: Any) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
-
-
-def stale_temporaries(folder: Path, older_than_s: float) -> Iterator[Path]:
-    """Files that a killed writer left behind."""
-    now = time.time()
-    for path in folder.rglob(f"{TEMPORARY}*"):
-        if now - path.stat().st_mtime > older_than_s:
-            yield path

@@ -22,11 +22,12 @@ from tasks import settings
 from tasks.base import MANIFEST, StageTask
 from tasks.code_version import ROOT
 from tasks.conditions import Latents
+from tasks.files import is_url
 from tasks.inputs import MISSING
 from tasks.manifest import Manifest
 from tasks.model_stage import Weights, weights_at, weights_digest
 from tasks.progress import progress
-from tasks.store import Run, digest
+from tasks.store import Run, digest, index_name, pack_name
 
 if TYPE_CHECKING:
     from spctrl.training.config import TrainingConfig
@@ -70,7 +71,7 @@ class Train(StageTask):
     @property
     def folder(self) -> Path:
         """Where checkpoints lie until the run is done."""
-        return self.store.root / "training" / self.part / self.made_from().fingerprint
+        return self.store.home / "training" / self.part / self.made_from().fingerprint
 
     # What it is made from
 
@@ -123,7 +124,7 @@ class Train(StageTask):
     def inputs(self) -> dict[str, str] | None:
         manifest = self.manifest_task().ingredients()
         files = self._files()
-        found = {name: weights_digest(self.store.root, path) for name, path in files.items()}
+        found = {name: weights_digest(self.store, path) for name, path in files.items()}
         if manifest is None or MISSING in found.values():
             return None
         return {"manifest": manifest.fingerprint, **found}
@@ -164,6 +165,7 @@ class Train(StageTask):
 
     def make(self, run: Run) -> dict[str, int]:
         self._check_latents()
+        self._fetch_packs()
         self._train()
         checkpoint = max(self.folder.glob("checkpoint-*"))
         self._take_result(checkpoint, run)
@@ -171,12 +173,25 @@ class Train(StageTask):
         steps = int(checkpoint.name.removeprefix("checkpoint-"))
         return {"records": images, "made": steps, "rejected": 0}
 
+    def _fetch_packs(self) -> None:
+        """Training reads packs on this machine; those of a store that is elsewhere are fetched first."""
+        if not is_url(self.store.root):
+            return
+        for task in self.manifest_task().condition_tasks().values():
+            run = task.finished_run()
+            packs = task.packs_of(run)
+            names = [name(run.stage, pack) for pack in packs for name in (pack_name, index_name)]
+            with progress(f"{self.stage} {self.part}: packs", len(names), lambda percentage: None) as advance:
+                for name in names:
+                    self.store.files.fetch(name, self.store.home, changes=False)
+                    advance(1)
+
     def _check_latents(self) -> None:
         """Cached latents must be those that the run's own autoencoder would give."""
         if not self.how.use_cached_latents:
             return
         latents = self.manifest_task().clone(Latents)
-        own = weights_digest(self.store.root, self.stable_diffusion / "vae")
+        own = weights_digest(self.store, self.stable_diffusion / "vae")
         if latents.weights_digest != own:
             raise ExpectedError(
                 f"expected cached latents of the autoencoder in {self.stable_diffusion / 'vae'}, found those of "
@@ -227,7 +242,7 @@ class Train(StageTask):
         launch = {"num_processes": processes, "num_machines": 1, "dynamo_backend": "no"}
         inputs: dict[str, Any] = {
             "manifest": self.manifest_task().finished_run().path(MANIFEST),
-            "store": self.store.root,
+            "store": self.store.home,
             "data_root": settings.dataset_root(how.dataset_name),
             "weights": settings.paths().weights,
             "output": self.folder,
@@ -259,16 +274,12 @@ class Train(StageTask):
         }
 
     def _take_result(self, checkpoint: Path, run: Run) -> None:
-        """Copy what is kept into the run's folder; whatever a killed build left there goes."""
-        shutil.rmtree(run.folder, ignore_errors=True)
-        run.folder.mkdir(parents=True)
+        """Copy what is kept into the run; whatever a killed build left there goes."""
+        run.remove()
         results = [path for path in checkpoint.iterdir() if path.name != STATE]
         kept = [self.folder / name for name in KEPT]
         for path in (*results, *(path for path in kept if path.exists())):
-            if path.is_dir():
-                shutil.copytree(path, run.folder / path.name)
-            else:
-                shutil.copyfile(path, run.folder / path.name)
+            run.add(path)
 
 
 @contextmanager

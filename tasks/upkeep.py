@@ -6,19 +6,24 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from tasks.base import MANIFEST, REJECTS
-from tasks.export import LEDGERS, Ledger, damaged_files
+from tasks.export import Ledger, damaged_files
+from tasks.files import StoreError, files_at
 from tasks.packs import suffix_in
 from tasks.record_stage import artifact_schema
-from tasks.store import Location, Run, Store, content_digest, file_digest, parquet_bytes, stale_temporaries
+from tasks.settings import LEDGERS
+from tasks.store import PROVENANCE, Location, Run, Store, content_digest, index_name, pack_name, parquet_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import pyarrow as pa
+
+    from tasks.files import Info
 
 NEVER_COLLECTED = frozenset({"train"})
 """Stages whose results took days: who wants them gone deletes their folders."""
@@ -41,7 +46,7 @@ class Damage:
 
 
 def verify(
-    store: Store, exports: Path, *, repair: bool, advance: Callable[[int], None] = lambda count: None
+    store: Store, exports: str | Path, *, repair: bool, advance: Callable[[int], None] = lambda count: None
 ) -> list[Damage]:
     """Read every artifact, run and exported file again and compare it with its digest.
 
@@ -58,18 +63,19 @@ def verify(
         for pack in store.packs(stage):
             for key, fault in _damaged_members(store, stage, pack, repair=repair):
                 bad_keys[stage].add(key)
-                found.append(Damage(f"{store.pack_path(stage, pack)}: {key}", fault))
+                found.append(Damage(f"{store.files.place(pack_name(stage, pack))}: {key}", fault))
             advance(1)
     for run in store.runs():
         faults = _run_faults(store, run, bad_keys[run.stage])
-        found += [Damage(str(run.folder), fault) for fault in faults]
+        found += [Damage(run.place(), fault) for fault in faults]
         if repair and (faults or _names(run, bad_keys[run.stage])):
             run.uncommit()
         advance(1)
-    for path in sorted(exports.glob(f"*/{LEDGERS}/*.json")):
-        ledger, folder = Ledger.read(path), path.parent.parent
-        damaged = damaged_files(ledger, folder) if ledger.fingerprint else []
-        found += [Damage(str(folder / name), "the exported file is missing or changed") for name in damaged]
+    for ledger in ledgers(exports):
+        damaged = damaged_files(ledger) if ledger.fingerprint else []
+        found += [
+            Damage(ledger.place.place(name), "the exported file is missing or changed") for name in damaged
+        ]
         if repair and damaged:
             ledger.fingerprint = ""
             ledger.files = {name: entry for name, entry in ledger.files.items() if name not in set(damaged)}
@@ -78,11 +84,19 @@ def verify(
     return found
 
 
+def ledgers(exports: str | Path) -> Iterator[Ledger]:
+    """The ledgers of all exports below ``[paths] export``."""
+    for name in sorted(files_at(exports).listing("")):
+        folder, _, file = name.partition(f"/{LEDGERS}/")
+        if "/" not in folder and file.endswith(".json"):
+            yield Ledger.read(files_at(f"{exports}/{folder}", temporaries=LEDGERS), f"{LEDGERS}/{file}")
+
+
 def _damaged_members(store: Store, stage: str, pack: str, *, repair: bool) -> Iterator[tuple[str, str]]:
     locations = store.pack_locations(stage, pack)
     try:
-        data = memoryview(store.pack_path(stage, pack).read_bytes())
-    except OSError:
+        data = memoryview(store.files.read(pack_name(stage, pack)))
+    except FileNotFoundError:
         data = memoryview(b"")
     faults = {key: fault for key, location in locations.items() if (fault := _fault(data, location))}
     yield from faults.items()
@@ -107,14 +121,18 @@ def _fault(data: memoryview, location: Location) -> str | None:
 
 def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
     """What is wrong with a run besides damaged artifacts, which are reported once, at their pack."""
-    provenance = run.provenance()
+    provenance, files = run.provenance(), store.files
     faults = []
     for name, entry in provenance["files"].items():
-        path = run.path(name)
-        if not path.is_file() or file_digest(path) != entry["digest"]:
+        try:
+            is_damaged = files.digest(run.name(name)) != entry["digest"]
+        except (OSError, StoreError):
+            is_damaged = True
+        if is_damaged:
             faults.append(f"{name} is missing or changed")
-    packs = [store.pack_path(run.stage, pack) for pack in provenance["packs"]]
-    return faults + [f"pack {path} is missing" for path in packs if not path.is_file()]
+    packs = [pack_name(run.stage, pack) for pack in provenance["packs"]]
+    there = files.sizes(packs)
+    return faults + [f"pack {files.place(name)} is missing" for name in packs if name not in there]
 
 
 def _names(run: Run, keys: set[str]) -> bool:
@@ -126,9 +144,9 @@ def _keys(run: Run) -> set[str]:
     import pyarrow.parquet as pq
 
     found: set[str] = set()
-    for name in (MANIFEST, REJECTS):
+    for name in {MANIFEST, REJECTS} & run.files().keys():
         path = run.path(name)
-        if path.is_file() and "key" in pq.read_schema(path).names:
+        if "key" in pq.read_schema(path).names:
             found |= set(pq.read_table(path, columns=["key"], partitioning=None).column(0).to_pylist())
     return found - {None}
 
@@ -141,14 +159,14 @@ class Waste:
         runs: no longer kept.
         packs: (stage, pack) without a live artifact.
         repacked: (stage, pack) of which little is live; that is written into new packs.
-        temporaries: left behind by killed writers.
+        leftovers: names in the store of what killed writers left behind.
         freed_bytes: by all of it together.
     """
 
     runs: list[Run] = field(default_factory=list)
     packs: list[tuple[str, str]] = field(default_factory=list)
     repacked: list[tuple[str, str]] = field(default_factory=list)
-    temporaries: list[Path] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
     freed_bytes: int = 0
 
 
@@ -167,17 +185,18 @@ def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, 
         live[run.stage] |= _keys(run)
     now = time.time()
     for stage in store.stages():
-        for pack in store.packs(stage):
-            if now - store.pack_path(stage, pack).stat().st_mtime < grace_s:
+        for pack, info in store.packs(stage).items():
+            if now - info.modified_at_s < grace_s:
                 continue
-            share, size = _live_share(store, stage, pack, live[stage])
+            share = _live_share(store, stage, pack, live[stage])
             if share >= MOSTLY_DEAD:
                 continue
             (waste.repacked if share > 0 else waste.packs).append((stage, pack))
-            waste.freed_bytes += int(size * (1 - share))
-    waste.temporaries = [*stale_temporaries(store.root, grace_s), *_lone_indices(store, grace_s)]
-    waste.freed_bytes += sum(path.stat().st_size for path in waste.temporaries)
-    waste.freed_bytes += sum(path.stat().st_size for run in waste.runs for path in run.folder.rglob("*"))
+            waste.freed_bytes += int(info.size * (1 - share))
+    leftovers = store.files.leftovers(grace_s) | _lone_indices(store, grace_s)
+    waste.leftovers = list(leftovers)
+    waste.freed_bytes += sum(info.size for info in leftovers.values())
+    waste.freed_bytes += sum(info.size for run in waste.runs for info in run.files().values())
     if not dry_run:
         _remove(store, waste, kept, live)
     return waste
@@ -189,7 +208,7 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
     waiting = []
     for run in runs:
         seen[run.stage, run.part] += 1
-        is_young = time.time() - run.path("provenance.json").stat().st_mtime < grace_s
+        is_young = time.time() - run.files()[PROVENANCE].modified_at_s < grace_s
         is_dear = run.stage in NEVER_COLLECTED
         if seen[run.stage, run.part] <= keep or run.fingerprint in current or is_young or is_dear:
             waiting.append(run)
@@ -205,25 +224,26 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
     return [run for run in runs if run.fingerprint in kept]
 
 
-def _lone_indices(store: Store, grace_s: float) -> Iterator[Path]:
+def _lone_indices(store: Store, grace_s: float) -> dict[str, Info]:
     """Indices whose pack is gone."""
-    for stage in store.stages():
-        packs = {Path(pack).stem for pack in store.packs(stage)}
-        for path in store.packs_folder(stage).glob("[!.]*.parquet"):
-            if path.stem not in packs and time.time() - path.stat().st_mtime > grace_s:
-                yield path
+    listing = store.files.listing("packs")
+    indices = {name: info for name, info in listing.items() if name.endswith(".parquet")}
+    packs = {PurePosixPath(name).with_suffix("") for name in listing.keys() - indices.keys()}
+    return {
+        name: info
+        for name, info in indices.items()
+        if PurePosixPath(name).with_suffix("") not in packs and time.time() - info.modified_at_s > grace_s
+    }
 
 
-def _live_share(store: Store, stage: str, pack: str, live: set[str]) -> tuple[float, int]:
-    """Share of a pack's artifact bytes that kept runs refer to, and the pack's size."""
+def _live_share(store: Store, stage: str, pack: str, live: set[str]) -> float:
+    """Share of a pack's artifact bytes that kept runs refer to."""
     locations = store.pack_locations(stage, pack)
-    path = store.pack_path(stage, pack)
-    size = path.stat().st_size if path.is_file() else 0
     if any(location.code is not None and key in live for key, location in locations.items()):
-        return 1.0, size  # it holds the reason of a record that a kept run rejected
+        return 1.0  # it holds the reason of a record that a kept run rejected
     total = sum(location.size for location in locations.values())
     kept = sum(location.size for key, location in locations.items() if key in live)
-    return (kept / total if total else 0.0), size
+    return kept / total if total else 0.0
 
 
 def _remove(store: Store, waste: Waste, kept: Sequence[Run], live: dict[str, set[str]]) -> None:
@@ -234,11 +254,10 @@ def _remove(store: Store, waste: Waste, kept: Sequence[Run], live: dict[str, set
             _follow(run, moved[run.stage])
     for run in waste.runs:
         run.remove()
-    for stage, pack in (*waste.packs, *waste.repacked):
-        store.pack_index_path(stage, pack).unlink(missing_ok=True)
-        store.pack_path(stage, pack).unlink(missing_ok=True)
-    for path in waste.temporaries:
-        path.unlink(missing_ok=True)
+    old = (*waste.packs, *waste.repacked)
+    store.files.remove(index_name(stage, pack) for stage, pack in old)
+    store.files.remove(pack_name(stage, pack) for stage, pack in old)
+    store.files.remove(waste.leftovers)
 
 
 def _repack(
@@ -281,7 +300,4 @@ def _follow(run: Run, moved: dict[tuple[str, str], Location]) -> None:
     import pyarrow as pa
 
     run.write(MANIFEST, parquet_bytes(pa.Table.from_pylist(rows, schema=artifact_schema())))
-    provenance = run.provenance()
-    names = list(provenance.pop("files"))
-    provenance.pop("packs")
-    run.commit(names, {row["pack"] for row in rows}, provenance)
+    run.commit({row["pack"] for row in rows}, run.provenance())

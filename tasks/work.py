@@ -56,7 +56,7 @@ class Batch:
 
     function: str
     parameters: Mapping[str, Any]
-    store_root: Path
+    store: Store
     stage: str
     suffix: str
     keys: Sequence[str]
@@ -84,12 +84,11 @@ def make_pack(batch: Batch) -> dict[str, Location]:
     Raises:
         RuntimeError: the function failed in a way that is not the record's fault; names the record.
     """
-    store = Store(batch.store_root)
     function = resolve(batch.function)
     results: list[tuple[str, bytes | tuple[str, str]]] = []
     for key, record, sources in zip(batch.keys, batch.records, batch.sources, strict=True):
         try:
-            data = [read_source(store, source) for source in sources]
+            data = [read_source(batch.store, source) for source in sources]
             results.append((key, function(record, *data, **batch.parameters)))
         except RecordError as error:
             results.append((key, (error.code, error.message)))
@@ -100,22 +99,21 @@ def make_pack(batch: Batch) -> dict[str, Location]:
                 f"stage {batch.stage} failed at image {record.image_id} ({record.file_name}): "
                 f"{type(error).__name__}: {error}"
             ) from error
-    return store.write_pack(batch.stage, batch.suffix, results)
+    return batch.store.write_pack(batch.stage, batch.suffix, results)
 
 
 def make_model_pack(batch: ModelBatch) -> dict[str, Location]:
     """The same with an image model, which this process loads once."""
     from spctrl.image_models.base import choose_device, run_model
 
-    store = Store(batch.store_root)
     model = _loaded_model(batch.function, tuple(sorted({**batch.parameters, **batch.loading}.items())))
     work: Iterator[tuple[Any, ...]] = (
-        (record, *(read_source(store, source) for source in sources))
+        (record, *(read_source(batch.store, source) for source in sources))
         for record, sources in zip(batch.records, batch.sources, strict=True)
     )
     fitting = FITTING_BATCH[choose_device(batch.loading["device"]).type]
     results = run_model(model, work, batch_size=batch.batch_size or fitting)
-    return store.write_pack(batch.stage, batch.suffix, list(zip(batch.keys, results, strict=True)))
+    return batch.store.write_pack(batch.stage, batch.suffix, list(zip(batch.keys, results, strict=True)))
 
 
 @functools.cache

@@ -206,7 +206,8 @@ class Workspace:
 
     def faults(self) -> list[str]:
         """What counts as done in the store but is not whole, read back to the byte."""
-        from tasks.store import Store, StoreError
+        from tasks.files import StoreError
+        from tasks.store import Store
 
         store, found = Store(self.store), []
         for run in store.runs():

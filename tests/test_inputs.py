@@ -15,6 +15,7 @@ import pytest
 import tasks.inputs
 from tasks.base import digest_cache
 from tasks.inputs import MISSING, DigestCache
+from tasks.store import Store
 
 LONG_AGO_NS = time.time_ns() - 3_600_000_000_000
 
@@ -415,7 +416,7 @@ def test_several_processes_share_one_cache(tmp_path: Path, folder: Path) -> None
 
 
 def look_in_a_fork(
-    store: Path, folder: Path, parents: int, answers: multiprocessing.SimpleQueue[list[object]]
+    store: Store, folder: Path, parents: int, answers: multiprocessing.SimpleQueue[list[object]]
 ) -> None:
     cache = digest_cache(store)
     cache.keep_fact("child", 1)
@@ -423,7 +424,7 @@ def look_in_a_fork(
 
 
 def test_a_forked_process_opens_its_own_connection(tmp_path: Path, folder: Path) -> None:
-    store = tmp_path / "store"
+    store = Store(tmp_path / "store")
     cache = digest_cache(store)
     assert digest_cache(store) is cache
     cache.keep_fact("parent", 7)

@@ -21,8 +21,9 @@ import tasks
 from spctrl.errors import ExpectedError
 from tasks import ray_executor, work
 from tasks.executor import WorkerError
+from tasks.files import StoreError
 from tasks.ray_executor import ClusterError, Site, connect, run_batches
-from tasks.store import StoreError
+from tasks.store import Store
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -124,8 +125,8 @@ def make_pack_when_told(batch: work.Batch) -> dict[str, Any]:
     import ray
 
     node = ray.get_runtime_context().get_node_id()
-    (batch.store_root / f"{BEGUN}{node}-{uuid.uuid4().hex}").touch()
-    wait_for(batch.store_root / GO)
+    (batch.store.home / f"{BEGUN}{node}-{uuid.uuid4().hex}").touch()
+    wait_for(batch.store.home / GO)
     return work.make_pack(batch)
 
 
@@ -173,11 +174,11 @@ def test_a_node_lost_while_it_works_costs_no_byte(
 def die_once_then_make_pack(batch: work.ModelBatch) -> dict[str, Any]:
     """The first process to come here dies; the others say how many models they have loaded."""
     try:
-        (batch.store_root / KILLED).touch(exist_ok=False)
+        (batch.store.home / KILLED).touch(exist_ok=False)
     except FileExistsError:
         found = work.make_model_pack(batch)
         loads = work._loaded_model.cache_info().misses
-        (batch.store_root / f"{LOADS}{os.getpid()}").write_text(str(loads))
+        (batch.store.home / f"{LOADS}{os.getpid()}").write_text(str(loads))
         return found
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("killed")
@@ -234,7 +235,7 @@ def die(job: int) -> int:
 
 @pytest.fixture
 def here(tmp_path: Path) -> ray_executor.Cluster:
-    return ray_executor.Cluster("auto", tmp_path, {})
+    return ray_executor.Cluster("auto", Store(tmp_path), {})
 
 
 @needs_ray
@@ -267,7 +268,7 @@ def test_a_store_that_cannot_be_written_stops_the_work(cluster: Any, here: ray_e
     with pytest.raises(StoreError, match="the disk is full"):
         list(run_batches(fail, jobs(), here, 0))
     assert len(taken) < 20
-    assert list(here.store_root.iterdir()) == []
+    assert list(here.store.home.iterdir()) == []
 
 
 @needs_ray

@@ -16,19 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from spctrl.errors import ExpectedError
+from tasks.files import TEMPORARY, StoreError, file_digest, files_at, write_atomic
 from tasks.store import (
     PROVENANCE,
-    TEMPORARY,
     Location,
     Run,
     Store,
-    StoreError,
     content_digest,
     digest,
-    file_digest,
+    index_name,
+    pack_name,
     parquet_bytes,
-    stale_temporaries,
-    write_atomic,
 )
 
 STAGE = "spatext"
@@ -110,7 +108,7 @@ def test_a_pack_is_a_tar_file_with_its_members_where_the_locations_say(store: St
 def test_what_was_written_is_found_again(store: Store) -> None:
     written = store.write_pack(STAGE, ".png", RESULTS)
     written |= store.write_pack(STAGE, ".png", [(key(9), b"another pack")])
-    assert Store(str(store.root)).locations(STAGE) == written
+    assert Store(str(store.home)).locations(STAGE) == written
     assert store.locations("openpose") == {}
     assert store.stages() == [STAGE]
 
@@ -127,7 +125,7 @@ def test_rejects_are_kept_with_their_reasons(store: Store) -> None:
 def test_a_pack_without_members_is_a_pack(store: Store, results: Results) -> None:
     locations = store.write_pack(STAGE, ".png", results)
     assert store.locations(STAGE) == locations
-    (path,) = store.packs_folder(STAGE).glob("*.tar")
+    (path,) = (store.home / "packs" / STAGE).glob("*.tar")
     with tarfile.open(path) as tar:
         assert tar.getmembers() == []
 
@@ -140,10 +138,10 @@ def test_packs_of_the_same_results_are_the_same_bytes(
     later = time.time() + 10_000
     monkeypatch.setattr(time, "time", lambda: later)
     stores[1].write_pack(STAGE, ".png", RESULTS)
-    names = names_below(stores[0].root)
+    names = names_below(stores[0].home)
     assert len(names) == 2
-    assert names == names_below(stores[1].root)
-    assert all((stores[0].root / name).read_bytes() == (stores[1].root / name).read_bytes() for name in names)
+    assert names == names_below(stores[1].home)
+    assert all((stores[0].home / name).read_bytes() == (stores[1].home / name).read_bytes() for name in names)
 
 
 def test_a_pack_is_named_after_its_keys(store: Store) -> None:
@@ -165,17 +163,17 @@ def test_a_damaged_index_holds_nothing_and_hides_no_other(
 ) -> None:
     pack = store.write_pack(STAGE, ".png", RESULTS)[key(1)].pack
     other = store.write_pack(STAGE, ".png", [(key(9), b"another pack")])
-    path = store.pack_index_path(STAGE, pack)
+    path = store.home / index_name(STAGE, pack)
     path.write_bytes(damage(path.read_bytes()))
     assert store.locations(STAGE) == other
     store.write_pack(STAGE, ".png", RESULTS)
     assert key(1) in store.locations(STAGE)
 
 
-@pytest.mark.parametrize("half", [Store.pack_path, Store.pack_index_path])
-def test_half_a_pack_does_not_count(store: Store, half: Callable[[Store, str, str], Path]) -> None:
+@pytest.mark.parametrize("half", [pack_name, index_name])
+def test_half_a_pack_does_not_count(store: Store, half: Callable[[str, str], str]) -> None:
     pack = store.write_pack(STAGE, ".png", RESULTS)[key(1)].pack
-    half(store, STAGE, pack).unlink()
+    (store.home / half(STAGE, pack)).unlink()
     assert store.locations(STAGE) == {}
 
 
@@ -273,7 +271,7 @@ def test_a_pack_on_a_full_disk_is_not_half_there(store: Store, monkeypatch: pyte
         with pytest.raises(StoreError):
             store.write_pack(STAGE, ".png", RESULTS)
     assert store.locations(STAGE) == before
-    assert len(names_below(store.root)) == 2
+    assert len(names_below(store.home)) == 2
 
 
 def test_temporaries_that_a_killed_writer_left_are_found_once_they_are_old(tmp_path: Path) -> None:
@@ -284,7 +282,7 @@ def test_temporaries_that_a_killed_writer_left_are_found_once_they_are_old(tmp_p
     hour_ago = time.time() - 3600
     os.utime(old, (hour_ago, hour_ago))
     os.utime(file, (hour_ago, hour_ago))
-    assert list(stale_temporaries(tmp_path, older_than_s=60)) == [old]
+    assert list(files_at(tmp_path).leftovers(older_than_s=60)) == [f"a/{TEMPORARY}1-x"]
 
 
 # Runs
@@ -298,9 +296,7 @@ def run(store: Store) -> Run:
     found = store.run(STAGE, "ap10k-train", "f" * 32)
     found.write("manifest.parquet", b"the manifest")
     found.write("rejects.parquet", b"")
-    found.commit(
-        ["manifest.parquet", "rejects.parquet"], [first, second, first], {"stage": STAGE, "finished_at": "2"}
-    )
+    found.commit([first, second, first], {"stage": STAGE, "finished_at": "2"})
     return found
 
 
@@ -317,7 +313,7 @@ def test_a_committed_run_says_what_it_holds(run: Run) -> None:
     assert all(
         run.store.pack_path(STAGE, pack).stat().st_size == size for pack, size in provenance["packs"].items()
     )
-    assert run.folder == run.store.root / "runs" / STAGE / "ap10k-train" / ("f" * 32)
+    assert run.folder == run.store.home / "runs" / STAGE / "ap10k-train" / ("f" * 32)
 
 
 def test_a_run_without_its_provenance_is_none(store: Store) -> None:
@@ -359,7 +355,7 @@ def test_a_commit_that_fails_leaves_no_run(store: Store, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", fail_with(errno.ENOSPC))
         with pytest.raises(StoreError):
-            run.commit(["manifest.parquet"], [], {})
+            run.commit([], {})
     assert not run.is_whole()
     assert names_below(run.folder) == ["manifest.parquet"]
 
@@ -401,7 +397,7 @@ def test_runs_are_listed_latest_first(store: Store) -> None:
         ("3" * 32, "index", "ap10k-val", "2026-01-01"),
         ("4" * 32, "manifest", "ap10k-train", "2026-01-04"),
     ):
-        store.run(stage, part, fingerprint).commit([], [], {"finished_at": finished_at})
+        store.run(stage, part, fingerprint).commit([], {"finished_at": finished_at})
     assert [run.fingerprint[0] for run in store.runs()] == ["4", "2", "1", "3"]
     assert [run.fingerprint[0] for run in store.runs("index")] == ["2", "1", "3"]
     assert [run.fingerprint[0] for run in store.runs(part="ap10k-train")] == ["4", "2", "1"]
@@ -415,7 +411,7 @@ def test_runs_are_listed_latest_first(store: Store) -> None:
 def test_an_accepted_version_counts_as_the_earlier_one(store: Store) -> None:
     assert store.accepted() == {}
     store.accept("new", "old")
-    assert Store(store.root).accepted() == {"new": "old"}
+    assert Store(store.home).accepted() == {"new": "old"}
 
 
 def test_acceptance_follows_the_chain_to_the_first(store: Store) -> None:
@@ -427,7 +423,7 @@ def test_acceptance_follows_the_chain_to_the_first(store: Store) -> None:
 
 def test_a_damaged_list_of_accepted_versions_is_an_error_that_names_it(store: Store) -> None:
     store.accept("new", "old")
-    (store.root / "accepted.json").write_text("{")
+    (store.home / "accepted.json").write_text("{")
     with pytest.raises(StoreError, match=r"accepted\.json: expected a JSON object"):
         store.accepted()
 

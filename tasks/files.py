@@ -1,0 +1,480 @@
+"""Files below one place: a folder, or a prefix in an object store.
+
+Names are posix paths below that place. A file is written whole or not at all, so whoever reads it sees all of one
+version. Object stores are reached through fsspec, so any of its URLs will do: ``s3://bucket/prefix``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import stat
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from spctrl.errors import ExpectedError
+
+TEMPORARY = ".tmp-"
+
+
+class StoreError(ExpectedError):
+    """The store or an export cannot be read or written; the message names the place."""
+
+
+class Info(NamedTuple):
+    """What a listing says of a file: size in bytes, and when it was written, in seconds since 1970."""
+
+    size: int
+    modified_at_s: float
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a place is elsewhere than on this machine's disks."""
+    return "://" in str(place)
+
+
+class Files(ABC):
+    """The files below ``root``; every name is a posix path below it.
+
+    Raises:
+        StoreError: a file or the place itself cannot be read or written.
+        FileNotFoundError: a file to be read is not there.
+    """
+
+    root: str
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """``root``, wherever a process works: an absolute path or the URL."""
+
+    def place(self, name: str) -> str:
+        """A file's place in full, for people."""
+        return f"{self.root}/{name}"
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A file's contents."""
+
+    @abstractmethod
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The contents of those that are there, read at once where that is faster."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Put a small file there, or another in its place."""
+
+    @abstractmethod
+    def create(self, name: str) -> AbstractContextManager[Path]:
+        """A path on this machine to write a large file to, which becomes the file at the end."""
+
+    @abstractmethod
+    def fetch(self, name: str, folder: Path, *, changes: bool = True) -> Path:
+        """A path on this machine that holds the file: its own, or that of a copy below ``folder``.
+
+        A copy is made once for each version of the file; of one that never changes, once.
+        """
+
+    @abstractmethod
+    def listing(self, prefix: str) -> dict[str, Info]:
+        """All files below a folder, and whole ones only; none where there is no such folder."""
+
+    @abstractmethod
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Sizes in bytes of those that are there."""
+
+    @abstractmethod
+    def remove(self, names: Iterable[str]) -> None:
+        """Files that are not there are none to remove; folders that this empties go too."""
+
+    @abstractmethod
+    def leftovers(self, older_than_s: float) -> dict[str, Info]:
+        """Files that a killed writer left half written."""
+
+    @abstractmethod
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        """A context that only one process at a time is in, where the place has locks."""
+
+    def exists(self, name: str) -> bool:
+        return name in self.sizes([name])
+
+    @abstractmethod
+    def digest(self, name: str) -> str:
+        """SHA-256 of a file in hex, read again."""
+
+    @abstractmethod
+    def version(self, name: str) -> str:
+        """A short name that changes with the file."""
+
+
+def files_at(place: str | Path, *, temporaries: str | None = None) -> Files:
+    """The files at a folder or a URL.
+
+    Args:
+        place: the folder or URL.
+        temporaries: folder below it for half written files; by default they lie beside the files that they become.
+    """
+    if is_url(place):
+        return ObjectStore(str(place).rstrip("/"))
+    return Folder(Path(place), temporaries)
+
+
+class Folder(Files):
+    """Files on a disk of this machine, or on one that it shares."""
+
+    def __init__(self, path: Path, temporaries: str | None = None) -> None:
+        self.path = path
+        self.root = str(path)
+        self._temporaries = temporaries
+
+    @property
+    def address(self) -> str:
+        return str(self.path.absolute())
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self._path(name)).read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise cannot_read(self.place(name), error) from error
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                found[name] = self.read(name)
+        return found
+
+    def write(self, name: str, data: bytes) -> None:
+        write_atomic(self._path(name), data, temporary=self._temporary(name))
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Path]:
+        path, temporary = self._path(name), self._temporary(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def fetch(self, name: str, folder: Path, *, changes: bool = True) -> Path:
+        return self._path(name)
+
+    def listing(self, prefix: str) -> dict[str, Info]:
+        return {name: info for name, info in self._walk(prefix) if not _is_temporary(name)}
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        return {name: found.st_size for name in names if (found := _stat(self._path(name))) is not None}
+
+    def remove(self, names: Iterable[str]) -> None:
+        folders = set()
+        for name in names:
+            path = self._path(name)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(path, error) from error
+            folders |= {parent for parent in path.parents if self.path in parent.parents}
+        for folder in sorted(folders, key=lambda each: len(each.parts), reverse=True):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+    def leftovers(self, older_than_s: float) -> dict[str, Info]:
+        return {
+            name: info
+            for name, info in self._walk("")
+            if _is_temporary(name) and time.time() - info.modified_at_s > older_than_s
+        }
+
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        with exclusive(self._path(name)):
+            yield
+
+    def digest(self, name: str) -> str:
+        return file_digest(self._path(name))
+
+    def version(self, name: str) -> str:
+        found = self._path(name).stat()
+        return f"{found.st_size:x}-{found.st_mtime_ns:x}-{found.st_ino:x}"
+
+    def _path(self, name: str) -> Path:
+        """Names come out of files too, which somebody else may have written."""
+        if name.startswith("/") or ".." in name.split("/"):
+            raise StoreError(f"expected a name below {self.root}, found {name!r}")
+        return self.path / name
+
+    def _temporary(self, name: str) -> Path:
+        path = self._path(name)
+        folder = path.parent if self._temporaries is None else self.path / self._temporaries
+        return folder / f"{TEMPORARY}{os.getpid()}-{path.name}"
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Info]]:
+        for folder, _, files in os.walk(self.path / prefix, followlinks=True):
+            for file in files:
+                path = Path(folder, file)
+                if (found := _stat(path)) is not None:
+                    yield path.relative_to(self.path).as_posix(), Info(found.st_size, found.st_mtime)
+
+
+class ObjectStore(Files):
+    """Files in an object store, where each is written in one request and a listing gives a thousand.
+
+    There are no locks: writers of one name write the same bytes, or take turns by other means.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.root = url
+
+    @property
+    def address(self) -> str:
+        return self.root
+
+    @property
+    def _system(self) -> Any:
+        """The file system, which fsspec keeps for each process: one taken over a fork would hang."""
+        try:
+            import fsspec
+
+            # Other machines write there too, so listings are not kept.
+            return fsspec.core.url_to_fs(self.root, use_listings_cache=False)[0]
+        except (ImportError, ValueError) as error:
+            raise StoreError(
+                f"cannot reach {self.root}: {error}. Expected a folder or a URL that fsspec knows ([paths] in "
+                "luigi.cfg); s3:// needs: pip install 'spctrl[s3]'"
+            ) from error
+
+    @functools.cached_property
+    def _top(self) -> str:
+        return str(self._system._strip_protocol(self.root)).rstrip("/")
+
+    def _key(self, name: str) -> str:
+        return f"{self._top}/{name}"
+
+    def _name(self, key: str) -> str:
+        return key.removeprefix("/").removeprefix(f"{self._top.removeprefix('/')}/")
+
+    def read(self, name: str) -> bytes:
+        with self._faults("read", name):
+            return bytes(self._system.cat_file(self._key(name)))
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        if not names:
+            return {}
+        keys = {self._key(name): name for name in names}
+        with self._faults("read", names[0]):
+            found = self._system.cat(list(keys), on_error="return")
+            for each in found.values():
+                if isinstance(each, Exception) and not isinstance(each, FileNotFoundError):
+                    raise each
+        return {keys[key]: bytes(data) for key, data in found.items() if not isinstance(data, Exception)}
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._faults("write", name):
+            self._system.pipe_file(self._key(name), data)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Path]:
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="spctrl-") as folder:
+            temporary = Path(folder, PurePosixPath(name).name)
+            try:
+                yield temporary
+            except OSError as error:
+                raise cannot_write(temporary, error) from error
+            with self._faults("write", name):
+                self._system.put_file(str(temporary), self._key(name))
+
+    def fetch(self, name: str, folder: Path, *, changes: bool = True) -> Path:
+        path = (folder / self.version(name) if changes else folder) / name
+        if path.is_file():
+            return path
+        temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._faults("read", name):
+                self._system.get_file(self._key(name), str(temporary))
+                expected, found = self._system.size(self._key(name)), temporary.stat().st_size
+            if expected != found:
+                raise StoreError(
+                    f"cannot read {self.place(name)}: expected {expected:,} bytes, found {found:,}. Run again"
+                )
+            temporary.replace(path)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise cannot_write(path, error) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return path
+
+    def listing(self, prefix: str) -> dict[str, Info]:
+        with self._faults("list", prefix):
+            try:
+                found = self._system.find(self._key(prefix).rstrip("/"), detail=True)
+            except FileNotFoundError:
+                return {}
+        return {self._name(key): Info(int(info["size"]), _modified_at_s(info)) for key, info in found.items()}
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """By a listing of each folder, as asking for one file costs as much as a list of a thousand."""
+        wanted = set(names)
+        folders = {PurePosixPath(name).parent.as_posix() for name in wanted}
+        tops = [
+            each
+            for each in folders
+            if not any(str(parent) in folders for parent in PurePosixPath(each).parents)
+        ]
+        found = {name: info.size for folder in tops for name, info in self.listing(folder).items()}
+        return {name: found[name] for name in wanted & found.keys()}
+
+    def remove(self, names: Iterable[str]) -> None:
+        keys = [self._key(name) for name in names]
+        if keys:
+            with self._faults("remove", keys[0]), suppress(FileNotFoundError):
+                self._system.rm(keys)
+
+    def leftovers(self, older_than_s: float) -> dict[str, Info]:
+        """Those at the top; parts of an upload that was cut off are the bucket's, whose rules remove them."""
+        with self._faults("list", ""):
+            try:
+                found = {self._name(each["name"]): each for each in self._system.ls(self._top, detail=True)}
+            except FileNotFoundError:
+                return {}
+        infos = {
+            name: Info(int(each["size"]), _modified_at_s(each))
+            for name, each in found.items()
+            if each["type"] == "file" and _is_temporary(name)
+        }
+        now = time.time()
+        return {name: info for name, info in infos.items() if now - info.modified_at_s > older_than_s}
+
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        yield
+
+    def digest(self, name: str) -> str:
+        with self._faults("read", name), self._system.open(self._key(name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def version(self, name: str) -> str:
+        """Short name of a file's present contents: of its ETag, which object stores have instead of a reliable time."""
+        with self._faults("read", name):
+            info = self._system.info(self._key(name))
+        tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or _modified_at_s(info)
+        return hashlib.blake2b(f"{tag} {info['size']}".encode(), digest_size=8).hexdigest()
+
+    @contextmanager
+    def _faults(self, doing: str, name: str) -> Iterator[None]:
+        """What is not understood of an answer is an error of the store, whatever the library calls it."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except FileNotFoundError as error:
+            if doing == "read":
+                raise
+            raise self._cannot(doing, name, error) from error
+        except Exception as error:
+            raise self._cannot(doing, name, error) from error
+
+    def _cannot(self, doing: str, name: str, error: Exception) -> StoreError:
+        reason = f"{type(error).__name__}: {error}".rstrip(": .")
+        return StoreError(
+            f"cannot {doing} {self.place(name)}: {reason}. What was finished before stays; see to the network and "
+            "the credentials ([paths] in luigi.cfg says where things go), then run again"
+        )
+
+
+def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: of the file; its folder is made.
+        data: its content.
+        temporary: a free name on the same disk to write to first; by default one beside the file.
+
+    Raises:
+        StoreError: it cannot be written (full or read-only disk, no permission).
+    """
+    temporary = temporary or path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> StoreError:
+    """The error for a file that cannot be written."""
+    return StoreError(
+        f"cannot write {path}: {error.strerror or error}. What was finished before stays; make room or fix the "
+        "permissions ([paths] in luigi.cfg says where things go), then run again"
+    )
+
+
+def cannot_read(place: str | Path, error: OSError) -> StoreError:
+    """The error for a file of the store that cannot be read."""
+    return StoreError(
+        f"cannot read {place}: {error.strerror or error}. `spctrl verify` drops what is damaged"
+    )
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file, which the system gives up for a process that dies; waits for whoever holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_temporary(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(TEMPORARY)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _modified_at_s(info: dict[str, Any]) -> float:
+    """File systems name it differently; what says nothing of its age counts as new."""
+    names = ("LastModified", "mtime", "updated", "last_modified", "created")
+    found = next((info[name] for name in names if info.get(name) is not None), None)
+    if isinstance(found, datetime):
+        return found.timestamp()
+    return float(found) if isinstance(found, int | float) else time.time()

@@ -328,12 +328,12 @@ class Export(Manifest):
         }
         heatmaps = {each.image_id: each for each in changed if each.kind == HEATMAPS}
         link = settings.export().link
-        temporary = self.folder / LEDGERS / f"{TEMPORARY}{os.getpid()}-link"
         for count, each in enumerate(changed, 1):
             target = self.folder / each.path
             if each.kind == IMAGE:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = self.root / self.spec.image_path(each.file_name)
+                temporary = self.folder / LEDGERS / f"{TEMPORARY}{os.getpid()}-link"
                 try:
                     link_file(source, target, link, temporary=temporary)
                 except OSError as error:

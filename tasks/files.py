@@ -77,10 +77,13 @@ class Files(ABC):
         """A path on this machine to write a large file to, which becomes the file at the end."""
 
     @abstractmethod
-    def fetch(self, name: str, folder: Path, *, changes: bool = True) -> Path:
+    def fetch(self, name: str, folder: Path, *, digest: str | None = None) -> Path:
         """A path on this machine that holds the file: its own, or that of a copy below ``folder``.
 
-        A copy is made once for each version of the file; of one that never changes, once.
+        Args:
+            name: of the file.
+            folder: for copies of this version of it: one that is there already is taken as it is.
+            digest: SHA-256 of the file in hex, which a new copy must have.
         """
 
     @abstractmethod
@@ -171,7 +174,7 @@ class Folder(Files):
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
-    def fetch(self, name: str, folder: Path, *, changes: bool = True) -> Path:
+    def fetch(self, name: str, folder: Path, *, digest: str | None = None) -> Path:
         return self._path(name)
 
     def listing(self, prefix: str) -> dict[str, Info]:
@@ -300,8 +303,8 @@ class ObjectStore(Files):
             with self._faults("write", name):
                 self._system.put_file(str(temporary), self._key(name))
 
-    def fetch(self, name: str, folder: Path, *, changes: bool = True) -> Path:
-        path = (folder / self.version(name) if changes else folder) / name
+    def fetch(self, name: str, folder: Path, *, digest: str | None = None) -> Path:
+        path = folder / name
         if path.is_file():
             return path
         temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
@@ -309,10 +312,12 @@ class ObjectStore(Files):
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._faults("read", name):
                 self._system.get_file(self._key(name), str(temporary))
-                expected, found = self._system.size(self._key(name)), temporary.stat().st_size
+                expected = digest or f"{self._system.size(self._key(name)):,} bytes"
+            found = file_digest(temporary) if digest else f"{temporary.stat().st_size:,} bytes"
             if expected != found:
                 raise StoreError(
-                    f"cannot read {self.place(name)}: expected {expected:,} bytes, found {found:,}. Run again"
+                    f"cannot read {self.place(name)}: expected {expected}, found {found}. Run again; if it stays so, "
+                    "`spctrl verify` drops what is damaged"
                 )
             temporary.replace(path)
         except OSError as error:

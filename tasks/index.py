@@ -79,7 +79,7 @@ class DatasetStage(StageTask):
     def image_paths(self) -> list[str] | None:
         """Paths of the index's images below the dataset's root; None before there is an index."""
         run = self.index_task().current_run()
-        if run is None or not run.provenance():
+        if run is None or not run.is_whole():
             return None
         return run.path(IMAGE_PATHS).read_text().split("\n")[:-1]
 

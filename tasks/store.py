@@ -112,7 +112,7 @@ class Store:
 
     def pack_path(self, stage: str, pack: str) -> Path:
         """A pack on this machine, fetched where the store is elsewhere."""
-        return self.files.fetch(pack_name(stage, pack), self.home, changes=False)
+        return self.files.fetch(pack_name(stage, pack), self.home)
 
     def write_pack(
         self, stage: str, suffix: str, results: Sequence[tuple[str, bytes | tuple[str, str]]]
@@ -213,7 +213,15 @@ class Store:
     # Code versions that were declared equal
 
     def accepted(self) -> dict[str, str]:
-        """``{code version: the earlier one that it counts as}``."""
+        """``{code version: the earlier one that it counts as}``; of an object store, as this process found it first."""
+        if self in _accepted_elsewhere:
+            return _accepted_elsewhere[self]
+        found = self._read_accepted()
+        if is_url(self.root):
+            _accepted_elsewhere[self] = found
+        return found
+
+    def _read_accepted(self) -> dict[str, str]:
         try:
             return dict(json.loads(self.files.read(ACCEPTED)))
         except FileNotFoundError:
@@ -224,7 +232,8 @@ class Store:
             ) from error
 
     def accept(self, code_version: str, as_version: str) -> None:
-        versions = self.accepted()
+        _accepted_elsewhere.pop(self, None)
+        versions = self._read_accepted()
         versions[code_version] = versions.get(as_version, as_version)
         self.files.write(ACCEPTED, json.dumps(versions, indent=1, sort_keys=True).encode())
 
@@ -252,14 +261,22 @@ class Run:
 
     def path(self, name: str) -> Path:
         """A file on this machine, fetched where the store is elsewhere."""
-        return self.store.files.fetch(self.name(name), self.store.home / COPIES)
+        files, copies = self.store.files, self.store.home / COPIES
+        if not is_url(self.store.root):
+            return files.fetch(self.name(name), copies)
+        known = self.provenance().get("files", {}).get(name)
+        if known is None:
+            return files.fetch(self.name(name), copies / files.version(self.name(name)))
+        return files.fetch(self.name(name), copies / known["digest"][:16], digest=known["digest"])
 
     @property
     def folder(self) -> Path:
         """All files in a folder on this machine, fetched where the store is elsewhere."""
+        if not is_url(self.store.root):
+            return self.store.home / self.prefix
         top = self.path(PROVENANCE).parents[len(PurePosixPath(self.prefix).parts)]
-        for name in self.files():
-            self.store.files.fetch(self.name(name), top, changes=False)
+        for name, entry in self.provenance()["files"].items():
+            self.store.files.fetch(self.name(name), top, digest=entry["digest"])
         return top / self.prefix
 
     def files(self) -> dict[str, Info]:
@@ -269,19 +286,31 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """What the run was made of and what it made; empty when it is not committed."""
+        if self in _whole_elsewhere:
+            return _whole_elsewhere[self]
         try:
             return _provenance(self.store.files.read(self.name(PROVENANCE)))
         except FileNotFoundError:
             return {}
 
     def is_whole(self) -> bool:
-        """Committed, and the files and packs that it names are there in their sizes."""
+        """Committed, and the files and packs that it names are there in their sizes.
+
+        A run in an object store that was found whole once counts as whole for as long as the process lives: a build
+        asks again and again, and each look takes several requests.
+        """
+        if self in _whole_elsewhere:
+            return True
         provenance = self.provenance()
         sizes = {self.name(name): entry["size"] for name, entry in provenance.get("files", {}).items()}
         sizes |= {pack_name(self.stage, pack): size for pack, size in provenance.get("packs", {}).items()}
-        return bool(provenance) and self.store.files.sizes(sizes) == sizes
+        is_whole = bool(provenance) and self.store.files.sizes(sizes) == sizes
+        if is_whole and is_url(self.store.root):
+            _whole_elsewhere[self] = provenance
+        return is_whole
 
     def write(self, name: str, data: bytes) -> None:
+        _whole_elsewhere.pop(self, None)
         self.store.files.write(self.name(name), data)
 
     def create(self, name: str) -> AbstractContextManager[Path]:
@@ -309,11 +338,17 @@ class Run:
 
     def uncommit(self) -> None:
         """Make the stage run again; artifacts stay and are found again."""
+        _whole_elsewhere.pop(self, None)
         self.store.files.remove([self.name(PROVENANCE)])
 
     def remove(self) -> None:
         self.uncommit()
         self.store.files.remove([self.name(name) for name in self.files()])
+
+
+_accepted_elsewhere: dict[Store, dict[str, str]] = {}
+_whole_elsewhere: dict[Run, dict[str, Any]] = {}
+"""Runs in object stores that this process found whole, with their provenance."""
 
 
 def pack_name(stage: str, pack: str) -> str:

@@ -183,7 +183,7 @@ class Train(StageTask):
             names = [name(run.stage, pack) for pack in packs for name in (pack_name, index_name)]
             with progress(f"{self.stage} {self.part}: packs", len(names), lambda percentage: None) as advance:
                 for name in names:
-                    self.store.files.fetch(name, self.store.home, changes=False)
+                    self.store.files.fetch(name, self.store.home)
                     advance(1)
 
     def _check_latents(self) -> None:

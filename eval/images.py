@@ -51,6 +51,7 @@ def image_files(folder: Path) -> list[Path]:
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES
+        and path.is_file()  # opening a pipe would wait for its writer
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not found:

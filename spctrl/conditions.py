@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from spctrl.images import FORMATS
+from spctrl.images import opened_image
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spctrl.records import Record
+
+_GRAY_MODES = ("1", "L", "LA")
+_COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+"""PIL's, of 8 bits a channel."""
 
 
 def check_mask(record: Record, data: bytes) -> bytes:
@@ -92,23 +94,12 @@ def encode_png(pixels: cv2.typing.MatLike) -> bytes:
 
 def _decode_gray(record: Record, data: bytes, what: str) -> NDArray[np.uint8]:
     """(H, W) uint8 of an 8-bit image whose channels are equal."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
-            size_wh = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise RecordError("bad_image", f"expected an 8-bit {what}, found a file that is no image") from None
-    if size_wh != record.size_wh:
-        expected = f"a {what} of {record.size_wh[0]} x {record.size_wh[1]} pixels"
-        raise RecordError("image_size", f"expected {expected}, found {size_wh[0]} x {size_wh[1]}")
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        pixels = None
-    if pixels is None or pixels.dtype != np.uint8:
-        raise RecordError("bad_image", f"expected an 8-bit {what}, found a file that does not decode to one")
-    if pixels.ndim == 3:
-        gray = pixels[..., 0]
-        if (pixels[..., 1:3] != gray[..., None]).any():
-            raise RecordError("bad_image", f"expected a {what} of one channel or equal ones, found colours")
-        pixels = gray
-    return np.ascontiguousarray(pixels)
+    with opened_image(data, record.size_wh) as image:
+        if image.mode in _GRAY_MODES:
+            return np.array(image.convert("L"))
+        if image.mode not in _COLOUR_MODES:
+            raise RecordError("bad_image", f"expected an 8-bit {what}, found pixels of the kind {image.mode}")
+        pixels = np.asarray(image.convert("RGB"))
+    if (pixels[..., 1:] != pixels[..., :1]).any():
+        raise RecordError("bad_image", f"expected a {what} of one channel or equal ones, found colours")
+    return np.ascontiguousarray(pixels[..., 0])

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import cv2
@@ -17,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,9 +27,62 @@ if TYPE_CHECKING:
 HASH_SIDE = 8
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Others are not tried: PIL would start a PostScript interpreter for one of them."""
+MAX_FILE_BYTES = 2**28
+"""Of an image file: more than any that an index lets through needs. A sparse file costs nothing and claims any size."""
+MAX_SCANS = 500
+"""Of a progressive JPEG. Each goes over the whole image and takes a few bytes of the file, so that a small file could
+keep a decoder busy for hours; cameras and tools write about 10."""
+_SCAN = b"\xff\xda"
 _THUMBNAIL_SIDE = 32
 _DRAFT_SIDE = 2 * _THUMBNAIL_SIDE
 """Of what the JPEG decoder scales down to; at the thumbnail's own size, resized copies would get distant hashes."""
+
+
+@contextmanager
+def opened_image(data: bytes, size_wh: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+    """An untrusted image file as a PIL image, of which only the header has been read.
+
+    The file's faults, those that show when the caller decodes it inside the block too, are the record's.
+
+    Args:
+        data: the file's bytes.
+        size_wh: width and height in pixels that the header must state; nothing is decoded where it does not.
+
+    Raises:
+        RecordError: ``bad_image`` or ``image_size``.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise RecordError("bad_image", f"expected at most {MAX_FILE_BYTES:,} bytes, found {len(data):,}")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if size_wh is not None and image.size != size_wh:
+                raise RecordError(
+                    "image_size",
+                    f"expected the annotated {size_wh[0]} x {size_wh[1]} pixels, "
+                    f"found {image.size[0]} x {image.size[1]}",
+                )
+            if image.format in ("JPEG", "MPO") and (scans := data.count(_SCAN)) > MAX_SCANS:
+                raise RecordError(
+                    "bad_image", f"expected at most {MAX_SCANS} scans in a JPEG, found {scans:,}"
+                )
+            yield image
+    except (RecordError, MemoryError):
+        raise
+    except UnidentifiedImageError:  # whose own message holds a memory address
+        raise RecordError("bad_image", f"expected an image ({', '.join(FORMATS)}), found none") from None
+    except Exception as error:  # PIL lets through whatever a damaged header leads its parsers to
+        raise RecordError("bad_image", f"the image cannot be decoded: {error}") from None
+
+
+def open_rgb(record: Record, data: bytes) -> Image.Image:
+    """An image file as an RGB image of the annotated size; an orientation tag turns nothing, as in the index.
+
+    Raises:
+        RecordError: not an image, broken, or of more pixels than PIL decodes (``bad_image``); or of another size
+            than annotated (``image_size``), which is found before anything is decoded.
+    """
+    with opened_image(data, record.size_wh) as image:
+        return image.convert("RGB")
 
 
 def probe_image(record: Record, data: bytes) -> bytes:
@@ -46,29 +100,15 @@ def probe_image(record: Record, data: bytes) -> bytes:
     Raises:
         RecordError: ``bad_image`` or ``image_size``.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            size_wh = image.size
-            if size_wh != record.size_wh:
-                raise RecordError(
-                    "image_size",
-                    f"expected the annotated {record.size_wh[0]} x {record.size_wh[1]} pixels, "
-                    f"found {size_wh[0]} x {size_wh[1]}",
-                )
-            image.draft("L", (_DRAFT_SIDE, _DRAFT_SIDE))
-            small = image.convert("L").resize(
-                (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0
-            )
-    except RecordError:
-        raise
-    except UnidentifiedImageError:  # whose own message holds a memory address
-        raise RecordError("bad_image", f"expected an image ({', '.join(FORMATS)}), found none") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RecordError("bad_image", f"the image cannot be decoded: {error}") from None
+    with opened_image(data, record.size_wh) as image:
+        image.draft("L", (_DRAFT_SIDE, _DRAFT_SIDE))
+        small = image.convert("L").resize(
+            (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0
+        )
     facts = {
         "sha256": hashlib.sha256(data).hexdigest(),
-        "width": size_wh[0],
-        "height": size_wh[1],
+        "width": record.size_wh[0],
+        "height": record.size_wh[1],
         "phash": perceptual_hash(np.asarray(small)),
     }
     return json.dumps(facts).encode()

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from spctrl.images import FORMATS
+from spctrl.images import opened_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,6 +109,6 @@ def _key(image_id: int) -> str:
 
 def _image_suffix(data: bytes) -> str:
     """By content: the annotated name may have none, or a wrong one."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
+    with opened_image(data) as image:  # reads the header only
         found = str(image.format).lower()
     return "jpg" if found == "jpeg" else found

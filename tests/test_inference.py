@@ -198,7 +198,7 @@ def test_index_maps_stay_whole_numbers_and_other_conditions_do_not() -> None:
 
 
 def test_a_condition_that_is_not_an_image_is_refused(pipelines: dict[Kind, Any]) -> None:
-    with pytest.raises(RecordError, match="bad_condition"):
+    with pytest.raises(RecordError, match="bad_image"):
         generator(pipelines).decode(RECORD, b"not an image", request_bytes("a dog", 0))
 
 

@@ -34,7 +34,7 @@ from spctrl.image_models.latents import (  # noqa: E402
     latent_shape,
     load_latent_encoder,
 )
-from spctrl.image_models.loading import open_rgb  # noqa: E402
+from spctrl.images import open_rgb  # noqa: E402
 
 Pixels = NDArray[np.uint8]
 RESOLUTION = 64

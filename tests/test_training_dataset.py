@@ -29,7 +29,7 @@ from spctrl.conditions import encode_png  # noqa: E402
 from spctrl.crops import crop_of, nearest_crop, training_crop  # noqa: E402
 from spctrl.datasets import AP10K, DATASETS, HUMANART, Dataset  # noqa: E402
 from spctrl.errors import ExpectedError  # noqa: E402
-from spctrl.image_models.loading import open_rgb  # noqa: E402
+from spctrl.images import open_rgb  # noqa: E402
 from spctrl.index import write_index  # noqa: E402
 from spctrl.records import Record, RecordError, records_from_table  # noqa: E402
 from spctrl.rendering.heatmaps import keypoint_heatmaps  # noqa: E402

@@ -31,6 +31,7 @@ from eval.vitpose.checkpoints import (
 )
 from eval.vitpose.crops import clip_boxes, scale_boxes
 from spctrl.errors import ExpectedError
+from spctrl.images import FORMATS
 from spctrl.records import NUM_KEYPOINTS
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class MmposeEstimator:
         factors: list[NDArray[np.float64]] = []
         for row in rows_of_images(images, bboxes_xywh, annotated_wh):
             path = Path(cast("Path | str", row.image)).resolve()
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 own_wh = image.size
             annotated = row.annotated_wh or own_wh
             mapped = row.boxes

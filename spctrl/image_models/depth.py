@@ -21,7 +21,8 @@ from PIL import Image
 from spctrl.conditions import encode_png
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device, mixed_precision
-from spctrl.image_models.loading import WeightsFolder, load_strictly, mark_random, open_rgb
+from spctrl.image_models.loading import WeightsFolder, load_strictly, mark_random
+from spctrl.images import open_rgb
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import numpy as np
 from spctrl.crops import training_crop
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device
-from spctrl.image_models.loading import WeightsFolder, load_strictly, mark_random, open_rgb
+from spctrl.image_models.loading import WeightsFolder, load_strictly, mark_random
+from spctrl.images import open_rgb
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:

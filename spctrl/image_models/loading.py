@@ -1,23 +1,15 @@
-"""What the image models read: image files, and folders of weights, strictly."""
+"""Folders of weights for the image models, read strictly."""
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from PIL import Image, UnidentifiedImageError
+from typing import Any
 
 from spctrl.errors import ExpectedError
-from spctrl.images import FORMATS
-from spctrl.records import RecordError
-
-if TYPE_CHECKING:
-    from spctrl.records import Record
 
 _KEYS_NAMED = 5
 
@@ -37,29 +29,6 @@ class WeightsFolder:
     files: str
     setting: str
     kind: tuple[str, str]
-
-
-def open_rgb(record: Record, data: bytes) -> Image.Image:
-    """An image file as an RGB image of the annotated size; an orientation tag turns nothing, as in the index.
-
-    Raises:
-        RecordError: not an image, broken, or of more pixels than PIL decodes (``bad_image``); or of another size
-            than annotated (``image_size``), which is found before anything is decoded.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.size != record.size_wh:
-                expected = f"the annotated {record.size_wh[0]} x {record.size_wh[1]} pixels"
-                raise RecordError(
-                    "image_size", f"expected {expected}, found {image.size[0]} x {image.size[1]}"
-                )
-            return image.convert("RGB")
-    except RecordError:
-        raise
-    except UnidentifiedImageError:  # whose own message holds a memory address
-        raise RecordError("bad_image", f"expected an image ({', '.join(FORMATS)}), found none") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RecordError("bad_image", f"the image cannot be decoded: {error}") from None
 
 
 def load_strictly(

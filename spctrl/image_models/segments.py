@@ -10,7 +10,6 @@ an image. A mask comes out of the decoder as (4h, 4w) logits.
 
 from __future__ import annotations
 
-import io
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from pycocotools import mask as rle
 
 from spctrl.image_models.base import choose_device, mixed_precision
 from spctrl.image_models.sam_networks import PACKAGES, PATCH_PX, Backend, ModelType, load_network
-from spctrl.images import FORMATS
+from spctrl.images import open_rgb
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
@@ -104,7 +102,7 @@ class Segmenter:
                 the short side when resized (``image_size``), a box is outside the image (``bad_box``).
         """
         prompts = self._prompts(record)
-        rgb = _decode_rgb(record, data)
+        rgb = np.asarray(open_rgb(record, data))
         small_hw = self._resize.get_preprocess_shape(*rgb.shape[:2], self._resize.target_length)
         if 0 in small_hw:
             raise RecordError(
@@ -274,21 +272,6 @@ def load_segmenter(
     on = choose_device(device)
     network = load_network(backend, model_type, Path(weights))
     return Segmenter(network, backend=backend, prompt=prompt, device=on, empty=empty)
-
-
-def _decode_rgb(record: Record, data: bytes) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
-            if image.size == record.size_wh:
-                return np.asarray(image.convert("RGB"))
-            found = f"{image.size[0]} x {image.size[1]}"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RecordError("bad_image", f"the image cannot be decoded: {error}") from None
-    raise RecordError(
-        "image_size",
-        f"expected the annotated {record.size_wh[0]} x {record.size_wh[1]} pixels, found {found}",
-    )
 
 
 def _chunks(prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from spctrl.image_models.base import choose_device
+from spctrl.images import opened_image
 from spctrl.inference.methods import Kind, Sampler
 from spctrl.records import RecordError
 
@@ -60,7 +61,7 @@ class ImageGenerator:
         """The condition at the image's size, with prompt and seed as ``request_bytes`` wrote them.
 
         Raises:
-            RecordError: ``bad_condition``: the condition is not an image.
+            RecordError: ``bad_image``: the condition is not an image.
         """
         prompt, seed = json.loads(request)
         return Request(read_condition(condition, self.kind, self.sampler.resolution), prompt, seed)
@@ -165,16 +166,13 @@ def read_condition(data: bytes, kind: Kind, resolution: int) -> NDArray[np.float
     training, and scaled to [0, 1].
 
     Raises:
-        RecordError: ``bad_condition``: not an image.
+        RecordError: ``bad_image``: not an image.
     """
     side = (resolution, resolution)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if kind == "spctrl":
-                return np.asarray(image.resize(side, Image.Resampling.NEAREST), np.float32)[None]
-            resized = image.convert("RGB").resize(side, Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RecordError("bad_condition", f"the condition cannot be decoded: {error}") from None
+    with opened_image(data) as image:
+        if kind == "spctrl":
+            return np.asarray(image.resize(side, Image.Resampling.NEAREST), np.float32)[None]
+        resized = image.convert("RGB").resize(side, Image.Resampling.BILINEAR)
     return np.asarray(resized, np.float32).transpose(2, 0, 1) / np.float32(255)
 
 

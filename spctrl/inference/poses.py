@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
@@ -49,11 +49,15 @@ class _Instance(msgspec.Struct, omit_defaults=True):
     category: str | None = None
 
 
+MAX_SIDE_PX = 16_384
+_Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE_PX)]
+
+
 class _PoseFile(msgspec.Struct, omit_defaults=True):
     """A pose as JSON. A line of an exported ``<split>_split<n>.jsonl`` is one, too."""
 
-    width: int
-    height: int
+    width: _Side
+    height: _Side
     anns: list[_Instance]
     background: int | str | None = None
     caption: str | list[str] | None = None

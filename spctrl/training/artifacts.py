@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PACK_SUFFIXES = (".tar", ".safetensors")
+_PLACES = pa.schema([("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 _REMEDY = "`spctrl verify` drops what is damaged, the next build makes it again"
 
 
@@ -77,19 +78,22 @@ def _pack_indexes(folder: Path) -> tuple[list[Path], pa.Table]:
     tables = []
     for pack in sorted(path for path in folder.glob("[!.]*") if path.suffix in PACK_SUFFIXES):
         try:
-            table = pq.read_table(
-                pack.with_suffix(".parquet"), columns=["key", "offset", "size", "code"], partitioning=None
-            )
-        except (OSError, pa.ArrowException):
+            table = pq.read_table(pack.with_suffix(".parquet"), partitioning=None)
+            table = table.filter(pc.is_null(table["code"])).select(_PLACES.names).cast(_PLACES)
+        except (OSError, KeyError, pa.ArrowException):
             continue  # a pack counts once its index is there
-        table = table.filter(pc.is_null(table["code"])).drop_columns(["code"])
-        end: Any = pc.max(pc.add(table["offset"], table["size"])).as_py()
-        if end is not None and pack.stat().st_size >= end:
+        if len(table) and _lie_within(table, pack.stat().st_size):
             tables.append(
                 table.append_column("pack", pa.repeat(pa.scalar(len(packs), pa.int32()), len(table)))
             )
             packs.append(pack)
-    schema = pa.schema(
-        [("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("pack", pa.int32())]
-    )
+    schema = _PLACES.append(pa.field("pack", pa.int32()))
     return packs, pa.concat_tables([schema.empty_table(), *tables])
+
+
+def _lie_within(table: pa.Table, pack_bytes: int) -> bool:
+    """Whether all places are inside the pack; an index may claim any."""
+    offsets, sizes = (table[name].to_numpy() for name in ("offset", "size"))
+    return bool(
+        ((offsets >= 0) & (sizes >= 0) & (sizes <= pack_bytes) & (offsets <= pack_bytes - sizes)).all()
+    )

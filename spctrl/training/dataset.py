@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
+from spctrl.annotations import unsafe_path
 from spctrl.crops import LONGEST_SIDES, crop_of, nearest_crop, training_crop
 from spctrl.datasets import DATASETS
 from spctrl.errors import ExpectedError
-from spctrl.image_models.loading import open_rgb
+from spctrl.images import open_rgb, opened_image
 from spctrl.prompts import (
     Subject,
     build_prompt,
@@ -278,11 +279,17 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
     # What must be there
 
     def _check_images(self, *, needed: bool) -> None:
-        missing = self._rows.column("image_path").null_count
+        paths = self._rows.column("image_path")
+        missing = paths.null_count
         if needed and missing:
             raise ExpectedError(
                 f"expected images of all {len(self):,} records, found none of {missing:,}: they were built with "
                 "[build] images = optional. Put them in place and build again, or train on cached latents"
+            )
+        if needed and (unsafe := next((path for path in paths.to_pylist() if unsafe_path(path)), None)):
+            raise ExpectedError(
+                f"expected paths of images below {self.data_root}, found {unsafe!r}, which {unsafe_path(unsafe)}. "
+                "BuildDataset writes no such manifest"
             )
         if needed and (self.data_root is None or not self._image_path(0).is_file()):
             where = "no data_root" if self.data_root is None else f"no {self._image_path(0)}"
@@ -400,19 +407,14 @@ def _decoded(record: Record, data: bytes) -> NDArray[np.uint8]:
         RecordError: as ``open_rgb``.
     """
     if data.startswith(_JPEG_START) and data.endswith(_JPEG_END):
-        width, height = record.size_wh
-        pixels = cv2.imdecode(
-            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        )
-        if pixels is not None and pixels.shape == (height, width, 3) and not _is_cmyk(data):
-            return np.asarray(pixels, np.uint8)
+        with opened_image(data, record.size_wh) as image:  # reads the header only
+            is_cmyk = image.mode == "CMYK"  # which PIL and OpenCV convert otherwise
+        if not is_cmyk:
+            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+            if pixels is not None and pixels.shape == (*record.size_wh[::-1], 3):
+                return np.asarray(pixels, np.uint8)
     return np.array(open_rgb(record, data))
-
-
-def _is_cmyk(jpeg: bytes) -> bool:
-    """Whether a file that can be decoded has four channels, which PIL and OpenCV convert otherwise."""
-    with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:  # reads the header only
-        return image.mode == "CMYK"
 
 
 def _pixel_crop(pixels: NDArray[np.uint8], resolution: int) -> torch.Tensor:

@@ -88,9 +88,9 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
-# The tests train, generate and evaluate with tiny weights, so torch and its friends are among what they need.
+# The tests train, generate and evaluate with tiny weights and start a Ray cluster and an S3 server: they need everything.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
-	$(PIP) install -q -c constraints.txt -e '.[dev,train,eval]'
+	$(PIP) install -q -c constraints.txt -e '.[all]'
 	@touch $@ $(VENV)/.core
 
 # The drawn sample and random weights.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 import luigi
+from luigi.worker import TaskException
 
 from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
@@ -86,7 +89,7 @@ class _OnlyWhatMatters(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         logs.follow_setting()
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, ExpectedError):
+        if isinstance(error, ExpectedError) or _is_of_removed_results(error):
             record.msg, record.args, record.exc_info = str(error), (), None
         return (
             logs.are_json()
@@ -95,7 +98,25 @@ class _OnlyWhatMatters(logging.Filter):
         )
 
 
+def _is_of_removed_results(error: BaseException | None) -> bool:
+    """Whether Luigi says that what a stage needs, or has just made, is not there any more."""
+    return isinstance(error, TaskException) or str(error).startswith("Unfulfilled dependenc")
+
+
 logs.LOGGER.addFilter(_OnlyWhatMatters())
+
+
+def _say_that_it_was_stopped(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Ctrl-C is no fault of the program, whose way to it nobody wants to read."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("stopped. What was finished stays, run again to go on\n")
+    else:
+        _show_uncaught(kind, error, trace)
+
+
+_show_uncaught, sys.excepthook = sys.excepthook, _say_that_it_was_stopped
 
 DEFAULTS = {
     # Luigi's own default is to exit with 0 whatever happened.

@@ -25,6 +25,7 @@ import spctrl
 from spctrl.errors import ExpectedError
 from tasks import logs, settings
 from tasks.code_version import PACKAGES, ROOT, code_components
+from tasks.files import StoreError
 from tasks.inputs import DigestCache
 from tasks.store import Run, Store, digest
 
@@ -67,6 +68,9 @@ class RunTarget(luigi.Target):
 
     def __init__(self, task: StageTask) -> None:
         self._task = task
+
+    def __str__(self) -> str:
+        return f"{self._task.stage} for {self._task.part}"
 
     def exists(self) -> bool:
         return self._task.is_up_to_date()
@@ -160,8 +164,9 @@ class StageTask(MeetsBadRecords):
         """The result, for the stages that read it."""
         run = self.current_run()
         if run is None or not run.provenance():
-            raise RuntimeError(
-                f"expected a finished run of {self.stage} for {self.part}, found none in {self.store.files.root}"
+            raise StoreError(
+                f"expected a finished run of {self.stage} for {self.part}, found none in {self.store.files.root}. "
+                "Build it, or build again if it was removed meanwhile"
             )
         return run
 
@@ -198,10 +203,16 @@ class StageTask(MeetsBadRecords):
             return
         run = self.store.run(self.stage, self.part, self.made_from().fingerprint)
         started = time.time()
-        counts = self.make(run)
-        if (fault := self.reject_fault(counts)) is not None:
-            raise TooManyRejectsError(f"{self.stage} for {self.part}: {fault}{_reasons(run)}")
-        self.commit(run, counts, started)
+        try:
+            counts = self.make(run)
+            if (fault := self.reject_fault(counts)) is not None:
+                raise TooManyRejectsError(f"{self.stage} for {self.part}: {fault}{_reasons(run)}")
+            self.commit(run, counts, started)
+        except OSError as error:
+            raise StoreError(
+                f"{self.stage} for {self.part}: {error}. What was finished before stays; see to the file, then "
+                "run again"
+            ) from error
 
     def fill_cache(self) -> None:
         """Find out what the inputs are where that takes long (reading many files)."""

@@ -6,6 +6,7 @@ made from, so that only changed files are written and nothing stale stays.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -37,6 +38,8 @@ LOCK = f"{LEDGERS}/lock"
 IMAGE, HEATMAPS = "image", "heatmaps"
 FOLDERS = "folders"
 DISPLAY_EVERY = 256
+LINKS_REFUSED = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP})
+"""What systems answer that have no such links, or not there."""
 
 
 class Entry(NamedTuple):
@@ -69,16 +72,21 @@ class Ledger:
 
     @classmethod
     def read(cls, place: Files, name: str) -> Ledger:
-        """The ledger of a name; an empty one where there is none, or half of one."""
+        """The ledger of a name; an empty one where there is none, or half of one.
+
+        An export may come from somewhere else: what its ledger lists outside of it, or in the ledgers' own folder, is
+        not taken for a file of the export, and so never removed.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            columns = pq.read_table(pa.BufferReader(place.read(_list_name(name)))).to_pydict()
-        except (FileNotFoundError, pa.ArrowException):
+            listed = pq.read_table(pa.BufferReader(place.read(_list_name(name)))).drop_null().to_pydict()
+            rows = zip(*(listed[column] for column in ("path", *Entry._fields)), strict=True)
+        except (OSError, pa.ArrowException, KeyError):
             return cls(place, name)
-        entries = map(Entry, columns["made_from"], columns["digest"])
-        return cls(place, name, fingerprint_at(place, name), dict(zip(columns["path"], entries, strict=True)))
+        files = {path: Entry(*entry) for path, *entry in rows if _may_be_exported(path)}
+        return cls(place, name, fingerprint_at(place, name), files)
 
     def write(self) -> None:
         """The list first, so that a fingerprint never speaks for files that are not listed."""
@@ -96,6 +104,12 @@ class Ledger:
 
     def _write_fingerprint(self) -> None:
         self.place.write(self.name, json.dumps({"fingerprint": self.fingerprint}).encode())
+
+
+def _may_be_exported(path: object) -> bool:
+    """Whether a ledger's entry is a path below the export folder."""
+    parts = path.split("/") if isinstance(path, str) and "\0" not in path else [""]
+    return parts[0] != LEDGERS and not {"", ".", ".."} & set(parts)
 
 
 def _list_name(ledger: str) -> str:
@@ -249,10 +263,19 @@ class Export(Manifest):
         for path in stale:
             del ledger.files[path]
         self._settle_with_other_splits(stale, ledger)
+        self._must_be_there([*written, self.ledger_name])
         ledger.fingerprint = run.fingerprint
         ledger.write()
         total, made = len(wanted) + len(shards) + len(texts), len(written)
         return {"records": total, "made": made, "found": total - made, "removed": len(stale)}
+
+    def _must_be_there(self, names: Sequence[str]) -> None:
+        """Files that were written may have been deleted since; the ledger must not speak for them."""
+        if gone := set(names) - self.place.sizes(names).keys():
+            raise StoreError(
+                f"{len(gone):,} files of {self.place.root} were deleted while it was written, {min(gone)} among them. "
+                "Run again"
+            )
 
     def _settle_with_other_splits(self, stale: set[str], ledger: Ledger) -> None:
         """Remove stale files that no other split holds, and have splits look again whose files this one changed."""
@@ -337,6 +360,8 @@ class Export(Manifest):
                 try:
                     link_file(source, target, link, temporary=temporary)
                 except OSError as error:
+                    if error.errno not in LINKS_REFUSED:
+                        raise cannot_write(target, error) from error
                     raise StoreError(
                         f"cannot link {source} to {target} ({link}): {error.strerror}. "
                         "[export] link = symbolic or copy may work here"

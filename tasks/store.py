@@ -148,17 +148,7 @@ class Store:
         import pyarrow as pa
 
         columns = list(zip(*locations.values(), strict=True)) or [()] * len(Location._fields)
-        schema = pa.schema(
-            [
-                ("key", pa.string()),
-                ("offset", pa.int64()),
-                ("size", pa.int64()),
-                ("digest", pa.string()),
-                ("code", pa.string()),
-                ("message", pa.string()),
-            ]
-        )
-        table = pa.table([list(locations), *columns[1:]], schema=schema)
+        table = pa.table([list(locations), *columns[1:]], schema=_index_schema())
         self.files.write(index_name(stage, pack), parquet_bytes(table))
 
     def locations(self, stage: str) -> dict[str, Location]:
@@ -264,7 +254,8 @@ class Run:
         files, copies = self.store.files, self.store.home / COPIES
         if not is_url(self.store.root):
             return files.fetch(self.name(name), copies)
-        known = self.provenance().get("files", {}).get(name)
+        # Of a run that is being made anew, the provenance that is there may speak of other contents.
+        known = _whole_elsewhere.get(self, {}).get("files", {}).get(name)
         if known is None:
             return files.fetch(self.name(name), copies / files.version(self.name(name)))
         return files.fetch(self.name(name), copies / known["digest"][:16], digest=known["digest"])
@@ -315,6 +306,7 @@ class Run:
 
     def create(self, name: str) -> AbstractContextManager[Path]:
         """A temporary path to write a large file to, which gets its name at the end."""
+        _whole_elsewhere.pop(self, None)
         return self.store.files.create(self.name(name))
 
     def add(self, path: Path) -> None:
@@ -333,6 +325,11 @@ class Run:
         }
         names = {pack: pack_name(self.stage, pack) for pack in sorted(set(packs))}
         sizes = self.store.files.sizes(names.values())
+        if gone := set(names.values()) - sizes.keys():
+            raise StoreError(
+                f"{self.store.files.place(min(gone))} was removed while the build used it, and {len(gone) - 1:,} more. "
+                "Run again"
+            )
         content = {**provenance, "files": files, "packs": {pack: sizes[name] for pack, name in names.items()}}
         self.write(PROVENANCE, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
@@ -349,6 +346,9 @@ class Run:
 _accepted_elsewhere: dict[Store, dict[str, str]] = {}
 _whole_elsewhere: dict[Run, dict[str, Any]] = {}
 """Runs in object stores that this process found whole, with their provenance."""
+
+
+_PROVENANCE_PARTS = ("inputs", "files", "packs", "counts")
 
 
 def pack_name(stage: str, pack: str) -> str:
@@ -368,20 +368,51 @@ def _locations(pack: str, index: bytes | None) -> dict[str, Location]:
     if index is None:
         return {}
     try:
-        columns = pq.read_table(pa.BufferReader(index)).to_pydict()
-        names = ("offset", "size", "digest", "code", "message")
-        rows = zip(*(columns[name] for name in names), strict=True)
-        return {key: Location(pack, *row) for key, row in zip(columns["key"], rows, strict=True)}
+        columns = pq.read_table(pa.BufferReader(index)).select(_index_schema().names).cast(_index_schema())
     except (OSError, pa.ArrowException, KeyError):
         return {}
+    if any(columns[name].null_count for name in ("key", "offset", "size", "digest")):
+        return {}
+    keys, *rows = (column.to_pylist() for column in columns.columns)
+    locations = {key: Location(pack, *row) for key, *row in zip(keys, *rows, strict=True)}
+    return locations if all(min(each.offset, each.size) >= 0 for each in locations.values()) else {}
+
+
+def _index_schema() -> pa.Schema:
+    """Columns of a pack's index."""
+    import pyarrow as pa
+
+    texts = {name: pa.string() for name in ("key", "digest", "code", "message")}
+    numbers = {name: pa.int64() for name in ("offset", "size")}
+    order = ("key", "offset", "size", "digest", "code", "message")
+    return pa.schema([(name, {**texts, **numbers}[name]) for name in order])
 
 
 def _provenance(data: bytes | None) -> dict[str, Any]:
     """A damaged one is as good as none: the stage runs again."""
     try:
-        return dict(json.loads(data or b"{}"))
-    except (ValueError, TypeError):
+        found = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
         return {}
+    return found if _is_provenance(found) else {}
+
+
+def _is_provenance(found: Any) -> bool:
+    """Whether it has, in the right form, what is asked of every provenance."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in _PROVENANCE_PARTS):
+        return False
+    names, entries = [*found["files"], *found["packs"]], found["files"].values()
+    return (
+        all(isinstance(each, dict) for each in entries)
+        and all(isinstance(each.get("size"), int) and _is_digest(each.get("digest")) for each in entries)
+        and all(isinstance(size, int) for size in found["packs"].values())
+        and all(isinstance(each, str) for each in found["inputs"].values())
+        and not any(name.startswith("/") or ".." in name.split("/") or "\0" in name for name in names)
+    )
+
+
+def _is_digest(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) is not None
 
 
 def parquet_bytes(table: Any) -> bytes:

@@ -19,6 +19,7 @@ from PIL import Image
 from eval.images import Images, Pixels, in_batches, listed, read_rgb
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device
+from spctrl.weights import TorchFileError, read_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +110,6 @@ def load_inception(
         ExpectedError: the file is missing, broken or of another network.
         ValueError: there is no such way to resize or crop, or no such device.
     """
-    import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     if resize not in RESIZES or crop not in ("none", "square"):
@@ -120,14 +120,12 @@ def load_inception(
     if not path.is_file():
         raise ExpectedError(f"expected Inception weights at {path}, found no file. {REMEDY}")
     try:
-        torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # the network reads it again, but would run pickled code
+        read_torch_file(path)  # the network reads it again, and may run pickled code
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [str(NUM_FEATURES)], feature_extractor_weights_path=str(path)
         )
     except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError,
-            pickle.UnpicklingError) as error:  # fmt: skip
+            pickle.UnpicklingError, TorchFileError) as error:  # fmt: skip
         problem = textwrap.shorten(str(error), ERROR_SHOWN, placeholder=" ...")  # torch lists every key
         raise ExpectedError(
             f"{path}: not the weights of torch-fidelity's Inception: {problem}. {REMEDY}"

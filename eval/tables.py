@@ -466,6 +466,8 @@ def _latex_cell(number: Number | None, metric: Metric, rank: int | None, interva
 
 # For programs
 
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
 ROWS_SCHEMA = pa.schema(
     [
         ("benchmark", pa.string()),
@@ -540,8 +542,13 @@ def to_csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, ROWS_SCHEMA.names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(to_rows(table))
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in to_rows(table))
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula gets an apostrophe: names of species come from annotations."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
 
 
 def to_json(table: Table) -> str:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from spctrl.errors import ExpectedError
+
+if TYPE_CHECKING:
+    import torch
 
 REGISTRY = Path(__file__).resolve().parent.parent / "configs" / "weights.yaml"
 
@@ -50,3 +57,53 @@ def find_weights(name_or_path: str, folder: Path) -> Path:
     """Where weights are: below ``folder`` for an entry of configs/weights.yaml, else at the path itself."""
     entry = known_weights().get(name_or_path)
     return folder / entry.file if entry else Path(name_or_path)
+
+
+MOST_TIMES_FILE = 64
+"""Bytes of tensors for each byte of their file. A stride of 0 makes one number look like any many, which the first copy
+writes out; random weights use it to stay small."""
+
+
+class TorchFileError(ExpectedError):
+    """A file that ``torch.save`` did not write, or not whole, or not for us."""
+
+
+def read_torch_file(path: Path) -> Any:
+    """What ``torch.save`` wrote: tensors, on the processor, in containers of numbers and texts. Nothing in it is run.
+
+    Raises:
+        TorchFileError: the file is missing, cut short, of another kind, holds code, or tensors that are far larger
+            than it is.
+    """
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        total_bytes = sum(tensor.nbytes for tensor in _tensors(found))
+        most_bytes = MOST_TIMES_FILE * path.stat().st_size
+    except Exception as error:  # a damaged pickle leads its reader to nearly any of them
+        reason = str(error).strip().partition("\n")[0]
+        raise TorchFileError(
+            f"{path}: expected a PyTorch file of tensors, found one that is missing, cut short, of another kind, or "
+            f"holds code, which is not run ({type(error).__name__}: {reason})"
+        ) from None
+    if total_bytes > most_bytes:
+        raise TorchFileError(
+            f"{path}: expected a PyTorch file whose tensors take at most {most_bytes:,} bytes, {MOST_TIMES_FILE} times "
+            f"its own size, found {total_bytes:,}"
+        )
+    return found
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested containers; a container that holds itself is looked at once."""
+    import torch
+
+    waiting, seen = [value], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, dict | list | tuple | set) and id(each) not in seen:
+            seen.add(id(each))
+            waiting += each.values() if isinstance(each, dict) else each

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tasks import settings
 from tasks.base import MANIFEST, code_of
-from tasks.files import TEMPORARY, Files, StoreError, cannot_write, file_digest
+from tasks.files import TEMPORARY, Files, StoreError, cannot_write, file_digest, leads_below
 from tasks.index import AnnotationFile
 from tasks.inputs import InputChangedError
 from tasks.manifest import Manifest
@@ -108,8 +108,7 @@ class Ledger:
 
 def _may_be_exported(path: object) -> bool:
     """Whether a ledger's entry is a path below the export folder."""
-    parts = path.split("/") if isinstance(path, str) and "\0" not in path else [""]
-    return parts[0] != LEDGERS and not {"", ".", ".."} & set(parts)
+    return isinstance(path, str) and leads_below(path) and not {"", ".", LEDGERS} & set(path.split("/"))
 
 
 def _list_name(ledger: str) -> str:

@@ -216,10 +216,7 @@ class Folder(Files):
         return f"{found.st_size:x}-{found.st_mtime_ns:x}-{found.st_ino:x}"
 
     def _path(self, name: str) -> Path:
-        """Names come out of files too, which somebody else may have written."""
-        if name.startswith("/") or ".." in name.split("/"):
-            raise StoreError(f"expected a name below {self.root}, found {name!r}")
-        return self.path / name
+        return self.path / _checked(name, self.root)
 
     def _temporary(self, name: str) -> Path:
         path = self._path(name)
@@ -266,7 +263,7 @@ class ObjectStore(Files):
         return str(self._system._strip_protocol(self.root)).rstrip("/")
 
     def _key(self, name: str) -> str:
-        return f"{self._top}/{name}"
+        return f"{self._top}/{_checked(name, self.root)}"
 
     def _name(self, key: str) -> str:
         return key.removeprefix("/").removeprefix(f"{self._top.removeprefix('/')}/")
@@ -304,7 +301,7 @@ class ObjectStore(Files):
                 self._system.put_file(str(temporary), self._key(name))
 
     def fetch(self, name: str, folder: Path, *, digest: str | None = None) -> Path:
-        path = folder / name
+        path = folder / _checked(name, self.root)
         if path.is_file():
             return path
         temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
@@ -405,6 +402,17 @@ class ObjectStore(Files):
             f"cannot {doing} {self.place(name)}: {reason}. What was finished before stays; see to the network and "
             "the credentials ([paths] in luigi.cfg says where things go), then run again"
         )
+
+
+def leads_below(name: str) -> bool:
+    """Whether a name is that of a file below a place. Names come out of files too, and those from anywhere."""
+    return not (name.startswith("/") or "\0" in name or ".." in name.split("/"))
+
+
+def _checked(name: str, root: str) -> str:
+    if not leads_below(name):
+        raise StoreError(f"expected a name below {root}, found {name!r}")
+    return name
 
 
 def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None) -> None:

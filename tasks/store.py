@@ -28,10 +28,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.files import Files, Info, StoreError, cannot_read, files_at, is_url, write_atomic
+from tasks.files import Files, Info, StoreError, cannot_read, files_at, is_url, leads_below, write_atomic
 from tasks.packs import SAFETENSORS, TAR, container_of, container_size, write_container
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 KEY_BYTES = 16
 PROVENANCE = "provenance.json"
@@ -348,9 +351,6 @@ _whole_elsewhere: dict[Run, dict[str, Any]] = {}
 """Runs in object stores that this process found whole, with their provenance."""
 
 
-_PROVENANCE_PARTS = ("inputs", "files", "packs", "counts")
-
-
 def pack_name(stage: str, pack: str) -> str:
     """A pack's name in the store."""
     return f"packs/{stage}/{pack}"
@@ -398,16 +398,20 @@ def _provenance(data: bytes | None) -> dict[str, Any]:
 
 
 def _is_provenance(found: Any) -> bool:
-    """Whether it has, in the right form, what is asked of every provenance."""
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in _PROVENANCE_PARTS):
+    """Whether what is asked of a provenance has the form that ``commit`` gives it."""
+    if not isinstance(found, dict):
         return False
-    names, entries = [*found["files"], *found["packs"]], found["files"].values()
+    files, packs, inputs, counts = (found.get(name) for name in ("files", "packs", "inputs", "counts"))
     return (
-        all(isinstance(each, dict) for each in entries)
-        and all(isinstance(each.get("size"), int) and _is_digest(each.get("digest")) for each in entries)
-        and all(isinstance(size, int) for size in found["packs"].values())
-        and all(isinstance(each, str) for each in found["inputs"].values())
-        and not any(name.startswith("/") or ".." in name.split("/") or "\0" in name for name in names)
+        isinstance(files, dict)
+        and isinstance(packs, dict)
+        and isinstance(inputs, dict | None)
+        and isinstance(counts, dict | None)
+        and all(isinstance(each, dict) and isinstance(each.get("size"), int) for each in files.values())
+        and all(_is_digest(each.get("digest")) for each in files.values())
+        and all(isinstance(size, int) for size in packs.values())
+        and all(isinstance(each, str) for each in (inputs or {}).values())
+        and all(leads_below(name) for name in (*files, *packs))
     )
 
 

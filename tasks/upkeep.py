@@ -219,7 +219,9 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
         if run.fingerprint not in kept:
             kept[run.fingerprint] = run
             waiting += [
-                by_fingerprint[each] for each in run.provenance()["inputs"].values() if each in by_fingerprint
+                by_fingerprint[each]
+                for each in (run.provenance().get("inputs") or {}).values()
+                if each in by_fingerprint
             ]
     return [run for run in runs if run.fingerprint in kept]
 

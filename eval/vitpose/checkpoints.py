@@ -16,9 +16,7 @@ Legend: D width of the network, K keypoints.
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
 from spctrl.records import NUM_KEYPOINTS
+from spctrl.weights import TorchFileError, read_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -222,9 +221,9 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
         # mmpose keeps its training log beside the tensors, with numpy numbers in it.
         with torch.serialization.safe_globals(_numpy_scalars()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise PoseWeightsError(f"{path}: the checkpoint cannot be read: {error}. {remedy}.") from error
+            content = read_torch_file(path)
+    except TorchFileError as error:
+        raise PoseWeightsError(f"{path}: the checkpoint cannot be read: {error}. {remedy}.") from None
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise PoseWeightsError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")

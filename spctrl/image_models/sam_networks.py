@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import segment_anything
 import torch
 
 from spctrl.errors import ExpectedError
+from spctrl.weights import TorchFileError, read_torch_file
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it imports timm by old names, and registers what timm has by now
@@ -42,16 +42,6 @@ RELEASED = {
 
 KEYS_NAMED = 4
 PATCH_PX = 16
-UNREADABLE = (
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    pickle.UnpicklingError,
-)
-"""What ``torch.load`` raises for files that are cut short, of another kind, or hold code."""
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -210,13 +200,9 @@ def _read_weights(path: Path, backend: Backend, model_type: ModelType) -> dict[s
             f"found no file {path}: {get}"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ExpectedError(
-            f"{path}: expected a PyTorch file of tensors, found one that is cut short, of another kind, or holds "
-            f"code, which is not run ({type(error).__name__}: {reason}): {get}"
-        ) from None
+        state = read_torch_file(path)
+    except TorchFileError as error:
+        raise ExpectedError(f"{error}: {get}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ExpectedError(f"{path}: expected a dictionary of tensors only, found other things in it: {get}")
     return state

@@ -8,7 +8,6 @@ CLIP's text embeddings.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from spctrl.errors import ExpectedError
 from spctrl.rendering.spatext import BACKGROUND, FIRST_KEYPOINT, FIRST_LINK
 from spctrl.skeletons import AP10K, HUMANART
+from spctrl.weights import TorchFileError, read_torch_file
 
 SkeletonType = Literal["one", "zero", "rand", "interp_kpt"]
 LinkTable = Literal["ap10k", "humanart"]
@@ -201,12 +201,12 @@ def load_keypoint_init(path: Path) -> Tensor:
         ExpectedError: there is no such file, or it holds something else.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        found = read_torch_file(path)
+    except TorchFileError as error:
         raise ExpectedError(
             f"expected {_INIT_SHAPE} text embeddings in {path}, which cannot be read: {error}. "
             "`spctrl keypoint-embeddings` writes such a file."
-        ) from error
+        ) from None
     return _check_init(found, str(path))
 
 

@@ -5,13 +5,13 @@ Legend: K = 17 keypoints, D width of the text encoder's token embedding (768).
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spctrl.datasets import DATASETS
 from spctrl.errors import ExpectedError
+from spctrl.weights import TorchFileError, read_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -154,11 +154,11 @@ def load_learned_embeds(path: Path) -> dict[str, torch.Tensor]:
 
     expected = f"expected a dict of placeholders and their embeddings in {path}"
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ExpectedError(f"{expected}, which cannot be read: {error}") from error
+        found = read_torch_file(path)
+    except TorchFileError as error:
+        raise ExpectedError(f"{expected}, which cannot be read: {error}") from None
     if not isinstance(found, dict) or not found:
-        raise ExpectedError(f"{expected}, found {type(found).__name__} of {len(found)} entries")
+        raise ExpectedError(f"{expected}, found {type(found).__name__}{' without entries' * (found == {})}")
     for name, row in found.items():
         if not (isinstance(name, str) and isinstance(row, torch.Tensor) and row.ndim == 1):
             raise ExpectedError(f"{expected}, found {type(row).__name__} under {name!r}")

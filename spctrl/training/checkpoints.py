@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spctrl.errors import ExpectedError
+from spctrl.weights import TorchFileError, read_torch_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,12 +85,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ExpectedError: it is missing or damaged.
     """
-    import torch
-
     path = checkpoint / STATE
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        state: dict[str, Any] = read_torch_file(path)
+    except TorchFileError as error:
         raise ExpectedError(
             f"{path}: the state of training cannot be read: {error}. Remove the folder {checkpoint}: training then "
             "goes on from an earlier one"

@@ -83,7 +83,7 @@ class Ledger:
         try:
             listed = pq.read_table(pa.BufferReader(place.read(_list_name(name)))).drop_null().to_pydict()
             rows = zip(*(listed[column] for column in ("path", *Entry._fields)), strict=True)
-        except (OSError, pa.ArrowException, KeyError):
+        except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: names that are no UTF-8
             return cls(place, name)
         files = {path: Entry(*entry) for path, *entry in rows if _may_be_exported(path)}
         return cls(place, name, fingerprint_at(place, name), files)

@@ -369,12 +369,12 @@ def _locations(pack: str, index: bytes | None) -> dict[str, Location]:
         return {}
     try:
         columns = pq.read_table(pa.BufferReader(index)).select(_index_schema().names).cast(_index_schema())
-    except (OSError, pa.ArrowException, KeyError):
+        lists = [column.to_pylist() for column in columns.columns]
+    except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: names that are no UTF-8
         return {}
     if any(columns[name].null_count for name in ("key", "offset", "size", "digest")):
         return {}
-    keys, *rows = (column.to_pylist() for column in columns.columns)
-    locations = {key: Location(pack, *row) for key, *row in zip(keys, *rows, strict=True)}
+    locations = {key: Location(pack, *row) for key, *row in zip(*lists, strict=True)}
     return locations if all(min(each.offset, each.size) >= 0 for each in locations.values()) else {}
 
 

@@ -122,6 +122,8 @@ def _fault(data: memoryview, location: Location) -> str | None:
 def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
     """What is wrong with a run besides damaged artifacts, which are reported once, at their pack."""
     provenance, files = run.provenance(), store.files
+    if not provenance:
+        return [f"{PROVENANCE} is damaged"]
     faults = []
     for name, entry in provenance["files"].items():
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import luigi
@@ -66,7 +67,7 @@ class FileStage(DatasetStage, RecordStage):
                 advance(len(some))
 
     def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
-        from spctrl.images import outside_folders
+        from spctrl.images import MAX_FILE_BYTES, outside_folders
         from tasks.work import FileSource
 
         image_paths = [self.spec.image_path(name) for name in rows.column("file_name").to_pylist()]
@@ -89,6 +90,9 @@ class FileStage(DatasetStage, RecordStage):
             elif outside:
                 message = f"{path} is a link that leads out of {folder}"
                 prepared.append(Prepared(None, code="outside_dataset", message=message))
+            elif (size := Path(path).stat().st_size) > MAX_FILE_BYTES:
+                message = f"expected at most {MAX_FILE_BYTES:,} bytes, found {size:,}: {path}"
+                prepared.append(Prepared(None, code="bad_image", message=message))
             else:
                 prepared.append(Prepared(f"{found} {width} {height}", (FileSource(path, found),)))
         return prepared

@@ -26,6 +26,7 @@ from tasks.store import digest
 RACY_NS = 2_000_000_000
 HASHING_THREADS = 8
 MISSING = "missing"
+EMPTY = hashlib.sha256().hexdigest()
 
 Stat = tuple[int, int, int]
 """Size in bytes, modification time in nanoseconds, inode."""
@@ -58,7 +59,10 @@ class DigestCache:
     def fact(self, key: str) -> Any:
         """A JSON value kept earlier, or None."""
         rows = self._execute("SELECT value FROM facts WHERE key = ?", [(key,)])
-        return json.loads(rows[0][0]) if rows else None
+        try:
+            return json.loads(rows[0][0]) if rows else None
+        except (ValueError, TypeError):  # damaged
+            return None
 
     def keep_fact(self, key: str, value: Any) -> None:
         self._execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [(key, json.dumps(value))])
@@ -171,6 +175,8 @@ def _is_racy(found: Stat) -> bool:
 
 
 def _digest_or_missing(wanted: tuple[str, Stat]) -> str:
+    if wanted[1][0] == 0:
+        return EMPTY  # not opened: files of /proc, to which a link may lead, say so too, and some of them never end
     try:
         return file_digest(Path(wanted[0]))
     except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,8 @@ def read_source(store: Store, source: Source) -> bytes:
         return store.read(source.stage, source.location.pack, source.location.offset, source.location.size)
     if isinstance(source, TextSource):
         return source.text.encode()
-    data = Path(source.path).read_bytes()
+    with Path(source.path).open("rb") as file:
+        data = file.read(os.fstat(file.fileno()).st_size + 1)  # not to its end, which may move away
     if content_digest(data) != source.digest:
         raise InputChangedError(
             f"{source.path} changed while it was being read; run again when it is at rest"

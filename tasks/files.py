@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 from spctrl.errors import ExpectedError
 
 TEMPORARY = ".tmp-"
+PATTERN_LETTERS = frozenset("*?[")
+"""In names of several files fsspec takes them for patterns."""
 
 
 class StoreError(ExpectedError):
@@ -275,13 +277,18 @@ class ObjectStore(Files):
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
         if not names:
             return {}
-        keys = {self._key(name): name for name in names}
+        keys = [self._key(name) for name in names]
         with self._faults("read", names[0]):
-            found = self._system.cat(list(keys), on_error="return")
-            for each in found.values():
+            # Not cat(), to which names with brackets are patterns.
+            found = self._system.cat_ranges(keys, None, None, on_error="return")
+            for each in found:
                 if isinstance(each, Exception) and not isinstance(each, FileNotFoundError):
                     raise each
-        return {keys[key]: bytes(data) for key, data in found.items() if not isinstance(data, Exception)}
+        return {
+            name: bytes(data)
+            for name, data in zip(names, found, strict=True)
+            if not isinstance(data, Exception)
+        }
 
     def write(self, name: str, data: bytes) -> None:
         with self._faults("write", name):
@@ -291,6 +298,7 @@ class ObjectStore(Files):
     def create(self, name: str) -> Iterator[Path]:
         import tempfile
 
+        key = self._key(name)
         with tempfile.TemporaryDirectory(prefix="spctrl-") as folder:
             temporary = Path(folder, PurePosixPath(name).name)
             try:
@@ -298,7 +306,7 @@ class ObjectStore(Files):
             except OSError as error:
                 raise cannot_write(temporary, error) from error
             with self._faults("write", name):
-                self._system.put_file(str(temporary), self._key(name))
+                self._system.put_file(str(temporary), key)
 
     def fetch(self, name: str, folder: Path, *, digest: str | None = None) -> Path:
         path = folder / _checked(name, self.root)
@@ -348,9 +356,19 @@ class ObjectStore(Files):
 
     def remove(self, names: Iterable[str]) -> None:
         keys = [self._key(name) for name in names]
-        if keys:
-            with self._faults("remove", keys[0]), suppress(FileNotFoundError):
-                self._system.rm(keys)
+        patterns = [key for key in keys if not PATTERN_LETTERS.isdisjoint(key)]
+        together = [key for key in keys if PATTERN_LETTERS.isdisjoint(key)]
+        if not keys:
+            return
+        with self._faults("remove", self._name(keys[0])):
+            try:
+                if together:
+                    self._system.rm(together)
+            except FileNotFoundError:  # some file systems stop at the first that is not there
+                patterns = keys
+            for key in patterns:
+                with suppress(FileNotFoundError):
+                    self._system.rm_file(key)
 
     def leftovers(self, older_than_s: float) -> dict[str, Info]:
         """Those at the top; parts of an upload that was cut off are the bucket's, whose rules remove them."""

@@ -21,6 +21,8 @@ import luigi.configuration
 import luigi.task_register
 import pytest
 
+pytest_plugins = ["object_store"]
+
 REPOSITORY = Path(__file__).parents[1]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
 CODE_FOLDERS = ("spctrl", "eval", "tasks", "pipelines", "configs")

@@ -20,7 +20,7 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines import BuildDataset, tools
+from pipelines import BuildDataset, cluster, tools
 from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import StageTask
@@ -40,6 +40,7 @@ app = typer.Typer(
     "Settings come from luigi.cfg and LUIGI_CONFIG_PATH, as for luigi itself.",
 )
 tools.add_to(app)
+cluster.add_to(app)
 console = Console()
 
 FOUND_SOMETHING = 1

@@ -76,7 +76,15 @@ class RunTarget(luigi.Target):
         return self._task.is_up_to_date()
 
 
-class MeetsBadRecords(luigi.Task):
+class OfSettings(luigi.Task):
+    """A task that is another one under other settings, also to a scheduler that serves several builds."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.task_id = f"{self.task_id}_{settings.settings_digest()}"
+
+
+class MeetsBadRecords(OfSettings):
     """A task that says what becomes of records that cannot be used."""
 
     on_bad_record = luigi.ChoiceParameter(
@@ -106,11 +114,6 @@ class StageTask(MeetsBadRecords):
     libraries: ClassVar[Sequence[str]] = ()
     reads_several_parts: ClassVar[bool] = False
     """Whether a stage may be among the inputs more than once, for different parts of the data."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Builds with other settings are other tasks, also to a scheduler that serves several builds.
-        self.task_id = f"{self.task_id}_{settings.settings_digest()}"
 
     def parameters(self) -> dict[str, Any]:
         """What the result depends on besides code and inputs; JSON values."""
@@ -213,6 +216,11 @@ class StageTask(MeetsBadRecords):
                 f"{self.stage} for {self.part}: {error}. What was finished before stays; see to the file, then "
                 "run again"
             ) from error
+
+    def on_failure(self, exception: BaseException) -> str:
+        """What the visualiser and other machines show: of an error that explains itself, the message alone."""
+        explains_itself = isinstance(exception, ExpectedError)
+        return str(exception) if explains_itself else super().on_failure(exception)
 
     def fill_cache(self) -> None:
         """Find out what the inputs are where that takes long (reading many files)."""

@@ -248,7 +248,7 @@ class PredictedPoses(WithNetwork, OfImages):
         return weights_at(pose.detector.weights) if pose.boxes == "detected" else None
 
     def requires(self) -> list[luigi.Task]:
-        needed = [self.index_task(), self.images_task(), self.weights_task()]
+        needed: list[luigi.Task] = [self.index_task(), self.images_task(), self.weights_task()]
         detector = self.detector_path
         return needed if detector is None else [*needed, Weights(name="detector", path=str(detector))]
 

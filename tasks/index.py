@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 from tasks import settings
-from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
+from tasks.base import MANIFEST, REJECTS, OfSettings, StageTask, digest_cache
 from tasks.executor import warm_up
 from tasks.files import file_digest
 from tasks.inputs import MISSING, InputChangedError
@@ -24,7 +24,7 @@ IMAGE_PATHS = "images.txt"
 """Lists the images of the index, for stages that ask after their files without loading Parquet."""
 
 
-class AnnotationFile(luigi.ExternalTask):
+class AnnotationFile(OfSettings, luigi.ExternalTask):
     """A raw annotation file, which the user puts in place."""
 
     dataset = luigi.Parameter()

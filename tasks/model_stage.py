@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import luigi
 
 from tasks import settings
-from tasks.base import digest_cache
+from tasks.base import OfSettings, digest_cache
 from tasks.executor import run_jobs
 from tasks.images import ImageFiles
 from tasks.inputs import MISSING
@@ -26,7 +26,7 @@ RECORDS_PER_PACK = 64
 """What a killed build may lose: inference is dear, so its results are kept soon."""
 
 
-class Weights(luigi.ExternalTask):
+class Weights(OfSettings, luigi.ExternalTask):
     """A weight file or folder, which the user puts in place."""
 
     name = luigi.Parameter(description="entry of configs/weights.yaml")

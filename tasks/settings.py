@@ -261,11 +261,17 @@ def split_id(name: str) -> str:
 
 @functools.cache  # every task asks
 def settings_digest() -> str:
-    """Ten hex digits that tell builds with different settings apart."""
+    """Ten hex digits that tell builds apart which make different things, or put them in different places."""
     values = {
-        section.__name__: dict(section().to_str_params())
+        section.__name__: {
+            name: value for name, value in section().to_str_params().items() if name != "batch_size"
+        }
         for section in SECTIONS
         if section not in (executor, log)
     }
-    del values["paths"]["cache"]  # a matter of each machine
+    places = values["paths"]
+    for each in ("cache", "weights"):  # each machine's own; weights count by content
+        del places[each]
+    for each, place in places.items():
+        places[each] = place if is_url(place) else str(Path(place).absolute())
     return digest(json.dumps(values, sort_keys=True))[:10]

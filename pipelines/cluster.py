@@ -1,0 +1,146 @@
+"""Workers on several machines that build one target, each of which stays until the target is there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from datetime import timedelta
+from typing import Annotated, Any
+
+import luigi
+import typer
+from luigi.cmdline_parser import CmdlineParser
+from luigi.retcodes import retcode
+from luigi.rpc import RemoteScheduler, RPCError
+from luigi.task_register import Register
+from luigi.task_status import DISABLED
+from luigi.worker import Worker
+from luigi.worker import worker as worker_settings
+
+from spctrl.errors import ExpectedError
+from tasks import logs
+
+AWAY_TIMES = 10
+"""How often in a row luigid may not answer. Each time Luigi asks three times, with half a minute in between."""
+IDLE = timedelta(minutes=5)
+"""How long a worker goes without work before it looks at the store again, whatever luigid believes."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("join", context_settings={"ignore_unknown_options": True})(join)
+
+
+def join(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="TARGET [OPTION]...", help="as for luigi: BuildDataset --dataset ap10k"),
+    ],
+) -> None:
+    """Build a target together with workers on other machines, and stay until it is there, whoever made it.
+
+    luigid hands out the stages: [core] scheduler_host says where it runs, configs/cluster.cfg what it does about a
+    worker that dies. SIGUSR1 has a worker leave after its present stage. Exits with 0 when the target is there, else
+    with a code of [retcode].
+    """
+    logs.LOGGER.addFilter(_is_no_summary)
+    with CmdlineParser.global_instance(arguments) as parser:
+        sys.exit(_stay(parser))
+
+
+def _is_no_summary(record: logging.LogRecord) -> bool:
+    """Luigi's summary takes what other workers made for left undone."""
+    return "Luigi Execution Summary" not in record.getMessage()
+
+
+class _Helper(Worker):
+    """A worker that leaves at once when it cannot look at all stages: it would keep the others from those."""
+
+    def add(self, *args: Any, **kwargs: Any) -> bool:
+        if not super().add(*args, **kwargs):
+            raise ExpectedError("this machine cannot join: the messages above say at which stage, and why")
+        return True
+
+    @property
+    def was_sent_away(self) -> bool:
+        """By SIGUSR1, or by somebody in the visualiser."""
+        return bool(self._stop_requesting_work)
+
+
+class _Crew:
+    """What Luigi asks for a scheduler and a worker."""
+
+    scheduler: Any
+    worker: _Helper
+
+    def create_local_scheduler(self) -> None:
+        raise ExpectedError("expected luigid to hand out the stages, found --local-scheduler: leave it out")
+
+    def create_remote_scheduler(self, url: str) -> RemoteScheduler:
+        self.scheduler = scheduler = RemoteScheduler(url)
+        return scheduler
+
+    def create_worker(
+        self, scheduler: RemoteScheduler, worker_processes: int, assistant: bool = False
+    ) -> _Helper:
+        self.worker = _Helper(
+            scheduler,
+            worker_processes=worker_processes,
+            assistant=assistant,
+            keep_alive=True,
+            max_keep_alive_idle_duration=IDLE,
+            retry_external_tasks=True,  # else all would wait for ever for a missing file
+        )
+        return self.worker
+
+
+def _stay(parser: CmdlineParser) -> int:
+    """Work until the target is there, cannot be had, or this worker is sent away; gives the exit code."""
+    codes = retcode()
+    away = 0
+    while True:
+        # Tasks remember what they found, and Luigi remembers tasks.
+        Register.clear_instance_cache()
+        task, crew = parser.get_task_obj(), _Crew()
+        try:
+            luigi.build([task], worker_scheduler_factory=crew)
+            if not task.complete() and (failures := _failures(crew.scheduler, task)):
+                _say("\n".join([f"{task.task_family} cannot be built:", *failures]))
+                return int(codes.task_failed)
+            away = 0
+        except ExpectedError as error:
+            _say(str(error))
+            return int(codes.scheduling_error)
+        except RPCError as error:
+            away += 1
+            if away == AWAY_TIMES:
+                _say(f"luigid does not answer ([core] scheduler_host and scheduler_port): {error}")
+                return int(codes.unhandled_exception)
+        if task.complete():
+            _say(f"{task.task_family} is complete.")
+            return 0
+        if crew.worker.was_sent_away:
+            _say(f"This worker was sent away before {task.task_family} was complete.")
+            return int(codes.not_run)
+        _say("luigid has nothing to do for this worker, or does not answer: joining again.")
+        time.sleep(worker_settings().wait_interval)
+
+
+def _failures(scheduler: Any, task: luigi.Task) -> list[str]:
+    """Which stages luigid has given up, and why, on whatever machine they ran."""
+    found = []
+    for task_id, node in scheduler.dep_graph(task.task_id, include_done=False).items():
+        if node["status"] == DISABLED:
+            fault = scheduler.fetch_error(task_id)
+            why = json.loads(fault["error"]) if fault["error"] else "its workers died"
+            found.append(f"{fault['displayName']}: {why}")
+    return found
+
+
+def _say(message: str) -> None:
+    if logs.are_json():
+        logs.event(message)
+    else:
+        typer.echo(message, err=True)

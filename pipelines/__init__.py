@@ -89,8 +89,8 @@ class _OnlyWhatMatters(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         logs.follow_setting()
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, ExpectedError) or _is_of_removed_results(error):
-            record.msg, record.args, record.exc_info = str(error), (), None
+        if (explanation := _explanation(error)) is not None:
+            record.msg, record.args, record.exc_info = explanation, (), None
         return (
             logs.are_json()
             or record.levelno > logging.INFO
@@ -98,9 +98,16 @@ class _OnlyWhatMatters(logging.Filter):
         )
 
 
-def _is_of_removed_results(error: BaseException | None) -> bool:
-    """Whether Luigi says that what a stage needs, or has just made, is not there any more."""
-    return isinstance(error, TaskException) or str(error).startswith("Unfulfilled dependenc")
+def _explanation(error: BaseException | None) -> str | None:
+    """What people read of an error in place of all that it took; None where they had better read that."""
+    if isinstance(error, ExpectedError):
+        return str(error)
+    if isinstance(error, TaskException) or str(error).startswith("Unfulfilled dependenc"):
+        return (
+            f"{error} What a stage had made is gone: another build with other settings writes into the same folders, "
+            "or somebody removes files. Run again when that is over"
+        )
+    return None
 
 
 logs.LOGGER.addFilter(_OnlyWhatMatters())

@@ -142,14 +142,25 @@ def _names(run: Run, keys: set[str]) -> bool:
 
 
 def _keys(run: Run) -> set[str]:
-    """Keys of the artifacts and rejects that a run refers to; none where it has no records."""
+    """Keys of the artifacts and rejects that a run refers to; none where it has no records.
+
+    Raises:
+        StoreError: they cannot be read, so nobody knows what the run needs.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     found: set[str] = set()
     for name in {MANIFEST, REJECTS} & run.files().keys():
         path = run.path(name)
-        if "key" in pq.read_schema(path).names:
-            found |= set(pq.read_table(path, columns=["key"], partitioning=None).column(0).to_pylist())
+        try:
+            if "key" in pq.read_schema(path).names:
+                keys = pq.read_table(path, columns=["key"], partitioning=None).column(0).cast(pa.string())
+                found |= set(keys.to_pylist())
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise StoreError(
+                f"{run.place(name)} cannot be read: {error}. `spctrl verify` drops what is damaged"
+            ) from error
     return found - {None}
 
 

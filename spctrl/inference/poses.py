@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import numpy as np
 
+from spctrl.annotations import FAR_AWAY_IN_SIZES
 from spctrl.configuration import ConfigurationError
 from spctrl.errors import ExpectedError
 from spctrl.prompts import KeypointWords, Subject, evaluation_prompt, load_templates, subjects_from_table
@@ -76,7 +77,7 @@ def read_pose(path: Path, dataset: Dataset) -> Pose:
         file = msgspec.json.decode(path.read_bytes(), type=_PoseFile)
     except OSError as error:
         raise ConfigurationError(f"expected a pose at {path}, found none ({error.strerror})") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not a pose: {error}") from error
     numbers = dataset.skeleton.num_keypoints * 3
     for i, instance in enumerate(file.anns):
@@ -85,6 +86,8 @@ def read_pose(path: Path, dataset: Dataset) -> Pose:
                 f"{path}: anns[{i}].keypoints: expected {numbers} numbers, x, y, v for each of {dataset.title}'s "
                 f"keypoints, found {len(instance.keypoints)}"
             )
+        if fault := _keypoint_fault(np.reshape(instance.keypoints, (-1, 3)), (file.width, file.height)):
+            raise ConfigurationError(f"{path}: anns[{i}].keypoints: {fault}")
     captions = [file.caption] if isinstance(file.caption, str) else file.caption or []
     return Pose(
         size_wh=(file.width, file.height),
@@ -96,6 +99,18 @@ def read_pose(path: Path, dataset: Dataset) -> Pose:
             dataset.backgrounds.get(file.background) if isinstance(file.background, int) else file.background
         ),
         caption=next(iter(captions), None),
+    )
+
+
+def _keypoint_fault(keypoints: NDArray[np.float64], size_wh: tuple[int, int]) -> str | None:
+    """The rules of the index, for the (K, 3) keypoints of one instance."""
+    xy, v = keypoints[:, :2], keypoints[:, 2]
+    if not np.isin(v, (0, 1, 2)).all():
+        return "expected visibility 0, 1 or 2"
+    farthest = FAR_AWAY_IN_SIZES * np.array(size_wh)
+    near = ((xy >= -farthest) & (xy <= size_wh + farthest)).all(axis=1)
+    return (
+        None if (near | (v == 0)).all() else "a labelled one lies more than one image size outside the image"
     )
 
 

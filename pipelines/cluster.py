@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import luigi
 import typer
 from luigi.cmdline_parser import CmdlineParser
+from luigi.parameter import ParameterException
 from luigi.retcodes import retcode
 from luigi.rpc import RemoteScheduler, RPCError
-from luigi.task_register import Register
+from luigi.task_register import Register, TaskClassException
 from luigi.task_status import DISABLED
 from luigi.worker import Worker
 from luigi.worker import worker as worker_settings
@@ -36,22 +37,28 @@ def add_to(app: typer.Typer) -> None:
 def join(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="TARGET [OPTION]...", help="as for luigi: BuildDataset --dataset ap10k"),
+        typer.Argument(metavar="TARGET", help="and options, as for luigi: BuildDataset --dataset ap10k"),
     ],
 ) -> None:
     """Build a target together with workers on other machines, and stay until it is there, whoever made it.
 
-    luigid hands out the stages: [core] scheduler_host says where it runs, configs/cluster.cfg what it does about a
-    worker that dies. SIGUSR1 has a worker leave after its present stage. Exits with 0 when the target is there, else
-    with a code of [retcode].
+    luigid hands out the stages. The settings say where it runs, and how long it waits for a worker that is silent: see
+    configs/cluster.cfg. SIGUSR1 has a worker leave after its present stage. Exits with 0 when the target is there.
     """
-    logs.LOGGER.addFilter(_is_no_summary)
+    try:
+        with CmdlineParser.global_instance(arguments) as parser:
+            parser.get_task_obj()
+    except (ExpectedError, ValueError, ParameterException, TaskClassException) as error:
+        raise typer.BadParameter(str(error)) from error
+    logs.LOGGER.addFilter(_is_worth_reading)
     with CmdlineParser.global_instance(arguments) as parser:
         sys.exit(_stay(parser))
 
 
-def _is_no_summary(record: logging.LogRecord) -> bool:
-    """Luigi's summary takes what other workers made for left undone."""
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Not Luigi's summary, which takes what other workers made for left undone; nor an error that is none."""
+    if record.exc_info == (None, None, None):
+        record.exc_info = None
     return "Luigi Execution Summary" not in record.getMessage()
 
 
@@ -73,13 +80,14 @@ class _Crew:
     """What Luigi asks for a scheduler and a worker."""
 
     scheduler: Any
-    worker: _Helper
+    worker: _Helper | None = None
 
     def create_local_scheduler(self) -> None:
         raise ExpectedError("expected luigid to hand out the stages, found --local-scheduler: leave it out")
 
     def create_remote_scheduler(self, url: str) -> RemoteScheduler:
         self.scheduler = scheduler = RemoteScheduler(url)
+        self.scheduler.is_paused()  # does it answer? Luigi's worker would complain at length
         return scheduler
 
     def create_worker(
@@ -121,7 +129,7 @@ def _stay(parser: CmdlineParser) -> int:
         if task.complete():
             _say(f"{task.task_family} is complete.")
             return 0
-        if crew.worker.was_sent_away:
+        if crew.worker is not None and crew.worker.was_sent_away:
             _say(f"This worker was sent away before {task.task_family} was complete.")
             return int(codes.not_run)
         _say("luigid has nothing to do for this worker, or does not answer: joining again.")

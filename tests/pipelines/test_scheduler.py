@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import json
 import os
@@ -69,6 +70,15 @@ def wait_for(look: Callable[[], Found], what: str) -> Found:
     return found
 
 
+def cluster_settings() -> dict[str, dict[str, str]]:
+    """Sections of the file that a lab starts from."""
+    from conftest import REPOSITORY
+
+    parser = configparser.ConfigParser()
+    parser.read_string((REPOSITORY / "configs" / "cluster.cfg").read_text())
+    return {section: dict(parser[section]) for section in parser.sections()}
+
+
 @dataclass
 class Helper:
     """A worker, in a folder of its own."""
@@ -101,15 +111,10 @@ class Cluster:
         self.gate = workspace.folder / "gate"
         self.gate.touch()
         self.helpers: list[Helper] = []
+        for section, values in cluster_settings().items():
+            workspace.configure(section, **values)
         workspace.configure("core", scheduler_host="127.0.0.1", scheduler_port=self.port)
-        workspace.configure(
-            "scheduler",
-            worker_disconnect_delay=SILENCE_S,
-            retry_delay=RETRY_S,
-            retry_count=3,
-            disable_persist=60,
-            prune_on_get_work="true",
-        )
+        workspace.configure("scheduler", worker_disconnect_delay=SILENCE_S, retry_delay=RETRY_S)
         workspace.configure("worker", wait_interval=0.2, wait_jitter=0, ping_interval=0.2)
         workspace.configure("log", format="json")
         self.luigid = self.start_luigid()
@@ -349,6 +354,17 @@ def test_a_stage_that_cannot_be_made_ends_all_workers(cluster: Cluster, fault: s
     assert statuses["DISABLED"] == 1
 
 
+def test_every_setting_for_clusters_is_one_of_luigis() -> None:
+    from luigi.interface import core
+    from luigi.scheduler import scheduler
+    from luigi.worker import worker
+
+    settings = cluster_settings()
+    assert settings.keys() == {"core", "scheduler", "resources", "worker"}
+    for section in (core, scheduler, worker):
+        assert settings[section.__name__].keys() <= {name for name, _ in section.get_params()}
+
+
 def task_ids(workspace: Workspace) -> set[str]:
     """What luigid would call everything that a build looks at."""
     from conftest import _luigi_settings
@@ -406,6 +422,19 @@ def test_join_without_luigid_says_so(workspace: Workspace) -> None:
         assert "luigid does not answer" in helpers[0].output
         assert helpers[1].ends() == 35
         assert "leave it out" in helpers[1].output
+        for each in helpers:
+            assert "Traceback" not in each.output
+
+
+def test_join_refuses_what_is_no_target() -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+
+    for arguments in (["NoSuch"], ["BuildDataset", "--dataset", "no-such"]):
+        result = CliRunner().invoke(app, ["join", *arguments])
+        assert result.exit_code == 2, result.output
+        assert arguments[-1] in result.output
 
 
 def test_a_scheduler_that_is_away_neither_holds_up_nor_fails_a_stage() -> None:

@@ -70,6 +70,10 @@ class _Helper(Worker):
             raise ExpectedError("this machine cannot join: the messages above say at which stage, and why")
         return True
 
+    def _keep_alive(self, get_work_response: Any) -> bool:
+        """Also while there is nothing but the target to make, and another makes it: that one may die."""
+        return bool(super()._keep_alive(get_work_response) or get_work_response.running_tasks)
+
     @property
     def was_sent_away(self) -> bool:
         """By SIGUSR1, or by somebody in the visualiser."""
@@ -112,27 +116,31 @@ def _stay(parser: CmdlineParser) -> int:
         # Tasks remember what they found, and Luigi remembers tasks.
         Register.clear_instance_cache()
         task, crew = parser.get_task_obj(), _Crew()
+        failures: list[str] = []
         try:
             luigi.build([task], worker_scheduler_factory=crew)
-            if not task.complete() and (failures := _failures(crew.scheduler, task)):
-                _say("\n".join([f"{task.task_family} cannot be built:", *failures]))
-                return int(codes.task_failed)
+            failures = _failures(crew.scheduler, task)
             away = 0
+        except RPCError:
+            away += 1
         except ExpectedError as error:
             _say(str(error))
             return int(codes.scheduling_error)
-        except RPCError as error:
-            away += 1
-            if away == AWAY_TIMES:
-                _say(f"luigid does not answer ([core] scheduler_host and scheduler_port): {error}")
-                return int(codes.unhandled_exception)
         if task.complete():
             _say(f"{task.task_family} is complete.")
             return 0
+        if failures:
+            _say("\n".join([f"{task.task_family} cannot be built:", *failures]))
+            return int(codes.task_failed)
+        if away == AWAY_TIMES:
+            _say(
+                "luigid does not answer: is it there, and where [core] scheduler_host and scheduler_port say?"
+            )
+            return int(codes.unhandled_exception)
         if crew.worker is not None and crew.worker.was_sent_away:
             _say(f"This worker was sent away before {task.task_family} was complete.")
             return int(codes.not_run)
-        _say("luigid has nothing to do for this worker, or does not answer: joining again.")
+        _say(f"{'luigid does not answer' if away else 'luigid has no work here'}: joining again.")
         time.sleep(worker_settings().wait_interval)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 if TYPE_CHECKING:
+    import luigi
     from conftest import Workspace
 
 SILENCE_S, RETRY_S = 3.0, 0.5
@@ -61,7 +62,7 @@ app()
 Found = TypeVar("Found")
 
 
-def wait_for(look: Callable[[], Found], what: str) -> Found:
+def wait_for(look: Callable[[], Found | None], what: str) -> Found:
     """What a look gives, as soon as that is anything."""
     end = time.monotonic() + TIMEOUT_S
     while not (found := look()):
@@ -154,20 +155,22 @@ class Cluster:
     def tasks(self, family: str = "") -> list[dict[str, Any]]:
         return [each for each in self.ask("task_list").values() if family in ("", each["name"])]
 
-    def help(self, *options: str, holds: bool = False, pace_s: float = 0) -> Helper:
+    def help(
+        self, *options: str, target: str = "BuildDataset", holds: bool = False, pace_s: float = 0
+    ) -> Helper:
         """Start a worker, in another folder than the others."""
         folder = self.workspace.folder / f"machine-{len(self.helpers)}"
         folder.mkdir()
         environment = {"PACE_S": str(pace_s), **({"GATE": str(self.gate)} if holds else {})}
-        process = self._start(folder, WORKER, "join", "BuildDataset", *options, **environment)
+        process = self._start(folder, WORKER, "join", target, *options, **environment)
         self.helpers.append(Helper(process, folder))
         return self.helpers[-1]
 
-    def wait_for_helpers(self, count: int) -> None:
-        """Until so many have said what they want, and ask for work."""
+    def wait_for_helpers(self, count: int, target: str = "BuildDataset") -> None:
+        """Until so many have said what they want."""
 
         def are_there() -> bool:
-            waiting = [each for each in self.tasks("BuildDataset") if len(each["workers"]) == count]
+            waiting = [each for each in self.tasks(target) if len(each["workers"]) == count]
             return bool(waiting)
 
         wait_for(are_there, f"{count} workers")
@@ -302,6 +305,21 @@ def stage_lines(helper: Helper, stage: str, part: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+def test_a_worker_waits_while_another_makes_the_target_itself(cluster: Cluster) -> None:
+    stage = ("--dataset", "ap10k", "--split", "train")
+    first = cluster.help(*stage, target="Spatext", holds=True)
+    cluster.wait_for_hold()
+    second = cluster.help(*stage, target="Spatext")
+    cluster.wait_for_helpers(2, "Spatext")
+    time.sleep(1)  # five questions for work
+    assert second.process.poll() is None
+    cluster.gate.unlink()
+    assert [first.ends(), second.ends()] == [0, 0]
+    assert "joining again" not in second.output
+    assert not second.done()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_outlive_luigid(cluster: Cluster, expected: Expected, how: int) -> None:
     cluster.workspace.configure("core", rpc_retry_attempts=3, rpc_retry_wait=1)
@@ -362,7 +380,7 @@ def test_every_setting_for_clusters_is_one_of_luigis() -> None:
     settings = cluster_settings()
     assert settings.keys() == {"core", "scheduler", "resources", "worker"}
     for section in (core, scheduler, worker):
-        assert settings[section.__name__].keys() <= {name for name, _ in section.get_params()}
+        assert settings[section.__name__].keys() <= {*dict(section.get_params())}
 
 
 def task_ids(workspace: Workspace) -> set[str]:
@@ -372,7 +390,8 @@ def task_ids(workspace: Workspace) -> set[str]:
     with _luigi_settings(workspace.settings_file()):
         import pipelines
 
-        found, waiting = set(), [pipelines.BuildDataset()]
+        found: set[str] = set()
+        waiting: list[luigi.Task] = [pipelines.BuildDataset()]
         while waiting:
             task = waiting.pop()
             found.add(task.task_id)

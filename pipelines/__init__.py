@@ -104,8 +104,9 @@ def _explanation(error: BaseException | None) -> str | None:
         return str(error)
     if isinstance(error, TaskException) or str(error).startswith("Unfulfilled dependenc"):
         return (
-            f"{error} What a stage had made is gone: another build with other settings writes into the same folders, "
-            "or somebody removes files. Run again when that is over"
+            f"{error} What a stage had made is not there: another build with other settings writes into the same "
+            "folders, somebody removes files, or of several machines one has other code, libraries or another store. "
+            "Run again when that is over"
         )
     return None
 

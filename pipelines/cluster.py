@@ -151,6 +151,8 @@ def _failures(scheduler: Any, task: luigi.Task) -> list[str]:
         if node["status"] == DISABLED:
             fault = scheduler.fetch_error(task_id)
             why = json.loads(fault["error"]) if fault["error"] else "its workers died"
+            if "Traceback" in why:  # whole where it happened
+                why = why.strip().splitlines()[-1]
             found.append(f"{fault['displayName']}: {why}")
     return found
 

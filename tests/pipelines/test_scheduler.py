@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from conftest import Workspace
 
 SILENCE_S, RETRY_S = 3.0, 0.5
-"""``worker_disconnect_delay`` and ``retry_delay`` of these tests."""
+"""``worker_disconnect_delay`` where a worker falls silent, and ``retry_delay``."""
 SLACK_S = 15.0
 """What a busy machine may add."""
 TIMEOUT_S = 60.0
@@ -104,7 +104,7 @@ class Helper:
 class Cluster:
     """A workspace, a luigid, and workers that come and go."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, **scheduler: Any) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -115,7 +115,7 @@ class Cluster:
         for section, values in cluster_settings().items():
             workspace.configure(section, **values)
         workspace.configure("core", scheduler_host="127.0.0.1", scheduler_port=self.port)
-        workspace.configure("scheduler", worker_disconnect_delay=SILENCE_S, retry_delay=RETRY_S)
+        workspace.configure("scheduler", retry_delay=RETRY_S, **scheduler)
         workspace.configure("worker", wait_interval=0.2, wait_jitter=0, ping_interval=0.2)
         workspace.configure("log", format="json")
         self.luigid = self.start_luigid()
@@ -239,11 +239,16 @@ def expected(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected
 
 
 @pytest.fixture
-def cluster(workspace: Workspace) -> Iterator[Cluster]:
-    """A scheduler for the training splits of both datasets, and no worker yet."""
+def start_cluster(workspace: Workspace) -> Iterator[Callable[..., Cluster]]:
+    """Starts a scheduler, with settings of its own, for the training splits of both datasets; no worker yet."""
     workspace.configure("build", datasets=["ap10k", "humanart"])
-    with contextlib.closing(Cluster(workspace)) as made:
-        yield made
+    with contextlib.ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(contextlib.closing(Cluster(workspace, **settings)))
+
+
+@pytest.fixture
+def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+    return start_cluster()
 
 
 @pytest.mark.slow
@@ -268,7 +273,10 @@ def test_workers_share_the_stages_and_each_is_made_once(cluster: Cluster, expect
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_silent_worker_is_replaced_in_time(cluster: Cluster, expected: Expected, how: int) -> None:
+def test_a_silent_worker_is_replaced_in_time(
+    start_cluster: Callable[..., Cluster], expected: Expected, how: int
+) -> None:
+    cluster = start_cluster(worker_disconnect_delay=SILENCE_S)
     first = cluster.help(holds=True)
     held = cluster.wait_for_hold()
     assert (held["status"], held["progress_percentage"]) == ("RUNNING", 25)
@@ -486,7 +494,7 @@ def test_workers_killed_at_any_moment_are_replaced(
     while killed < wanted:
         workspace: Workspace = make_workspace(f"round-{killed}", sample)
         workspace.configure("build", datasets=["ap10k", "humanart"], splits=["train"])
-        with contextlib.closing(Cluster(workspace)) as cluster:
+        with contextlib.closing(Cluster(workspace, worker_disconnect_delay=SILENCE_S)) as cluster:
             cluster.ask("pause")
             helpers = [cluster.help(pace_s=0.2) for _ in range(3)]
             cluster.wait_for_helpers(3)

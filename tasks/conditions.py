@@ -15,14 +15,14 @@ from tasks.images import FileStage
 from tasks.index import DatasetStage
 from tasks.model_stage import ModelStage
 from tasks.packs import SAFETENSORS
-from tasks.record_stage import NOTHING, Prepared, RecordStage, artifact_locations
+from tasks.record_stage import NOTHING, Artifacts, Prepared, RecordStage
 from tasks.store import digest, parquet_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from spctrl.records import Record
-    from tasks.store import Location, Run
+    from tasks.store import Run
 
 OPENPOSE_COLOURS = 18
 """Links that the style ``openpose`` has colours for; it leaves out the rest."""
@@ -74,16 +74,16 @@ class Openpose(Spatext):
     def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
         from tasks.work import ArtifactSource
 
-        prepared = []
-        for plain, image_id in zip(super().prepare(rows), rows.column("image_id").to_pylist(), strict=True):
-            found = self._index_maps.get(image_id)
-            prepared.append(
-                plain._replace(sources=(ArtifactSource(Spatext.stage, found),)) if found else plain
-            )
-        return prepared
+        plain = super().prepare(rows)
+        if self._index_maps is None:
+            return plain
+        return [
+            each._replace(sources=(ArtifactSource(Spatext.stage, found),)) if found else each
+            for each, found in zip(plain, self._index_maps.at(rows.column("image_id")), strict=True)
+        ]
 
     @functools.cached_property
-    def _index_maps(self) -> dict[int, Location]:
+    def _index_maps(self) -> Artifacts | None:
         """Index maps that are there and show what the render shows; the render's bytes are the same either way."""
         maps, section = settings.spatext(), settings.openpose()
         same_sizes = (maps.keypoint_radius_px, maps.link_half_width_px) == (
@@ -99,8 +99,8 @@ class Openpose(Spatext):
             and run is not None
             and run.is_whole()
         ):
-            return artifact_locations(run)
-        return {}
+            return Artifacts(run)
+        return None
 
 
 class Precomputed(FileStage):
@@ -168,7 +168,7 @@ class Segments(ModelStage):
         counts = super().make(run)
         rows = [
             {"image_id": image_id, **instance}
-            for image_id, found in artifact_locations(run).items()
+            for image_id, found in Artifacts(run).items()
             for instance in json.loads(self.store.read(run.stage, found.pack, found.offset, found.size))[
                 "instances"
             ]
@@ -202,20 +202,20 @@ class FromArtifacts(DatasetStage, RecordStage):
         return "random" if "random" in notes else next(iter(notes), None)
 
     @functools.cached_property
-    def _locations(self) -> dict[str, dict[int, Location]]:
-        return {task.stage: artifact_locations(task.finished_run()) for task in self.sources()}
+    def _artifacts(self) -> dict[str, Artifacts]:
+        return {task.stage: Artifacts(task.finished_run()) for task in self.sources()}
 
     def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
         from tasks.work import ArtifactSource
 
         prepared = []
-        for image_id in rows.column("image_id").to_pylist():
-            found = {stage: locations.get(image_id) for stage, locations in self._locations.items()}
-            if None in found.values():
+        found = [each.at(rows.column("image_id")) for each in self._artifacts.values()]
+        for places in zip(*found, strict=True):
+            sources = tuple(map(ArtifactSource, self._artifacts, filter(None, places)))
+            if len(sources) < len(places):
                 prepared.append(NOTHING)  # the stage that could not make it has said why
-                continue
-            sources = tuple(ArtifactSource(stage, location) for stage, location in found.items() if location)
-            prepared.append(Prepared(" ".join(source.location.digest for source in sources), sources))
+            else:
+                prepared.append(Prepared(" ".join(source.location.digest for source in sources), sources))
         return prepared
 
 

@@ -22,9 +22,9 @@ from tasks.index import AnnotationFile
 from tasks.inputs import InputChangedError
 from tasks.manifest import Manifest
 from tasks.progress import progress
-from tasks.record_stage import artifact_locations
+from tasks.record_stage import Artifacts
 from tasks.settings import LEDGERS
-from tasks.store import Location, Run, content_digest, digest, parquet_bytes
+from tasks.store import Run, content_digest, digest, parquet_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -301,7 +301,7 @@ class Export(Manifest):
         drawings = self._drawing_digests() if self.has_heatmaps else {}
         columns = ["image_id", "file_name", "image_path", "image_digest"]
         columns += [f"{name}_{what}" for name in self.conditions for what in ("path", "digest")]
-        for batch in pq.ParquetFile(source.path(MANIFEST)).iter_batches(columns=columns):
+        for batch in pq.ParquetFile(source.path(MANIFEST), pre_buffer=False).iter_batches(columns=columns):
             for row in batch.to_pylist():
                 image_id, name = row["image_id"], row["file_name"]
                 if row["image_path"] is not None:
@@ -345,9 +345,7 @@ class Export(Manifest):
     def _write_changed(self, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
         from spctrl.export import link_file
 
-        locations = {
-            name: artifact_locations(task.finished_run()) for name, task in self.condition_tasks().items()
-        }
+        locations = {name: Artifacts(task.finished_run()) for name, task in self.condition_tasks().items()}
         heatmaps = {each.image_id: each for each in changed if each.kind == HEATMAPS}
         link = settings.export().link
         for count, each in enumerate(changed, 1):
@@ -382,7 +380,7 @@ class Export(Manifest):
         from spctrl.export import heatmaps_npy
         from spctrl.records import records_from_table
 
-        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST))
+        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST), pre_buffer=False)
         with progress(f"{HEATMAPS} {self.part}", len(wanted), self.set_progress_percentage) as advance:
             for batch in index.iter_batches(DISPLAY_EVERY):
                 records = [record for record in records_from_table(batch) if record.image_id in wanted]
@@ -398,9 +396,7 @@ class Export(Manifest):
         from spctrl.shards import SHARD_WRITERS
 
         names = [IMAGE, *(name for name in self.conditions if name != "latents")]
-        locations = {
-            name: artifact_locations(self.condition_tasks()[name].finished_run()) for name in names[1:]
-        }
+        locations = {name: Artifacts(self.condition_tasks()[name].finished_run()) for name in names[1:]}
         total = sum(len(each.rows) for each in changed)
         with progress(f"shards {self.part}", total, self.set_progress_percentage) as advance:
             for each in changed:
@@ -411,7 +407,7 @@ class Export(Manifest):
                 ledger.files[each.path] = Entry(each.made_from, found)
                 advance(len(each.rows))
 
-    def _file_reader(self, rows: pa.Table, locations: dict[str, dict[int, Location]]) -> ReadFiles:
+    def _file_reader(self, rows: pa.Table, locations: dict[str, Artifacts]) -> ReadFiles:
         """What reads the image and the conditions of one of the rows."""
         from tasks.work import ArtifactSource, FileSource, read_source
 

@@ -19,9 +19,9 @@ from tasks.index import DatasetStage
 from tasks.inputs import MISSING
 from tasks.model_stage import OnDevice, Weights, weights_at, weights_digest
 from tasks.progress import progress
-from tasks.record_stage import NOTHING, Prepared, artifact_locations
+from tasks.record_stage import NOTHING, Artifacts, Prepared
 from tasks.settings import LEDGERS
-from tasks.store import Location, Run, content_digest, digest, parquet_bytes
+from tasks.store import Run, content_digest, digest, parquet_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -424,8 +424,8 @@ class GeneratedImages(MethodStage):
         ]
 
     @functools.cached_property
-    def _locations(self) -> list[dict[int, Location]]:
-        return [artifact_locations(task.finished_run()) for task in self.samples_tasks()]
+    def _locations(self) -> list[Artifacts]:
+        return [Artifacts(task.finished_run()) for task in self.samples_tasks()]
 
     def _rows(self) -> list[dict[str, Any]]:
         from spctrl.inference.folders import generated_path

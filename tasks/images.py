@@ -57,12 +57,12 @@ class FileStage(DatasetStage, RecordStage):
     def fill_cache(self) -> None:
         if self.ingredients() is not None:
             return
-        paths = [f"{self.folder}/{path}" for path in self.file_paths(self.image_paths() or [])]
+        paths = self.file_paths(self.image_paths() or [])
         with progress(
             f"{self.stage} {self.part}: digests", len(paths), self.set_progress_percentage
         ) as advance:
             for start in range(0, len(paths), HASHED_BETWEEN_LINES):
-                some = paths[start : start + HASHED_BETWEEN_LINES]
+                some = [f"{self.folder}/{path}" for path in paths[start : start + HASHED_BETWEEN_LINES]]
                 digest_cache(self.store).file_digests(some)
                 advance(len(some))
 

@@ -13,23 +13,32 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spctrl.errors import ExpectedError
 from tasks.files import Files, Folder, file_digest
-from tasks.store import digest
+from tasks.store import digest_of
 
 RACY_NS = 2_000_000_000
 HASHING_THREADS = 8
 MISSING = "missing"
 EMPTY = hashlib.sha256().hexdigest()
+FILES_AT_ONCE = 16_384
+LOOK_UPS_TO_A_SCAN = 4
+"""How many rows are scanned in the time that one takes to look up."""
 
 Stat = tuple[int, int, int]
 """Size in bytes, modification time in nanoseconds, inode."""
+
+
+class _Digests(NamedTuple):
+    digests: list[str]
+    read_bytes: int
 
 
 class InputChangedError(ExpectedError):
@@ -86,7 +95,8 @@ class DigestCache:
 
     def file_digests(self, paths: Sequence[str]) -> list[str]:
         """SHA-256 of each file, ``"missing"`` where there is none; changed ones are read by a few threads."""
-        return self._digests(paths, [_stat(path) for path in paths]) or []
+        found = self._digests(paths, [_stat(path) for path in paths])
+        return found.digests if found else []
 
     def list_digest(self, root: str, names: Sequence[str], max_read_bytes: int | None = None) -> str | None:
         """One digest for a list of files below a folder: their names and contents, and which are missing.
@@ -94,34 +104,41 @@ class DigestCache:
         Costs one stat a file while nothing changes. Where more than ``max_read_bytes`` would have to be read,
         gives None.
         """
-        paths = [f"{root}/{name}" for name in names]
-        stats = [_stat(path) for path in paths]
-        state = hashlib.blake2b(os.fsencode(f"{root}\0"), digest_size=16)
-        state.update("\0".join(names).encode())
-        state.update(repr(stats).encode())
-        key = f"list {state.hexdigest()}"
-        if (known := self.fact(key)) is not None:
+        state = hashlib.blake2b(digest_size=16)
+        for _ in _look(root, names, state):
+            pass
+        if (known := self.fact(f"list {state.hexdigest()}")) is not None:
             return str(known)
-        digests = self._digests(paths, stats, max_read_bytes)
-        if digests is None:
-            return None
-        found = digest(*names, *digests)
-        there = [(each, read) for each, read in zip(stats, digests, strict=True) if each is not None]
-        # A file that is there but cannot be read may be readable another time, with the same stat.
-        if not any(_is_racy(each) or read == MISSING for each, read in there):
-            self.keep_fact(key, found)
-        return found
+        state = hashlib.blake2b(digest_size=16)
+        digests: list[str] = []  # many in one text, which takes half as much memory
+        may_read, may_be_kept = float("inf") if max_read_bytes is None else max_read_bytes, True
+        for paths, stats in _look(root, names, state):
+            if (found := self._digests(paths, stats, may_read)) is None:
+                return None
+            may_read -= found.read_bytes
+            digests.append(" ".join(found.digests))
+            there = [
+                (each, read) for each, read in zip(stats, found.digests, strict=True) if each is not None
+            ]
+            # A file that is there but cannot be read may be readable another time, with the same stat.
+            may_be_kept &= not any(_is_racy(each) or read == MISSING for each, read in there)
+        whole = digest_of(chain(names, chain.from_iterable(map(str.split, digests))))
+        if may_be_kept:
+            self.keep_fact(f"list {state.hexdigest()}", whole)
+        return whole
 
     def _digests(
-        self, paths: Sequence[str], stats: Sequence[Stat | None], max_read_bytes: int | None = None
-    ) -> list[str] | None:
+        self, paths: Sequence[str], stats: Sequence[Stat | None], may_read: float = float("inf")
+    ) -> _Digests | None:
+        """Digests of files; None, and nothing is read, where more than ``may_read`` bytes would have to be."""
         known = self._known(paths)
         wanted = [
             (path, each)
             for path, each in zip(paths, stats, strict=True)
             if each is not None and known.get(path, (None,))[0] != each
         ]
-        if max_read_bytes is not None and sum(each[0] for _, each in wanted) > max_read_bytes:
+        read_bytes = sum(each[0] for _, each in wanted)
+        if read_bytes > may_read:
             return None
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             fresh = dict(zip((path for path, _ in wanted), pool.map(_digest_or_missing, wanted), strict=True))
@@ -133,14 +150,16 @@ class DigestCache:
                 if fresh[path] != MISSING and not _is_racy(each)
             ],
         )
-        return [
+        digests = [
             MISSING if each is None else fresh[path] if path in fresh else known[path][1]
             for path, each in zip(paths, stats, strict=True)
         ]
+        return _Digests(digests, read_bytes)
 
     def _known(self, paths: Sequence[str]) -> dict[str, tuple[Stat, str]]:
-        """All rows when many are asked for, since one scan is cheaper than many look-ups."""
-        if len(paths) > 500:
+        """All rows when most are asked for, since one scan is cheaper than many look-ups."""
+        (newest,) = self._execute("SELECT max(rowid) FROM files", [()]) or [(None,)]
+        if len(paths) * LOOK_UPS_TO_A_SCAN > (newest[0] or 0):
             rows = self._execute("SELECT * FROM files", [()])
         else:
             rows = self._execute("SELECT * FROM files WHERE path = ?", [(path,) for path in paths])
@@ -160,6 +179,19 @@ class DigestCache:
             with suppress(sqlite3.Error):  # a transaction that a full disk left open would lock everyone out
                 self._database.rollback()
             return []
+
+
+def _look(
+    root: str, names: Sequence[str], state: hashlib.blake2b
+) -> Iterator[tuple[list[str], list[Stat | None]]]:
+    """Paths and stats of a list of files, some at a time; all of it goes into ``state``."""
+    state.update(os.fsencode(f"{root}\0"))
+    for start in range(0, len(names), FILES_AT_ONCE):
+        some = names[start : start + FILES_AT_ONCE]
+        paths = [f"{root}/{name}" for name in some]
+        stats = [_stat(path) for path in paths]
+        state.update("\0".join([*some, repr(stats), ""]).encode())
+        yield paths, stats
 
 
 def _stat(path: str) -> Stat | None:

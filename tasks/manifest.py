@@ -17,7 +17,7 @@ from tasks.images import Images
 from tasks.index import DatasetStage
 from tasks.names import NamesParameter
 from tasks.progress import progress
-from tasks.record_stage import artifact_keys, artifact_locations
+from tasks.record_stage import InOrder
 from tasks.store import Run, parquet_bytes
 
 if TYPE_CHECKING:
@@ -77,19 +77,13 @@ class Manifest(DatasetStage):
 
         tasks = self.condition_tasks()
         weights = {name: task.weights_note() for name, task in tasks.items()}
-        masks = self._instance_masks()
-        made = {
-            name: {
-                i: ConditionFacts(key, found.digest)
-                for i, (key, found) in artifact_keys(task.finished_run()).items()
-            }
-            for name, task in tasks.items()
-        }
-        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST))
+        artifacts = {name: InOrder(task.finished_run().path(MANIFEST)) for name, task in tasks.items()}
+        probes = InOrder(self.clone(Images).finished_run().path(MANIFEST))
+        segments = self._segments()
+        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST), pre_buffer=False)
         rejects = self._gather_rejects()
         rejected = set(rejects.column("image_id").to_pylist())
-        images = self._image_facts()
-        rows = instances = 0
+        rows = instances = images_on_disk = 0
         total = index.metadata.num_rows
         with (
             progress(f"{self.stage} {self.part}", total, self.set_progress_percentage) as advance,
@@ -97,9 +91,19 @@ class Manifest(DatasetStage):
             pq.ParquetWriter(destination, manifest_schema(self.conditions), compression="zstd") as writer,
         ):
             for batch in index.iter_batches():
+                ids = set(batch.column("image_id").to_pylist())
+                made = {
+                    name: {row["image_id"]: ConditionFacts(row["key"], row["digest"]) for row in each.of(ids)}
+                    for name, each in artifacts.items()
+                }
+                images = {row["image_id"]: self._image_facts(row) for row in probes.of(ids)}
+                masks: dict[int, list[dict[str, Any]]] = {}
+                for row in segments.of(ids) if segments else ():
+                    masks.setdefault(row.pop("image_id"), []).append(row)
                 written = manifest_batch(batch, self.layout, images, made, rejected, weights, masks)
                 writer.write_batch(written)
                 rows, instances = rows + len(written), instances + count_instances(written)
+                images_on_disk += len(images)
                 advance(len(batch))
         schema = pa.schema([pa.field("stage", pa.string()), *REJECT_SCHEMA])
         run.write(REJECTS, parquet_bytes(rejects.select(schema.names).cast(schema)))
@@ -112,7 +116,7 @@ class Manifest(DatasetStage):
             "records": listed,
             "made": rows,
             "instances": instances,
-            "images_on_disk": len(images),
+            "images_on_disk": images_on_disk,
             "rejected": max(listed - rows, int(len(rejects) > 0)),
         }
 
@@ -138,23 +142,16 @@ class Manifest(DatasetStage):
                 waiting += task.requires()
         return list(found.values())
 
-    def _instance_masks(self) -> dict[int, list[dict[str, Any]]]:
-        """Masks of single instances by image id, where a model made the masks."""
-        import pyarrow.parquet as pq
-
-        masks: dict[int, list[dict[str, Any]]] = {}
+    def _segments(self) -> InOrder | None:
+        """Masks of single instances, where a model made the masks."""
         if any(task.stage == Segments.stage for task in self._stages_before()):
-            path = self.clone(Segments).finished_run().path(INSTANCES)
-            for row in pq.read_table(path, partitioning=None).to_pylist():
-                masks.setdefault(row.pop("image_id"), []).append(row)
-        return masks
+            return InOrder(self.clone(Segments).finished_run().path(INSTANCES))
+        return None
 
-    def _image_facts(self) -> dict[int, ImageFacts]:
+    def _image_facts(self, artifact: dict[str, Any]) -> ImageFacts:
         from spctrl.manifest import ImageFacts
 
-        run = self.clone(Images).finished_run()
-        facts = {}
-        for image_id, found in artifact_locations(run).items():
-            probe = json.loads(self.store.read(run.stage, found.pack, found.offset, found.size))
-            facts[image_id] = ImageFacts(probe["sha256"], probe["phash"])
-        return facts
+        probe = json.loads(
+            self.store.read(Images.stage, artifact["pack"], artifact["offset"], artifact["size"])
+        )
+        return ImageFacts(probe["sha256"], probe["phash"])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask
 from tasks.executor import run_jobs, warm_up
+from tasks.inputs import InputChangedError
 from tasks.progress import progress
-from tasks.store import Location, Run, digest, parquet_bytes
+from tasks.store import Location, Run, digest, parquet_bytes, results_table
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from numpy.typing import NDArray
 
     from spctrl.records import Record
     from tasks.ray_executor import Cluster
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
 
 SMALLEST_PACK, LARGEST_PACK, PACKS_PER_SPLIT = 256, 8192, 32
 """Records a pack: few packs for many records, and for few records enough of them to share out among workers."""
+ROWS_AT_ONCE = 2**16
+"""Of a run's manifest, as one group of its Parquet file."""
+DECODED_AT_ONCE = 4096
+"""Rows that are Python objects at one time."""
 
 
 class Prepared(NamedTuple):
@@ -108,7 +116,7 @@ class RecordStage(StageTask):
         made = 0
         with progress(f"{self.stage} {self.part}", plan.total, self.set_progress_percentage) as advance:
             for locations in self.work_through(plan.batches(advance)):
-                plan.known |= locations
+                plan.add(locations)
                 made += sum(location.code is None for location in locations.values())
                 advance(len(locations))
         rejected = plan.write_results(run)
@@ -131,25 +139,42 @@ class RecordStage(StageTask):
 class _Plan:
     """Which records are still to be worked on, and in the end what became of each.
 
+    Records may be millions, so what is known of them is kept in columns, and their sources are found again when
+    their turn comes.
+
     Attributes:
-        known: results by key, those of earlier builds at first.
         total: the number of records.
     """
 
     def __init__(self, task: RecordStage) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         records_run = task.records_run()
         assert records_run is not None
         self._task = task
-        self._index: pq.ParquetFile = pq.ParquetFile(records_run.path(MANIFEST))
+        self._index: pq.ParquetFile = pq.ParquetFile(records_run.path(MANIFEST), pre_buffer=False)
         self._salt = task.salt()
-        self._outcomes: list[tuple[str | None, Prepared]] = []
-        self.known: dict[str, Location] = task.store.locations(task.stage)
         self.total: int = self._index.metadata.num_rows
+        self._per_pack = task.records_per_pack(self.total)
+        self._faults: dict[int, Prepared] = {}
+        keys = [pa.array([], pa.string())]
+        start = 0
+        for rows in self._index.iter_batches(self._per_pack):
+            prepared = task.prepare(rows)
+            self._faults |= {start + i: each for i, each in enumerate(prepared) if each.code}
+            keys.append(self._keys_of(prepared))
+            start += len(rows)
+        self._keys: pa.ChunkedArray = pa.chunked_array(keys)
+        self._results: list[pa.Table] = [task.store.results(task.stage, self._keys)]
+        self._is_missing = _first_of_each(self._keys, self._results[0].column("key"))
 
     def count_missing(self) -> int:
-        return len({key for _, missing in self._missing() for _, key, _ in missing})
+        return int(self._is_missing.sum())
+
+    def add(self, locations: Mapping[str, Location]) -> None:
+        """Note what was made."""
+        self._results.append(results_table(locations))
 
     def batches(self, advance: Callable[[int], None]) -> Iterator[Batch]:
         """Records without a known result, in packs.
@@ -157,22 +182,20 @@ class _Plan:
         A stretch of the index that is missing as a whole becomes one pack, so that an interrupted build,
         continued, makes the packs of an undisturbed one. Scattered records are gathered.
         """
-        import pyarrow as pa
-
-        from spctrl.records import records_from_table
-
-        per_pack = self._task.records_per_pack(self.total)
         scattered: list[tuple[str, Record, tuple[Source, ...]]] = []
-        for rows, missing in self._missing():
-            advance(len(rows) - len(missing))
-            if not missing:
+        start = 0
+        for rows in self._index.iter_batches(self._per_pack):
+            is_missing = self._is_missing[start : start + len(rows)]
+            work = (
+                self._work(rows, self._keys.slice(start, len(rows)), is_missing) if is_missing.any() else []
+            )
+            start += len(rows)
+            advance(len(rows) - len(work))
+            if not work:
                 continue
-            positions = pa.array([position for position, _, _ in missing])
-            records = records_from_table(rows.take(positions))
-            work = [(key, record, found) for (_, key, found), record in zip(missing, records, strict=True)]
             if len(work) == len(rows):
                 yield self._batch(work)
-            elif len(scattered) + len(work) > per_pack:
+            elif len(scattered) + len(work) > self._per_pack:
                 yield self._batch(scattered)
                 scattered = work
             else:
@@ -183,46 +206,90 @@ class _Plan:
     def write_results(self, run: Run) -> int:
         """Write the run's manifest and rejects; returns the number of rejects."""
         import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
 
         from spctrl.records import rejects_table
 
-        names = self._index.read(columns=["image_id", "file_name"]).to_pydict()
-        rows: list[tuple[Any, ...]] = []
+        results = pa.concat_tables(self._results)
+        places = pc.index_in(self._keys, value_set=results.column("key"))
+        if places.null_count != self._keys.null_count:
+            raise RuntimeError(f"{self._task.stage}: some records that were worked on have no result")
+        schema, names = artifact_schema(), ["image_id", "file_name"]
         rejects: list[dict[str, Any]] = []
-        for (key, prepared), image_id, file_name in zip(
-            self._outcomes, names["image_id"], names["file_name"], strict=True
+        start = 0
+        with (
+            run.create(MANIFEST) as destination,
+            pq.ParquetWriter(destination, schema, compression="zstd") as writer,
         ):
-            found = (
-                self.known[key] if key else Location("", 0, 0, "", prepared.code or None, prepared.message)
-            )
-            if found.code:
-                reject = {"image_id": image_id, "file_name": file_name, "key": key}
-                rejects.append({**reject, "code": found.code, "message": found.message})
-            elif key:
-                rows.append((image_id, key, found.pack, found.offset, found.size, found.digest))
-        schema = artifact_schema()
-        columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-        run.write(MANIFEST, parquet_bytes(pa.table(columns, schema=schema)))
+            for rows in self._index.iter_batches(ROWS_AT_ONCE, columns=names):
+                found = results.take(places.slice(start, len(rows)))
+                for name in names:
+                    found = found.append_column(name, rows.column(name))
+                rejects += self._rejects(start, found)
+                is_made = pc.and_(pc.is_valid(found.column("key")), pc.is_null(found.column("code")))
+                made = found.select(schema.names).filter(is_made)
+                writer.write_table(made.cast(schema).combine_chunks())
+                start += len(rows)
         run.write(REJECTS, parquet_bytes(rejects_table(rejects)))
         return len(rejects)
 
-    def _missing(self) -> Iterator[tuple[pa.RecordBatch, list[tuple[int, str, tuple[Source, ...]]]]]:
-        """Stretches of the index with the position, key and sources of each row whose result is not known."""
-        planned: set[str] = set()
-        self._outcomes = []
-        for rows in self._index.iter_batches(self._task.records_per_pack(self.total)):
-            missing: list[tuple[int, str, tuple[Source, ...]]] = []
-            for position, prepared in enumerate(self._task.prepare(rows)):
-                key = None if prepared.identity is None else digest(self._salt, prepared.identity)
-                self._outcomes.append((key, prepared))
-                if key is not None and key not in self.known and key not in planned:
-                    planned.add(key)
-                    missing.append((position, key, prepared.sources))
-            yield rows, missing
+    def _rejects(self, start: int, found: pa.Table) -> Iterator[dict[str, Any]]:
+        """Rows of ``REJECT_SCHEMA`` for what was found of the records from ``start`` on."""
+        for i, code in enumerate(found.column("code").to_pylist()):
+            fault = self._faults.get(start + i)
+            if fault is not None or code is not None:
+                (row,) = (
+                    found.select(["image_id", "file_name", "key", "code", "message"]).slice(i, 1).to_pylist()
+                )
+                yield {**row, "code": fault.code, "message": fault.message} if fault else row
+
+    def _keys_of(self, prepared: Sequence[Prepared]) -> pa.Array:
+        """A key for each record; null where there is nothing to work on."""
+        import pyarrow as pa
+
+        identities = [each.identity for each in prepared]
+        keys = [None if identity is None else digest(self._salt, identity) for identity in identities]
+        return pa.array(keys, pa.string())
+
+    def _work(
+        self, rows: pa.RecordBatch, keys: pa.ChunkedArray, is_missing: NDArray[np.bool_]
+    ) -> list[tuple[str, Record, tuple[Source, ...]]]:
+        """Key, record and sources of each missing row.
+
+        Raises:
+            InputChangedError: they are no longer what their keys were made from.
+        """
+        import pyarrow as pa
+
+        from spctrl.records import records_from_table
+
+        missing = pa.array(is_missing)
+        rows, keys = rows.filter(missing), keys.filter(missing)
+        prepared = self._task.prepare(rows)
+        if self._keys_of(prepared) != keys.combine_chunks():
+            raise InputChangedError(
+                f"files that {self._task.stage} reads changed while it was at work; run again when they are at rest"
+            )
+        sources = (each.sources for each in prepared)
+        return list(zip(keys.to_pylist(), records_from_table(rows), sources, strict=True))
 
     def _batch(self, work: list[tuple[str, Record, tuple[Source, ...]]]) -> Batch:
         keys, records, sources = zip(*work, strict=True)
         return self._task.batch(keys=keys, records=records, sources=sources)
+
+
+def _first_of_each(keys: pa.ChunkedArray, known: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Where keys that are not known come for the first time."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    is_new = pc.and_(pc.is_valid(keys), pc.invert(pc.is_in(keys, value_set=known)))
+    rows = np.flatnonzero(is_new.to_numpy())
+    codes = keys.filter(is_new).combine_chunks().dictionary_encode().indices.to_numpy()
+    first = np.zeros(len(keys), bool)
+    first[rows[np.unique(codes, return_index=True)[1]]] = True
+    return first
 
 
 def artifact_schema() -> pa.Schema:
@@ -235,18 +302,54 @@ def artifact_schema() -> pa.Schema:
     return pa.schema([(name, {**texts, **numbers}[name]) for name in order])
 
 
-def artifact_keys(run: Run) -> dict[int, tuple[str, Location]]:
-    """Key and place of each artifact of a record stage's run, by image id."""
-    import pyarrow.parquet as pq
+class InOrder:
+    """Rows of a run's file in the order of the index, for as many records at a time as one likes."""
 
-    columns = pq.read_table(run.path(MANIFEST), partitioning=None).to_pydict()
-    places = zip(*(columns[name] for name in ("pack", "offset", "size", "digest")), strict=True)
-    return {
-        image_id: (key, Location(*place))
-        for image_id, key, place in zip(columns["image_id"], columns["key"], places, strict=True)
-    }
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        batches = pq.ParquetFile(path, pre_buffer=False).iter_batches(DECODED_AT_ONCE)
+        self._rows: Iterator[dict[str, Any]] = (row for batch in batches for row in batch.to_pylist())
+        self._next = next(self._rows, None)
+
+    def of(self, image_ids: Container[int]) -> Iterator[dict[str, Any]]:
+        """The next rows, as long as they are of these images."""
+        while self._next is not None and self._next["image_id"] in image_ids:
+            yield self._next
+            self._next = next(self._rows, None)
 
 
-def artifact_locations(run: Run) -> dict[int, Location]:
-    """Place of each artifact of a record stage's run, by image id."""
-    return {image_id: found for image_id, (_, found) in artifact_keys(run).items()}
+class Artifacts(Mapping[int, Location]):
+    """Places of the artifacts of a record stage's run, by image id; in columns, since they may be millions."""
+
+    def __init__(self, run: Run) -> None:
+        import pyarrow.parquet as pq
+
+        path, columns = run.path(MANIFEST), ["image_id", "pack", "offset", "size", "digest"]
+        table = pq.read_table(path, columns=columns, partitioning=None, read_dictionary=["pack"])
+        table = table.sort_by("image_id").unify_dictionaries()
+        self._ids = table.column("image_id").to_numpy()
+        self._columns = [table.column(name).combine_chunks() for name in columns[1:]]
+
+    def at(self, image_ids: Sequence[int]) -> list[Location | None]:
+        """The place for each of many images; None where there is none."""
+        import numpy as np
+        import pyarrow as pa
+
+        asked = np.asarray(image_ids, np.int64)
+        rows = np.searchsorted(self._ids, asked)
+        is_there = np.append(self._ids, 0)[rows] == asked
+        found = [column.take(pa.array(rows, mask=~is_there)).to_pylist() for column in self._columns]
+        return [None if place[0] is None else Location(*place) for place in zip(*found, strict=True)]
+
+    def __getitem__(self, image_id: int) -> Location:
+        row = int(self._ids.searchsorted(image_id))
+        if row == len(self._ids) or self._ids[row] != image_id:
+            raise KeyError(image_id)
+        return Location(*(column[row].as_py() for column in self._columns))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids.tolist())
+
+    def __len__(self) -> int:
+        return len(self._ids)

@@ -17,7 +17,7 @@ from tasks.export import LOCK, Export
 from tasks.manifest import Manifest
 from tasks.names import NamesParameter
 from tasks.progress import progress
-from tasks.record_stage import artifact_locations
+from tasks.record_stage import Artifacts
 from tasks.store import Run
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def truth_notes(task: Manifest) -> Iterator[str]:
         task.finished_run().path(MANIFEST), columns=["image_id", "file_name"], partitioning=None
     )
     rows = names.to_pylist()[:: max(names.num_rows // MASKS_COMPARED, 1)]
-    made = artifact_locations(task.condition_tasks()["mask"].finished_run())
+    made = Artifacts(task.condition_tasks()["mask"].finished_run())
     ious = []
     for row in rows:
         path, found = truth / f"{task.spec.artifact_stem(row['file_name'])}.png", made[row["image_id"]]
@@ -134,9 +134,7 @@ def split_tables(task: Manifest) -> SplitTables:
     run, store = task.finished_run(), task.store
     manifest = pq.read_table(run.path(MANIFEST), partitioning=None)
     ids = manifest.column("image_id").to_pylist()
-    locations = {
-        name: artifact_locations(each.finished_run()) for name, each in task.condition_tasks().items()
-    }
+    locations = {name: Artifacts(each.finished_run()) for name, each in task.condition_tasks().items()}
     image_paths = manifest.column("image_path").to_pylist()
 
     def read_image(row: int) -> bytes | None:

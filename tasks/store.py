@@ -34,14 +34,17 @@ from tasks.files import Files, Info, StoreError, cannot_read, files_at, is_url, 
 from tasks.packs import SAFETENSORS, TAR, container_of, container_size, write_container
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
+    from numpy.typing import NDArray
 
 KEY_BYTES = 16
 PROVENANCE = "provenance.json"
 ACCEPTED = "accepted.json"
 CACHE = "~/.cache/spctrl"
 COPIES = "copies"
-INDICES_AT_ONCE = 512
+INDICES_AT_ONCE = 64
+ODD_NUMBER, LARGEST_NUMBER = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
 class Location(NamedTuple):
@@ -57,6 +60,11 @@ class Location(NamedTuple):
 
 def digest(*parts: str | bytes) -> str:
     """Hex digest of a sequence of texts; the parts' borders count."""
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[str | bytes]) -> str:
+    """The same of as many as there may be."""
     state = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -148,24 +156,37 @@ class Store:
         return locations
 
     def write_pack_index(self, stage: str, pack: str, locations: Mapping[str, Location]) -> None:
-        import pyarrow as pa
-
-        columns = list(zip(*locations.values(), strict=True)) or [()] * len(Location._fields)
-        table = pa.table([list(locations), *columns[1:]], schema=_index_schema())
+        table = results_table(locations).drop_columns("pack")
         self.files.write(index_name(stage, pack), parquet_bytes(table))
 
-    def locations(self, stage: str) -> dict[str, Location]:
-        """Every artifact and every reject that the stage's packs hold, by key; a cut pack holds nothing."""
+    def results(self, stage: str, keys: pa.ChunkedArray) -> pa.Table:
+        """What the stage's packs hold of some keys, as ``results_table``; a cut pack holds nothing.
+
+        Rows of a few other keys may be among them. Of a key that several packs hold the first row counts.
+        """
+        import numpy as np
+        import pyarrow as pa
+
         packs = self.packs(stage)
-        found: dict[str, Location] = {}
-        for start in range(0, len(packs), INDICES_AT_ONCE):
-            some = list(packs)[start : start + INDICES_AT_ONCE]
+        names = sorted(packs, reverse=True)
+        wanted = np.sort(np.concatenate([*map(_numbers, keys.chunks), [LARGEST_NUMBER]]))
+        found = [results_table({})]
+        for start in range(0, len(names), INDICES_AT_ONCE):
+            some = names[start : start + INDICES_AT_ONCE]
             indices = self.files.read_many([index_name(stage, pack) for pack in some])
             for pack in some:
-                locations = _locations(pack, indices.get(index_name(stage, pack)))
-                places = [(location.offset, location.size) for location in locations.values()]
-                if packs[pack].size == container_size(PurePosixPath(pack).suffix, places):
-                    found |= locations
+                index = indices.get(index_name(stage, pack), b"")
+                found.append(_results(pack, packs[pack].size, index, wanted))
+        return pa.concat_tables(found)
+
+    def locations(self, stage: str) -> dict[str, Location]:
+        """Everything that the stage's packs hold, by key: for looking at a store that is not large."""
+        import pyarrow as pa
+
+        keys = [key for pack in self.packs(stage) for key in self.pack_locations(stage, pack)]
+        found: dict[str, Location] = {}
+        for row in self.results(stage, pa.chunked_array([keys], pa.string())).to_pylist():
+            found.setdefault(row.pop("key"), Location(**row))
         return found
 
     def pack_locations(self, stage: str, pack: str) -> dict[str, Location]:
@@ -361,21 +382,70 @@ def index_name(stage: str, pack: str) -> str:
     return f"packs/{stage}/{PurePosixPath(pack).stem}.parquet"
 
 
-def _locations(pack: str, index: bytes | None) -> dict[str, Location]:
+def results_table(locations: Mapping[str, Location]) -> pa.Table:
+    """Results by key as columns: a row takes a hundred bytes, where an object takes a thousand."""
     import pyarrow as pa
+
+    columns = list(zip(*locations.values(), strict=True)) or [()] * len(Location._fields)
+    pack = pa.field("pack", pa.dictionary(pa.int32(), pa.string()))
+    return pa.table([list(locations), *columns], schema=_index_schema().insert(1, pack))
+
+
+def _results(pack: str, size: int, index: bytes, wanted: NDArray[np.uint64]) -> pa.Table:
+    """Rows of a pack's index whose keys have a wanted number; none where the pack or its index is damaged."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    if index is None:
-        return {}
+    nothing = results_table({})
     try:
-        columns = pq.read_table(pa.BufferReader(index)).select(_index_schema().names).cast(_index_schema())
-        lists = [column.to_pylist() for column in columns.columns]
+        keys = pq.ParquetFile(pa.BufferReader(index)).read(["key"]).column("key").cast(pa.string())
+        numbers = _numbers(keys)
+    except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: keys that are not ASCII
+        return nothing
+    is_wanted = wanted[np.searchsorted(wanted, numbers)] == numbers
+    if not is_wanted.any() or (table := _index_table(index)) is None:
+        return nothing
+    end = pc.max(pc.add(table.column("offset"), table.column("size"))).as_py()
+    if size != container_size(PurePosixPath(pack).suffix, [(0, end)]):
+        return nothing
+    rows = table.filter(pa.array(is_wanted))
+    return rows.add_column(1, nothing.field("pack"), pa.array([pack] * len(rows)).dictionary_encode())
+
+
+def _numbers(keys: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
+    """A number for each key. Two keys that share one would be found together, which does no harm."""
+    import numpy as np
+
+    words = np.array(keys.to_pylist(), f"S{2 * KEY_BYTES}").view(np.uint64).reshape(-1, KEY_BYTES // 4)
+    return words[:, 0] * ODD_NUMBER + words[:, 1]
+
+
+def _locations(pack: str, index: bytes | None) -> dict[str, Location]:
+    if (table := _index_table(index or b"")) is None:
+        return {}
+    columns = (column.to_pylist() for column in table.columns)
+    return {key: Location(pack, *row) for key, *row in zip(*columns, strict=True)}
+
+
+def _index_table(index: bytes) -> pa.Table | None:
+    """A pack's index; None where it is damaged."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(index)).select(_index_schema().names).cast(_index_schema())
+        table.validate(full=True)
     except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: names that are no UTF-8
-        return {}
-    if any(columns[name].null_count for name in ("key", "offset", "size", "digest")):
-        return {}
-    locations = {key: Location(pack, *row) for key, *row in zip(*lists, strict=True)}
-    return locations if all(min(each.offset, each.size) >= 0 for each in locations.values()) else {}
+        return None
+    if any(table.column(name).null_count for name in ("key", "offset", "size", "digest")):
+        return None
+    numbers = [
+        number for name in ("offset", "size") for number in pc.min_max(table.column(name)).as_py().values()
+    ]
+    return table if len(table) == 0 or all(0 <= number < 2**62 for number in numbers) else None
 
 
 def _index_schema() -> pa.Schema:

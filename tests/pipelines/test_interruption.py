@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
+from processes import SURVIVAL_S, fork_server_of, survivors, wait_for_workers
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -25,7 +26,6 @@ RECORDS = 540
 MOMENTS = 20
 UPDATE_MOMENTS = 6
 SEED = 20
-SURVIVAL_S = 5.0
 RECORD_STAGES = ("spatext", "openpose")
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
@@ -106,54 +106,7 @@ def expected(
     return Expected(workspace.exported(), workspace.packs(*RECORD_STAGES), keys, duration_s)
 
 
-# Processes
-
-
-class Process(NamedTuple):
-    """A line of the process table."""
-
-    pid: int
-    parent: int
-    command: str
-
-
-def group_members(group: int) -> list[Process]:
-    """Processes of a group that are alive."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (OSError, ValueError):
-            continue  # it ended meanwhile
-        if int(its_group) == group and state not in "ZX":
-            found.append(Process(int(folder.name), int(parent), command))
-    return found
-
-
-def workers_of(build: subprocess.Popen[str]) -> list[Process]:
-    """Worker processes of a build: children of its fork server."""
-    members = group_members(build.pid)
-    servers = {each.pid for each in members if each.parent == build.pid and "forkserver" in each.command}
-    return [each for each in members if each.parent in servers]
-
-
-def wait_for_workers(build: subprocess.Popen[str], timeout_s: float = 60) -> list[Process]:
-    """The workers, as soon as there are some."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end and build.poll() is None:
-        if found := workers_of(build):
-            return found
-        time.sleep(0.002)
-    pytest.fail("the build ended before it had a worker process")
-
-
-def survivors(build: subprocess.Popen[str]) -> list[Process]:
-    """What is left of a build's processes after some seconds."""
-    end = time.monotonic() + SURVIVAL_S
-    while (found := group_members(build.pid)) and time.monotonic() < end:
-        time.sleep(0.02)
-    return found
+# Killing
 
 
 def kill_at(workspace: Workspace, moment_s: float | None, *, whole_group: bool) -> bool:
@@ -338,6 +291,24 @@ def test_a_killed_worker_fails_the_build_clearly_and_a_rerun_completes_it(
 
 
 @pytest.mark.slow
+def test_a_build_that_loses_its_fork_server_leaves_no_process_and_can_be_continued(
+    make_crowded: Callable[..., Workspace], expected: Expected
+) -> None:
+    workspace = make_crowded("lost-server")
+    build = workspace.start()
+    wait_for_workers(build)
+    os.kill(fork_server_of(build).pid, signal.SIGKILL)
+    output, _ = build.communicate(timeout=60)
+    assert build.returncode in (0, 30), output
+    assert "Traceback" not in output
+    assert survivors(build) == []
+    assert workspace.faults() == []
+    again = workspace.build()
+    assert again.succeeded, again.errors
+    expected.check(workspace)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_a_stopped_build_fails_leaves_no_process_and_can_be_continued(
     make_crowded: Callable[..., Workspace], expected: Expected, how: str
@@ -350,7 +321,8 @@ def test_a_stopped_build_fails_leaves_no_process_and_can_be_continued(
     else:
         os.kill(build.pid, signal.SIGTERM)
     output, _ = build.communicate(timeout=20)
-    assert build.returncode != 0, output
+    assert build.returncode == (-signal.SIGINT if how == "Ctrl-C" else -signal.SIGTERM), output
+    assert "Traceback" not in output
     assert survivors(build) == []
     assert workspace.faults() == []
     again = workspace.build()

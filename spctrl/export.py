@@ -26,9 +26,16 @@ Fields = TypeVar("Fields")
 
 
 class _Listed(msgspec.Struct):
-    """An entry of ``images``, as far as it takes to know whether it is wanted."""
+    """An entry of ``images``, as far as a line needs it. Other fields may hold numbers that Python's types do not."""
 
     id: int
+    file_name: str
+    height: int
+    width: int
+    background: int | None = None
+    picture_name: msgspec.Raw = msgspec.Raw(b"null")
+    category: str | None = None
+    description: str | None = None
 
 
 class _Owned(msgspec.Struct):
@@ -47,12 +54,11 @@ def record_lines(annotation_path: Path, layout: Layout, image_ids: set[int]) -> 
     for entry, owned in _readable(document.annotations, _Owned):
         if owned.image_id in image_ids:
             annotations.setdefault(owned.image_id, []).append(entry)
-    for entry, listed in _readable(document.images, _Listed):
-        if listed.id in image_ids:
-            image: dict[str, Any] = msgspec.json.decode(entry)
-            line = _record_line(image, annotations.get(listed.id, []), layout)
+    for _, image in _readable(document.images, _Listed):
+        if image.id in image_ids:
+            line = _record_line(image, annotations.get(image.id, []), layout)
             # Annotation files may be indented; a line must be one line.
-            yield image["file_name"], msgspec.json.format(msgspec.json.encode(line), indent=0)
+            yield image.file_name, msgspec.json.format(msgspec.json.encode(line), indent=0)
 
 
 def _readable(entries: list[msgspec.Raw], kind: type[Fields]) -> Iterator[tuple[msgspec.Raw, Fields]]:
@@ -63,22 +69,22 @@ def _readable(entries: list[msgspec.Raw], kind: type[Fields]) -> Iterator[tuple[
             yield entry, decoder.decode(entry)
 
 
-def _record_line(image: dict[str, Any], annotations: list[msgspec.Raw], layout: Layout) -> dict[str, Any]:
+def _record_line(image: _Listed, annotations: list[msgspec.Raw], layout: Layout) -> dict[str, Any]:
     line = {
-        "filename": Path(image["file_name"]).name,
-        "image_id": image["id"],
-        "height": image["height"],
-        "width": image["width"],
+        "filename": Path(image.file_name).name,
+        "image_id": image.id,
+        "height": image.height,
+        "width": image.width,
         "anns": annotations,
     }
     if layout.dataset.name == "ap10k":
-        return {**line, "background": image.get("background")}
+        return {**line, "background": image.background}
     return {
         **line,
-        "dirname": layout.dirname(image["file_name"]),
-        "picture_name": image.get("picture_name"),
-        "category": image.get("category"),
-        "caption": [image["description"]] if image.get("description") else [],
+        "dirname": layout.dirname(image.file_name),
+        "picture_name": image.picture_name,
+        "category": image.category,
+        "caption": [image.description] if image.description else [],
     }
 
 

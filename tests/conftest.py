@@ -37,6 +37,29 @@ LEDGERS = ".spctrl"
 BUILD_TIMEOUT_S = 120
 SAMPLE_IMAGES = 8
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--moments",
+        type=int,
+        help="at how many moments of a build each fault is tried, and all kinds of faults and builds with it; a large "
+        "number means at every operation",
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many faults were injected, by test."""
+    reports = [each for outcome in ("passed", "failed") for each in terminalreporter.stats.get(outcome, [])]
+    counts = {each: sum(name == "faults" for name, _ in each.user_properties) for each in reports}
+    if any(counts.values()):
+        terminalreporter.section("faults injected")
+        for report, count in counts.items():
+            if count:
+                test = report.nodeid.partition("::")[2]
+                terminalreporter.line(f"{count:6,} {report.outcome} in {report.duration:4.0f} s  {test}")
+        terminalreporter.line(f"{sum(counts.values()):6,} in all")
+
+
 Stamp = tuple[int, int]
 """Modification time in nanoseconds and inode: another one means that the file was written again."""
 

@@ -1,0 +1,361 @@
+"""Builds on disks that are full, read-only or broken, stores that vanish, clocks that jump, signals at any time.
+
+After each, nothing that counts as done is damaged, and another build gives the bytes of an undisturbed one. Some
+moments are tried; ``--moments 10000`` tries all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import faults
+import pytest
+from faults import YEAR_S, Action, Disk, Fault, Trials, disk, some, spctrl
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+pytestmark = pytest.mark.slow
+
+AMPLE = {"size": "64m", "nr_inodes": 10_000}
+FAILED = 30
+KEEPS = "What was finished before stays"
+
+
+# What is built
+
+
+def nothing_yet(workspace: Workspace) -> None:
+    """A first build."""
+
+
+def another_style(workspace: Workspace) -> None:
+    """A build that replaces what was made with other settings."""
+    style = workspace.settings.get("openpose", {}).get("style")
+    workspace.configure("openpose", style="coco")
+    assert faults.build(workspace).succeeded
+    workspace.configure("openpose", style=style)
+
+
+@pytest.fixture(scope="module")
+def make_trials(
+    sample: Path, code: Path, digest_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Trials]:
+    """Makes trials of a build: ``make_trials(prepare, **export settings)``."""
+    from conftest import Workspace
+
+    def make(prepare: Callable[[Workspace], None] = nothing_yet, **export: object) -> Trials:
+        folder = tmp_path_factory.mktemp("faults")
+        shutil.copytree(sample, folder / "data")
+        workspace = Workspace(folder / "work", folder / "data", code)
+        workspace.configure("build", datasets=["ap10k"], splits=["train"])
+        workspace.configure("export", **export)
+
+        def begin(workspace: Workspace) -> None:
+            workspace.store.mkdir(exist_ok=True)
+            shutil.copyfile(digest_cache, workspace.store / "cache.sqlite")
+            prepare(workspace)
+
+        return Trials(workspace, begin)
+
+    return make
+
+
+BUILDS: dict[str, Callable[[Callable[..., Trials]], Trials]] = {
+    "first": lambda make: make(),
+    "update": lambda make: make(another_style),
+    "shards": lambda make: make(format=["webdataset", "parquet"], heatmaps="yes"),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The most telling kinds of faults in a first build; with ``--moments`` all of them, in others too."""
+    everything = metafunc.config.getoption("moments") is not None
+    if "trials" in metafunc.fixturenames:
+        names = list(BUILDS) if everything else ["first"]
+        metafunc.parametrize("trials", names, indirect=True, scope="module")
+    if "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", [name for name, kind in KINDS.items() if kind.moments or everything])
+
+
+@pytest.fixture(scope="module")
+def trials(request: pytest.FixtureRequest, make_trials: Callable[..., Trials]) -> Trials:
+    """Trials of one of the builds."""
+    return BUILDS[request.param](make_trials)
+
+
+Moments = Callable[[int, int], list[int]]
+
+
+@pytest.fixture
+def moments(request: pytest.FixtureRequest) -> Moments:
+    """Some of a build's operations: ``moments(operations, count)``, the count being that without ``--moments``."""
+    asked = request.config.getoption("moments")
+    return lambda total, count: some(total, count if asked is None else asked, request.node.name)
+
+
+@pytest.fixture(autouse=True)
+def counted(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """Counts the faults of each test for the table at the end of the session."""
+    if "trials" in request.fixturenames:
+        request.getfixturevalue("trials").count = lambda: record_property("faults", 1)
+
+
+# At a file operation
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault.
+
+    Attributes:
+        fault: the fault at an operation of a build in a workspace.
+        exit_codes: of the build; 0 where it may not notice.
+        says: what its messages contain where it fails.
+        sound: whether nothing that counts as done may be damaged when the build has ended.
+        moments: how many are tried without ``--moments``.
+    """
+
+    fault: Callable[[Workspace, int], Fault]
+    exit_codes: tuple[int, ...]
+    says: str = ""
+    sound: bool = True
+    moments: int = 1
+
+
+def at(action: Action, *exit_codes: int, **facts: Any) -> Kind:
+    return Kind(lambda _, moment: Fault(moment, action), exit_codes, **facts)
+
+
+def failing(code: int, *exit_codes: int, moments: int = 1, **when: Any) -> Kind:
+    action, message = functools.partial(faults.fail, code), os.strerror(code)
+    return Kind(lambda _, moment: Fault(moment, action, **when), exit_codes, says=message, moments=moments)
+
+
+def removing(*names: str, sound: bool = False, moments: int = 1) -> Kind:
+    def fault(workspace: Workspace, moment: int) -> Fault:
+        return Fault(moment, functools.partial(faults.remove, [workspace.folder / name for name in names]))
+
+    return Kind(fault, (0, FAILED), sound=sound, moments=moments)
+
+
+LASTING: dict[str, Any] = {"lasting": True}
+FULL: dict[str, Any] = {"lasting": True, "spares": faults.REMOVALS}
+
+KINDS = {
+    "killed": at(faults.kill, -signal.SIGKILL, moments=3),
+    "terminated": at(functools.partial(faults.send, signal.SIGTERM), -signal.SIGTERM),
+    "interrupted": at(functools.partial(faults.send, signal.SIGINT), -signal.SIGINT, says="stopped"),
+    "no room left": failing(errno.ENOSPC, FAILED, **FULL),
+    "quota used up": failing(errno.EDQUOT, FAILED, **FULL, moments=0),
+    "read-only from now on": failing(errno.EROFS, FAILED, **LASTING),
+    "one input/output error": failing(errno.EIO, 0, FAILED),
+    "broken from now on": failing(errno.EIO, FAILED, **LASTING, moments=0),
+    "permission taken": failing(errno.EACCES, FAILED, **LASTING, moments=0),
+    "store deleted": removing("store"),
+    "packs deleted": removing("store/packs"),
+    "runs deleted": removing("store/runs"),
+    "cache deleted": removing("store/cache.sqlite", sound=True, moments=0),
+    "exports deleted": removing("exports"),
+    "exported folder deleted": removing("exports/AP-10K_triplet/pose_kptindex"),
+    "a year forwards": at(functools.partial(faults.jump, YEAR_S), 0),
+    "a year backwards": at(functools.partial(faults.jump, -YEAR_S), 0, moments=0),
+    "gc of a wrong clock": at(faults.clean_up_a_year_ahead, 0, FAILED, sound=False),
+}
+
+
+def test_a_build_disturbed_at_a_file_operation_leads_on_to_the_same_bytes(
+    trials: Trials, kind: str, moments: Moments
+) -> None:
+    how = KINDS[kind]
+    for moment in moments(trials.operations, how.moments):
+        fault = how.fault(trials.workspace, moment)
+        trials.survives(fault, *how.exit_codes, says=how.says, sound=how.sound)
+
+
+# On a disk of its own
+
+
+@pytest.fixture
+def on_disks(trials: Trials) -> Iterator[dict[str, Disk]]:
+    """The store and the exports on disks of their own, which have ample room."""
+    trials.begin()
+    for folder in (trials.workspace.store, trials.workspace.exports):
+        shutil.rmtree(folder, ignore_errors=True)
+    with disk(trials.workspace.store, **AMPLE) as store, disk(trials.workspace.exports, **AMPLE) as exports:
+        yield {"store": store, "exports": exports}
+
+
+LIMITS = {"size": os.sysconf("SC_PAGE_SIZE"), "nr_inodes": 1}
+"""Options of a disk that limit it, and their smallest steps."""
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("full", ["store", "exports"])
+def test_a_full_disk_fails_the_build_which_goes_on_once_there_is_room(
+    trials: Trials, on_disks: dict[str, Disk], full: str, limit: str, moments: Moments
+) -> None:
+    mounted, step = on_disks[full], LIMITS[limit]
+    trials.begin()
+    least = mounted.used()[limit] // step
+    trials.finishes()
+    most = mounted.used()[limit] // step
+    for more in moments(most - least, 1):
+        trials.begin()
+        mounted.change(**{limit: (least + more - 1) * step})
+        try:
+            done = faults.build(trials.workspace)
+            trials.count()
+            trials.ended(done, FAILED, says="No space left on device")
+            assert KEEPS in done.output
+            trials.is_sound()
+        finally:
+            mounted.change(**AMPLE)
+        trials.finishes()
+
+
+@pytest.mark.parametrize("which", ["store", "exports"])
+def test_a_read_only_disk_fails_the_build_which_goes_on_once_it_can_be_written(
+    trials: Trials, on_disks: dict[str, Disk], which: str
+) -> None:
+    trials.begin()
+    on_disks[which].change(ro=True)
+    done = faults.build(trials.workspace)
+    trials.count()
+    trials.ended(done, FAILED, says="Read-only file system")
+    assert KEEPS in done.output
+    trials.is_sound()
+    on_disks[which].change(rw=True)
+    trials.finishes()
+
+
+def test_a_finished_build_on_read_only_disks_is_found_finished(
+    trials: Trials, on_disks: dict[str, Disk]
+) -> None:
+    trials.begin()
+    trials.finishes()
+    for each in on_disks.values():
+        each.change(ro=True)
+    done = faults.build(trials.workspace)
+    assert done.succeeded, done.output
+    trials.is_sound()
+    assert spctrl(trials.workspace, "status").succeeded
+
+
+# Clocks
+
+
+@pytest.fixture
+def rewritten(workspace: Workspace) -> Workspace:
+    """A workspace whose annotations are written as ``edit_annotations`` does, so that an edit may keep their size."""
+    with workspace.edit_annotations("ap10k", "train"):
+        pass
+    return workspace
+
+
+@contextlib.contextmanager
+def edited_in_place(workspace: Workspace) -> Iterator[None]:
+    """One digit of a keypoint is another: only the file's time and content show it."""
+    path = workspace.annotation_path("ap10k", "train")
+    before = path.stat()
+    with workspace.edit_annotations("ap10k", "train") as content:
+        keypoints = content["annotations"][0]["keypoints"]
+        position = next(
+            i for i, value in enumerate(keypoints) if i % 3 == 0 and value > 10 and value % 10 < 9
+        )
+        keypoints[position] += 1
+    after = path.stat()
+    assert (after.st_size, after.st_ino) == (before.st_size, before.st_ino)
+    yield
+    with workspace.edit_annotations("ap10k", "train") as content:
+        content["annotations"][0]["keypoints"][position] -= 1
+
+
+CLOCKS = {"ahead": YEAR_S, "behind": -YEAR_S}
+
+
+@pytest.mark.parametrize("clock_s", CLOCKS.values(), ids=CLOCKS)
+def test_a_clock_that_is_wrong_for_one_build_hides_no_edit_and_makes_no_work(
+    rewritten: Workspace, clock_s: float
+) -> None:
+    assert faults.build(rewritten, clock_s=clock_s).succeeded
+    exported = rewritten.exported()
+    with edited_in_place(rewritten):
+        assert faults.build(rewritten).succeeded
+        assert rewritten.exported() != exported
+        assert faults.build(rewritten, clock_s=clock_s).operations == 0
+    assert faults.build(rewritten, clock_s=-clock_s).succeeded
+    assert rewritten.exported() == exported
+    assert faults.build(rewritten).operations == 0
+
+
+def test_files_from_the_future_hide_no_edit_and_make_no_work(rewritten: Workspace) -> None:
+    def age() -> None:
+        for path in rewritten.data.rglob("*"):
+            os.utime(path, (time.time() + YEAR_S,) * 2)
+
+    age()
+    assert faults.build(rewritten).succeeded
+    exported = rewritten.exported()
+    assert faults.build(rewritten).operations == 0
+    with edited_in_place(rewritten):
+        age()
+        assert faults.build(rewritten).succeeded
+        assert rewritten.exported() != exported
+    assert faults.build(rewritten).succeeded
+    assert rewritten.exported() == exported
+
+
+@pytest.mark.parametrize("clock_s", CLOCKS.values(), ids=CLOCKS)
+def test_gc_with_a_wrong_clock_keeps_what_the_present_settings_use(
+    workspace: Workspace, clock_s: float
+) -> None:
+    another_style(workspace)
+    assert faults.build(workspace, clock_s=-clock_s).succeeded
+    exported = workspace.exported()
+    cleaned = spctrl(workspace, "gc", "--keep", "0", clock_s=clock_s)
+    assert cleaned.succeeded, cleaned.output
+    assert workspace.faults() == []
+    assert faults.build(workspace).operations == 0
+    assert workspace.exported() == exported
+
+
+# Several builds
+
+
+def test_builds_with_different_settings_at_once_into_one_store_and_export(
+    trials: Trials, tmp_path: Path, moments: Moments
+) -> None:
+    from conftest import Workspace
+
+    one = trials.begin()
+    other = Workspace(tmp_path / "other", one.data, one.code)
+    other.settings = {**one.settings, "openpose": {"style": "coco"}}
+    exported = {}
+    for each in (one, other):
+        assert faults.build(each).succeeded
+        exported[each] = one.exported()
+    for moment in moments(trials.operations, 1):
+        trials.begin()
+        first = faults.start(one)
+        first.wait_for(moment)
+        second = faults.start(other)
+        for done in (first.wait(), second.wait()):
+            trials.ended(done, 0, FAILED)
+        trials.count()
+        trials.is_sound()
+        for each in (one, other):
+            again = faults.build(each)
+            assert again.succeeded, again.output
+            assert one.exported() == exported[each]
+        trials.is_sound()

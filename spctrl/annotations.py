@@ -32,8 +32,11 @@ KEYPOINTS_21 = 21
 MAX_FILE_NAME_BYTES = 230
 """Leaves room, in the 255 of common file systems, for a condition's suffix and a temporary file's prefix."""
 MAX_PATH_CHARACTERS = 512
+MAX_REJECTS, MAX_REJECT_CHARACTERS = 1_000_000, 10_000
+"""A row of reasons takes half a kilobyte, and a faulty entry two bytes of the file."""
+_LIKE_EXPORTED_FILES = (".png", ".json", ".npy", ".jpg")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
-_PLAIN_PATH = re.compile(r"(?:[\w-][\w. -]{0,99}/){0,4}[\w-][\w. -]{0,99}", re.ASCII)
+_PLAIN_PATH = re.compile(r"(?:[\w-][\w -]{0,99}/){0,4}[\w-][\w. -]{0,99}", re.ASCII)
 """What nearly all paths look like, and no rule of ``unsafe_path`` forbids: one look instead of seven."""
 _STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -215,7 +218,7 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
     """
     document = read_document(path)
     categories = {category.id: category for category in document.categories}
-    rejects = _Rejects()
+    rejects = _Rejects(path)
     images_in_file = len(document.images)
     images = _decode_images(document.images, dataset, max_pixels, rejects)
     annotations = _decode_annotations(document.annotations, images, dataset, categories, rejects)
@@ -223,34 +226,53 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
     _keep_usable(annotations, rejects.image_ids)
     annotations.images_in_file = images_in_file
     if not annotations.images:
-        reasons = Counter(row["code"] for row in rejects.rows).most_common(3)
-        found = ", ".join(f"{code}: {count}" for code, count in reasons) or "an empty list of images"
+        found = ", ".join(f"{code}: {count}" for code, count in rejects.reasons()) or "an empty list of images"
         raise AnnotationFileError(f"{path}: expected at least one usable image, found none ({found})")
     return annotations
 
 
 class _Rejects:
-    """Collects reject rows and the images that they take along."""
+    """Collects reject rows and the images that they take along.
 
-    def __init__(self) -> None:
+    Raises:
+        AnnotationFileError: there are too many of them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self.rows: list[dict[str, Any]] = []
         self.image_ids: set[int] = set()
 
     def add(
         self, code: str, message: str, image: ImageEntry | int | None, annotation_id: int | None = None
     ) -> None:
+        if len(self.rows) == MAX_REJECTS:
+            reasons = ", ".join(f"{each}: {count:,}" for each, count in self.reasons())
+            raise AnnotationFileError(
+                f"{self._path}: expected at most {MAX_REJECTS:,} faults, found more ({reasons}). Is this one of the "
+                "dataset's own annotation files?"
+            )
         image_id = image.id if isinstance(image, ImageEntry) else image
         self.rows.append(
             {
                 "image_id": image_id,
                 "annotation_id": annotation_id,
-                "file_name": image.file_name if isinstance(image, ImageEntry) else None,
+                "file_name": _shortened(image.file_name) if isinstance(image, ImageEntry) else None,
                 "code": code,
-                "message": message,
+                "message": _shortened(message),
             }
         )
         if image_id is not None:
             self.image_ids.add(image_id)
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """The commonest codes."""
+        return Counter(row["code"] for row in self.rows).most_common(3)
+
+
+def _shortened(text: str) -> str:
+    """Texts of a file that means harm may be as long as the file."""
+    return text if len(text) <= MAX_REJECT_CHARACTERS else f"{text[:MAX_REJECT_CHARACTERS]}…"
 
 
 def _decode_images(
@@ -320,6 +342,8 @@ def unsafe_path(path: str) -> str | None:
         return "names no file"
     if _UNPRINTABLE.search(path):
         return "holds a backslash or a control character"
+    if any(part.endswith(_LIKE_EXPORTED_FILES) for part in parts[:-1]):
+        return "has a folder that is named like a file"  # of an export, where the conditions of another image may be
     try:
         longest = max(map(len, parts)) if path.isascii() else max(len(part.encode()) for part in parts)
     except UnicodeEncodeError:

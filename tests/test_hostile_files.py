@@ -1,0 +1,402 @@
+"""Files that mean harm: what they claim is refused before it costs memory, and no name leads out of its place."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import struct
+import traceback
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from spctrl.annotations import MAX_REJECT_CHARACTERS, AnnotationFileError, unsafe_path
+from spctrl.conditions import check_depth, check_mask
+from spctrl.datasets import AP10K
+from spctrl.errors import ExpectedError
+from spctrl.images import MAX_FILE_BYTES, MAX_SCANS, open_rgb, probe_image
+from spctrl.index import write_index
+from spctrl.records import Record, RecordError
+from tasks.export import Ledger
+from tasks.files import StoreError, files_at
+from tasks.store import Store, parquet_bytes
+
+BYTES_PER_PIXEL = 32
+"""Most memory that decoding may take; WebP, the hungriest, was measured at 22."""
+SIDE_WH = (1500, 1000)
+MIB = 2**20
+
+
+def record(size_wh: tuple[int, int] = SIDE_WH) -> Record:
+    return Record(1, "1.jpg", size_wh, np.empty((0, 17, 3)), np.empty((0, 4)))
+
+
+def memory_of(work: Callable[[], object]) -> int:
+    """Bytes that a piece of work adds to the memory of a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            work()
+            grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+            os.write(writer, str(grown).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as found:
+        return int(found.read())
+
+
+# Images
+
+
+def saved(kind: str, mode: str, **options: Any) -> bytes:
+    pixels = np.zeros((*SIDE_WH[::-1], 4), np.uint8)
+    pixels[::7, ::5] = 200
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+IMAGES = {
+    "progressive JPEG": ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
+    "CMYK": ("JPEG", "CMYK", {"progressive": True}),
+    "PNG": ("PNG", "RGBA", {}),
+    "animated WebP": ("WEBP", "RGBA", {"lossless": True, "method": 0, "save_all": True}),
+    "GIF": ("GIF", "P", {}),
+    "BMP": ("BMP", "RGBA", {}),
+    "TIFF": ("TIFF", "F", {}),
+    "TIFF, packed": ("TIFF", "CMYK", {"compression": "tiff_lzw"}),
+}
+
+
+@pytest.mark.parametrize(("kind", "mode", "options"), IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("read", [probe_image, open_rgb, check_depth])
+def test_decoding_takes_a_stated_amount_of_memory(
+    kind: str, mode: str, options: dict[str, Any], read: Callable[[Record, bytes], object]
+) -> None:
+    data = saved(kind, mode, **options)
+
+    def work() -> None:
+        with suppress(RecordError):  # no depth map has fractions
+            read(record(), data)
+
+    assert memory_of(work) < BYTES_PER_PIXEL * SIDE_WH[0] * SIDE_WH[1] + 8 * MIB
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    data = saved("JPEG", "L", progressive=True)
+    start = data.index(b"\xff\xda")
+    scan = data[start : data.index(b"\xff", start + 20)]
+    bomb = data[:-2] + scan * MAX_SCANS + data[-2:]
+    for read in (probe_image, open_rgb, check_mask):
+        with pytest.raises(RecordError, match=f"at most {MAX_SCANS} scans in a JPEG, found") as caught:
+            read(record(), bomb)
+        assert caught.value.code == "bad_image"
+
+
+def test_a_file_of_any_size_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spctrl.images.MAX_FILE_BYTES", 1000)
+    with pytest.raises(RecordError, match="expected at most 1,000 bytes, found 1,001"):
+        probe_image(record(), bytes(1001))
+    assert MAX_FILE_BYTES == 256 * MIB
+
+
+def test_the_size_that_is_checked_is_the_size_that_is_decoded() -> None:
+    """Two headers in one PNG: what reads the last one must not decode by the first."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    small, large = (
+        chunk(b"IHDR", struct.pack(">IIBBBBB", *size_wh, 8, 0, 0, 0, 0))
+        for size_wh in ((64, 48), (9000, 9000))
+    )
+    pixels = chunk(b"IDAT", zlib.compress(bytes(9001 * 9000), 9)) + chunk(b"IEND", b"")
+
+    def work() -> None:
+        for headers in (small + large, large + small):
+            for read in (probe_image, open_rgb, check_mask, check_depth):
+                with suppress(RecordError):
+                    read(record((64, 48)), b"\x89PNG\r\n\x1a\n" + headers + pixels)
+
+    assert memory_of(work) < 16 * MIB
+
+
+# Annotation files
+
+
+def annotation(number: int, keypoints: str = "5,6,2," * 16 + "5,6,2") -> str:
+    return f'{{"id":{number},"image_id":1,"category_id":1,"bbox":[1,2,3,4],"keypoints":[{keypoints}]}}'
+
+
+def document(
+    annotations: str = annotation(1), image: str = '"file_name":"1.jpg","width":64,"height":48'
+) -> str:
+    return f'{{"images":[{{"id":1,{image}}}],"annotations":[{annotations}],"categories":[{{"id":1,"name":"fox"}}]}}'
+
+
+LARGE = {
+    "many annotations on one image": lambda: document(",".join(map(annotation, range(20_000)))),
+    "a list of a million numbers": lambda: document(f"{annotation(1)},{annotation(2, '1,' * 10**6 + '1')}"),
+    "a text of 10 MB": lambda: document(image=f'"file_name":"{"x" * 10**7}","width":64,"height":48'),
+    "a number of a million digits": lambda: document(annotation(1, "9" * 10**6)),
+    "a million brackets": lambda: document(f"{annotation(1)},{'[' * 10**6}"),
+    "entries of one byte": lambda: document(f"{annotation(1)}{',1' * 200_000}"),
+    "empty entries": lambda: document(f"{annotation(1)}{',{}' * 200_000}"),
+}
+
+
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE)
+def test_an_annotation_file_takes_a_stated_amount_of_memory(make: Callable[[], str], tmp_path: Path) -> None:
+    source = tmp_path / "annotations.json"
+    source.write_text(make())
+    faults_bytes = 1000 * 200_000  # a kilobyte for each fault that is listed
+
+    def work() -> None:
+        with suppress(AnnotationFileError):
+            write_index(source, AP10K, "train", tmp_path / "index.parquet", max_pixels=10**8)
+
+    assert memory_of(work) < 40 * source.stat().st_size + faults_bytes
+
+
+def test_faults_without_number_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spctrl.annotations.MAX_REJECTS", 10)
+    source = tmp_path / "annotations.json"
+    source.write_text(document(f"{annotation(1)}{',1' * 10}"))
+    assert write_index(source, AP10K, "train", tmp_path / "i", max_pixels=10**8).rejects.num_rows == 10
+    source.write_text(document(f"{annotation(1)}{',1' * 11}"))
+    with pytest.raises(AnnotationFileError, match=r"at most 10 faults, found more .bad_annotation_entry: 10"):
+        write_index(source, AP10K, "train", tmp_path / "i", max_pixels=10**8)
+
+
+def test_reasons_are_short_whatever_the_file_holds(tmp_path: Path) -> None:
+    source = tmp_path / "annotations.json"
+    good = '"file_name":"1.jpg","width":64,"height":48}'
+    source.write_text(
+        document(image=good + ',{"id":2,"file_name":"' + "x" * 10**6 + '","width":1,"height":1')
+    )
+    index = write_index(source, AP10K, "train", tmp_path / "index.parquet", max_pixels=10**8)
+    (row,) = index.rejects.to_pylist()
+    assert row["code"] == "unsafe_path"
+    assert max(len(row["message"]), len(row["file_name"])) <= MAX_REJECT_CHARACTERS + 1
+
+
+@pytest.mark.parametrize("name", ["a.png/2.jpg", "a/b.json/2.jpg", "x.npy/2", "1.jpg/2.jpg"])
+def test_a_folder_may_not_take_the_name_of_an_exported_file(name: str) -> None:
+    assert unsafe_path(name) == "has a folder that is named like a file"
+    assert unsafe_path("v1.0/a.b/2.png") is None
+
+
+# Weights
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def readers() -> dict[str, Callable[[Path], object]]:
+    pytest.importorskip("torch", reason="the models extra is not installed")
+    from eval.vitpose.checkpoints import load_vitpose
+    from spctrl.models.embedding import load_keypoint_init
+    from spctrl.models.tokens import load_learned_embeds
+    from spctrl.training.checkpoints import STATE, read_state
+    from spctrl.weights import read_torch_file
+
+    def state_of(path: Path) -> object:
+        path.rename(path.with_name(STATE))
+        return read_state(path.parent)
+
+    return {
+        "any": read_torch_file,
+        "tokens": load_learned_embeds,
+        "embedding": load_keypoint_init,
+        "training": state_of,
+        "ViTPose": load_vitpose,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["any", "tokens", "embedding", "training", "ViTPose"])
+@pytest.mark.parametrize("form", ["archive", "legacy", "pickle"])
+def test_pickles_with_code_are_refused_and_not_run(name: str, form: str, tmp_path: Path) -> None:
+    read = readers()[name]
+    import torch
+
+    path, content = tmp_path / "weights.pth", {"weight": Harmful(tmp_path / "made")}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "archive")
+    with pytest.raises(ExpectedError, match=r"code, which is not run"):
+        read(path)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_in_a_model_folder_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="the models extra is not installed")
+    from spctrl.models.stable_diffusion import load_text_encoder, load_unet
+    from spctrl.models.tiny import build_stable_diffusion
+
+    build_stable_diffusion(tmp_path / "sd")
+    for part, load, name in (
+        ("text_encoder", load_text_encoder, "pytorch_model.bin"),
+        ("unet", load_unet, "diffusion_pytorch_model.bin"),
+    ):
+        folder = tmp_path / "sd" / part
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        torch.save({"weight": Harmful(tmp_path / "made")}, folder / name)
+        with pytest.raises(ExpectedError, match="cannot be read"):
+            load(tmp_path / "sd")
+        assert not (tmp_path / "made").exists()
+
+
+def test_a_tensor_far_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="the models extra is not installed")
+    from spctrl.weights import read_torch_file
+
+    torch.save({"a": [torch.zeros(1).expand(10**9)]}, tmp_path / "bomb.pth")
+    with pytest.raises(ExpectedError, match="found 4,000,000,000"):
+        read_torch_file(tmp_path / "bomb.pth")
+
+
+# Stores, exports and manifests from elsewhere
+
+
+@pytest.mark.parametrize("name", ["../bait", "a/../../bait", "/etc/bait", "a\0b"])
+def test_a_name_that_leads_out_is_refused_by_every_way_to_use_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / "bait").write_text("bait")
+    files = files_at(tmp_path / "store")
+    uses: list[Callable[[], object]] = [
+        lambda: files.read(name),
+        lambda: files.write(name, b""),
+        lambda: files.remove([name]),
+        lambda: files.sizes([name]),
+        lambda: files.digest(name),
+        lambda: files.fetch(name, tmp_path),
+    ]
+    for use in uses:
+        with pytest.raises(StoreError, match="expected a name below"):
+            use()
+    assert (tmp_path / "bait").read_text() == "bait"
+
+
+def test_a_copy_of_an_object_stays_in_the_cache(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    (tmp_path / "bait").write_text("bait")
+    elsewhere = files_at("memory://hostile")
+    with pytest.raises(StoreError, match="expected a name below"):
+        elsewhere.fetch("../bait", tmp_path / "cache")
+    assert (tmp_path / "bait").read_text() == "bait"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_ledger_lists_only_files_of_its_export(tmp_path: Path) -> None:
+    place = files_at(tmp_path / "export", temporaries=".spctrl")
+    good = "data/1.jpg"
+    paths = ["../bait", "/etc/passwd", "", ".", "data/", ".spctrl/lock", "a\0b", "a/../../bait", good]
+    rows = {"path": paths, "made_from": ["x"] * len(paths), "digest": ["0"] * len(paths)}
+    place.write(".spctrl/train.parquet", parquet_bytes(pa.table(rows)))
+    assert list(Ledger.read(place, ".spctrl/train.json").files) == [good]
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"x" * 1000, "other columns", "other types", "nulls"])
+def test_a_damaged_ledger_counts_as_none(data: bytes | str, tmp_path: Path) -> None:
+    tables = {
+        "other columns": {"paths": ["a"]},
+        "other types": {"path": [[1]], "made_from": [1.5], "digest": [None]},
+        "nulls": {"path": [None], "made_from": [None], "digest": [None]},
+    }
+    place = files_at(tmp_path)
+    place.write("train.parquet", data if isinstance(data, bytes) else parquet_bytes(pa.table(tables[data])))
+    place.write("train.json", b'{"fingerprint": "f"}')
+    assert Ledger.read(place, "train.json").files == {}
+
+
+SHA = hashlib.sha256(b"").hexdigest()
+PROVENANCES: dict[str, Any] = {
+    "a list": [],
+    "a number": 7,
+    "nothing": {},
+    "no packs": {"files": {}},
+    "files: list": {"files": [], "packs": {}},
+    "entry: number": {"files": {"x": 1}, "packs": {}},
+    "size: text": {"files": {"x": {"size": "1", "digest": SHA}}, "packs": {}},
+    "digest: path": {"files": {"x": {"size": 1, "digest": "../../../x"}}, "packs": {}},
+    "name climbs": {"files": {"../../x": {"size": 1, "digest": SHA}}, "packs": {}},
+    "pack climbs": {"files": {}, "packs": {"../../x.tar": 1}},
+    "inputs: list": {"files": {}, "packs": {}, "inputs": []},
+    "counts: text": {"files": {}, "packs": {}, "counts": "x"},
+    "brackets": None,
+}
+
+
+@pytest.mark.parametrize("content", PROVENANCES.values(), ids=PROVENANCES)
+def test_a_damaged_provenance_counts_as_none(content: Any, tmp_path: Path) -> None:
+    text = "[" * 100_000 if content is None else json.dumps(content)
+    store = Store(tmp_path / "store")
+    run = store.run("mask", "ap10k-train", "f")
+    run.write("provenance.json", text.encode())
+    assert run.provenance() == {}
+    assert not run.is_whole()
+    assert [each.fingerprint for each in store.runs()] == ["f"]
+
+
+INDICES: dict[str, dict[str, list[Any]]] = {
+    "negative offset": {"offset": [-1]},
+    "negative size": {"size": [-5]},
+    "no offset": {"offset": [None]},
+    "texts": {"offset": ["x"]},
+    "lists": {"key": [["x"]]},
+    "no keys": {"key": [None]},
+}
+
+
+@pytest.mark.parametrize("change", INDICES.values(), ids=INDICES)
+def test_a_pack_s_index_with_impossible_places_counts_as_none(
+    change: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    row = {"key": ["k"], "offset": [512], "size": [3], "digest": [SHA], "code": [None], "message": [None]}
+    store = Store(tmp_path)
+    store.files.write("packs/mask/x.tar", bytes(10_240))
+    store.files.write("packs/mask/x.parquet", parquet_bytes(pa.table(row)))
+    assert list(store.pack_locations("mask", "x.tar")) == ["k"]
+    store.files.write("packs/mask/x.parquet", parquet_bytes(pa.table(row | change)))
+    assert store.pack_locations("mask", "x.tar") == {}
+
+
+def test_latents_are_not_read_from_impossible_places(tmp_path: Path) -> None:
+    from spctrl.training.artifacts import StoredArtifacts
+
+    folder = tmp_path / "packs/latents"
+    folder.mkdir(parents=True)
+    (folder / "x.safetensors").write_bytes(bytes(100))
+    for offset, size in ((-5, 10), (0, 2**60), (2**63 - 1, 5), (96, 5), (0, -1)):
+        table = pa.table({"key": ["k"], "offset": [offset], "size": [size], "code": pa.nulls(1, pa.string())})
+        pq.write_table(table, folder / "x.parquet")
+        with pytest.raises(ExpectedError, match="found none of 1"):
+            StoredArtifacts(tmp_path, "latents", pa.array(["k"]))

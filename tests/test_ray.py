@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -164,6 +165,49 @@ def test_a_node_lost_while_it_works_costs_no_byte(
     assert done.succeeded, done.errors
     assert len(set(begun())) == 2
     assert len(begun()) > len(ray.packs("spatext")) == 8
+    assert packs(ray) == packs(local)
+    assert ray.exported() == local.exported()
+
+
+HELD_WORK = f"""
+_make_pack = make_pack
+
+def make_pack(batch):
+    import os, time
+    (batch.store.home / f"{BEGUN}{{os.getpid()}}").touch()
+    time.sleep({LOSS_TIMEOUT_S})
+    return _make_pack(batch)
+"""
+
+
+@needs_ray
+def test_a_killed_driver_takes_its_batches_along_and_another_build_gives_the_same_bytes(
+    cluster: Any, sample: Path, make_workspace: Callable[..., Workspace], tmp_path: Path
+) -> None:
+    local, ray = make_workspace("local", sample), on_ray(make_workspace("ray", sample))
+    for workspace in (local, ray):
+        workspace.configure("build", datasets=["ap10k"], splits=["train"], conditions=["spatext"])
+    assert local.build().succeeded
+    ray.code = tmp_path / "held"
+    shutil.copytree(local.code, ray.code)
+    with (ray.code / "tasks" / "work.py").open("a") as file:
+        file.write(HELD_WORK)
+    driver = ray.start()
+    deadline = time.monotonic() + 2 * LOSS_TIMEOUT_S
+    while not (begun := list(ray.store.glob(f"{BEGUN}*"))):
+        assert time.monotonic() < deadline and driver.poll() is None, driver.communicate()[0]
+        time.sleep(0.05)
+    worker = Path("/proc", begun[0].name.removeprefix(BEGUN))
+    assert worker.exists()
+    driver.kill()
+    driver.communicate()
+    killed_at = time.monotonic()
+    while worker.exists():
+        assert time.monotonic() < killed_at + LOSS_TIMEOUT_S / 2, "the worker goes on"
+        time.sleep(0.05)
+    assert not any(name.startswith("packs/spatext") for name in packs(ray))
+    done = ray.build()
+    assert done.succeeded, done.errors
     assert packs(ray) == packs(local)
     assert ray.exported() == local.exported()
 

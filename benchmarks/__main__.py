@@ -20,6 +20,7 @@ BENCHMARKS = (
     "frechet",
     "train_step",
     "ray",
+    "scaling",
 )
 """Modules of this package, each with a function ``run``."""
 

@@ -101,8 +101,8 @@ class DigestCache:
     def list_digest(self, root: str, names: Sequence[str], max_read_bytes: int | None = None) -> str | None:
         """One digest for a list of files below a folder: their names and contents, and which are missing.
 
-        Costs one stat a file while nothing changes. Where more than ``max_read_bytes`` would have to be read,
-        gives None.
+        Costs one stat a file while nothing changes. Where more than ``max_read_bytes`` would have to be read, not
+        counting racy files, gives None.
         """
         state = hashlib.blake2b(digest_size=16)
         for _ in _look(root, names, state):
@@ -130,14 +130,17 @@ class DigestCache:
     def _digests(
         self, paths: Sequence[str], stats: Sequence[Stat | None], may_read: float = float("inf")
     ) -> _Digests | None:
-        """Digests of files; None, and nothing is read, where more than ``may_read`` bytes would have to be."""
+        """Digests of files; None, and nothing is read, where more than ``may_read`` bytes of files that are not racy
+        would have to be.
+        """
         known = self._known(paths)
         wanted = [
             (path, each)
             for path, each in zip(paths, stats, strict=True)
             if each is not None and known.get(path, (None,))[0] != each
         ]
-        read_bytes = sum(each[0] for _, each in wanted)
+        # Racy files are not kept, so they are read each time, and would be too much each time.
+        read_bytes = sum(each[0] for _, each in wanted if not _is_racy(each))
         if read_bytes > may_read:
             return None
         with ThreadPoolExecutor(HASHING_THREADS) as pool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import socket
 import struct
 import tarfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -51,6 +54,11 @@ def rejects(workspace: Workspace, stage: str) -> dict[int, str]:
     """Reason codes of a stage's rejects by image id."""
     (path,) = workspace.store.glob(f"runs/{stage}/*/*/rejects.parquet")
     return {row["image_id"]: row["code"] for row in pq.read_table(path, partitioning=None).to_pylist()}
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON lines file, whose lines end at line feeds only."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def everything_below(folder: Path) -> set[str]:
@@ -149,3 +157,143 @@ def test_captions_are_data_wherever_they_go(workspace: Workspace) -> None:
     page = (workspace.exports / "report.html").read_text()
     assert "<script>alert(1)" not in page
     assert "onerror=alert(2)>" not in page
+
+
+# Things that are no files, links, and names
+
+
+@pytest.fixture
+def odd(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """AP-10K's training sample with a folder, a socket, a device and links where images should be."""
+    raw = workspace.data / "AP-10K"
+    images = {image_id: raw / f"data/{image_id:012d}.jpg" for image_id in range(1, 9)}
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.copyfile(images[6], outside / "6.jpg")
+    shutil.copyfile(images[8], outside / "8.jpg")
+    shutil.move(images[7], raw / "data/inside.jpg")
+    for image_id in (1, 2, 3, 4, 8):
+        images[image_id].unlink()
+    images[1].mkdir()
+    monkeypatch.chdir(raw / "data")  # the address of a socket is short
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(images[2].name)
+    images[3].symlink_to("/dev/zero")
+    images[4].symlink_to("/proc/self/stat")
+    with images[5].open("wb") as file:
+        file.truncate(2**28 + 1)
+    (raw / "data/deep").symlink_to(outside)
+    images[7].symlink_to("inside.jpg")
+    os.link(outside / "8.jpg", images[8])
+    with workspace.edit_annotations("ap10k", "train") as content:
+        content["images"][5]["file_name"] = "deep/6.jpg"
+    workspace.configure("build", max_reject_share=1)
+    return workspace
+
+
+def test_what_is_no_image_file_is_set_aside(odd: Workspace) -> None:
+    assert odd.build().succeeded
+    assert rejects(odd, "images") == {
+        1: "missing_image",
+        2: "missing_image",
+        3: "missing_image",
+        4: "outside_dataset",
+        5: "bad_image",
+        6: "outside_dataset",
+    }
+    # A link within the dataset is as good as a file; a hard link is a file, wherever its other name is.
+    assert [row["image_id"] for row in odd.manifest("ap10k", "train")] == [7, 8]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder"])
+def test_an_annotation_file_that_is_none_stops_the_build_and_not_the_process(
+    workspace: Workspace, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = workspace.annotation_path("ap10k", "train")
+    path.unlink()
+    monkeypatch.chdir(path.parent)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    assert not workspace.build().succeeded
+
+
+def test_no_write_goes_through_a_hard_link(workspace: Workspace) -> None:
+    workspace.configure("export", link="hard")
+    assert workspace.build().succeeded
+    folder, exported = workspace.export_folder("ap10k"), workspace.exported()
+    sources = sorted((workspace.data / "AP-10K/data").glob("*.jpg"))
+    before = {path: path.read_bytes() for path in sources}
+    assert (folder / "data" / sources[0].name).samefile(sources[0])
+    for path in folder.rglob("*"):  # every file of the export is another name of a source
+        if path.is_file() and ".spctrl" not in path.parts:
+            path.unlink()
+            path.hardlink_to(sources[0])
+    shutil.rmtree(folder / ".spctrl")
+    workspace.configure("export", link="copy")
+    assert workspace.build().succeeded
+    assert {path: path.read_bytes() for path in sources} == before
+    assert workspace.exported() == exported
+    assert not (folder / "data" / sources[0].name).samefile(sources[0])
+
+
+NAMES = {
+    1: "new\nline.jpg",
+    2: "back\\slash.jpg",
+    3: "\x1b[2J.jpg",
+    4: "x" * 251 + ".jpg",
+    5: "folder.png/5.jpg",
+    6: "\u202egpj.6.jpg",
+    7: "\u2028 7 <script>.jpg",
+}
+
+
+def test_odd_names_are_refused_or_kept_as_they_are(workspace: Workspace) -> None:
+    data = workspace.data / "AP-10K/data"
+    (data / "folder.png").mkdir()
+    for image_id, name in NAMES.items():
+        (data / f"{image_id:012d}.jpg").rename(data / name)
+    shutil.copyfile(data / "000000000008.jpg", os.fsencode(data) + b"/\xff\xfe.jpg")
+    with workspace.edit_annotations("ap10k", "train") as content:
+        for image_id, name in NAMES.items():
+            content["images"][image_id - 1]["file_name"] = name
+    workspace.configure("build", max_reject_share=1)
+    workspace.configure("export", format="folders,webdataset,parquet")
+    assert workspace.build().succeeded
+    assert rejects(workspace, "index") == dict.fromkeys(range(1, 6), "unsafe_path")
+    manifest = {row["image_id"]: row for row in workspace.manifest("ap10k", "train")}
+    assert {i: row["file_name"] for i, row in manifest.items()} == {
+        6: NAMES[6],
+        7: NAMES[7],
+        8: "000000000008.jpg",
+    }
+    folder = workspace.export_folder("ap10k")
+    assert all((folder / row["image_path"]).is_file() for row in manifest.values())
+    assert [line["image_id"] for line in lines_of(folder / "train_split1.jsonl")] == [6, 7, 8]
+    assert "<script>" not in (workspace.exports / "report.html").read_text()
+
+
+# Exports and stores that come from elsewhere
+
+
+def test_a_ledger_removes_nothing_outside_its_export(workspace: Workspace, tmp_path: Path) -> None:
+    assert workspace.build().succeeded
+    baits = [tmp_path / "bait", workspace.exports / "bait", workspace.folder / "bait"]
+    for bait in baits:
+        bait.write_bytes(SECRET)
+    folder = workspace.export_folder("ap10k")
+    (path,) = (folder / ".spctrl").glob("*.parquet")
+    listed = pq.read_table(path, partitioning=None).to_pylist()
+    ways_out = [os.path.relpath(bait, folder) for bait in baits] + [str(bait) for bait in baits]
+    hostile = [{"path": way, "made_from": "x", "digest": "0" * 64} for way in ways_out]
+    pq.write_table(pa.Table.from_pylist(listed + hostile), path)
+    with workspace.edit_annotations("ap10k", "train") as content:
+        content["images"] = content["images"][:-1]
+        content["annotations"] = [each for each in content["annotations"] if each["image_id"] != 8]
+    assert workspace.build().succeeded
+    assert [bait.read_bytes() for bait in baits] == [SECRET] * 3
+    assert not (folder / "data/000000000008.jpg").exists(), "what is stale and its own is removed"

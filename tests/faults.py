@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -111,10 +111,10 @@ def fail(code: int, path: str) -> NoReturn:
     raise OSError(code, os.strerror(code), path)
 
 
-def remove(folders: Sequence[Path], path: str) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.unlink(missing_ok=True)
+def remove(place: Path, path: str) -> None:
+    """Delete a file or folder."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.unlink(missing_ok=True)
 
 
 def jump(seconds: float, path: str) -> None:

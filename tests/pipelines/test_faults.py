@@ -85,7 +85,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = list(BUILDS) if everything else ["first"]
         metafunc.parametrize("trials", names, indirect=True, scope="module")
     if "kind" in metafunc.fixturenames:
-        metafunc.parametrize("kind", [name for name, kind in KINDS.items() if kind.moments or everything])
+        metafunc.parametrize("kind", [name for name, kind in KINDS.items() if kind.shares or everything])
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +94,22 @@ def trials(request: pytest.FixtureRequest, make_trials: Callable[..., Trials]) -
     return BUILDS[request.param](make_trials)
 
 
-Moments = Callable[[int, int], list[int]]
+Moments = Callable[..., list[int]]
 
 
 @pytest.fixture
 def moments(request: pytest.FixtureRequest) -> Moments:
-    """Some of a build's operations: ``moments(operations, count)``, the count being that without ``--moments``."""
+    """Which of a build's operations to disturb: ``moments(operations, *shares of the build)``, or with ``--moments`` so
+    many.
+    """
     asked = request.config.getoption("moments")
-    return lambda total, count: some(total, count if asked is None else asked, request.node.name)
+
+    def choose(total: int, *shares: float) -> list[int]:
+        if asked is None:
+            return [1 + int(total * share) for share in shares]
+        return some(total, asked, request.node.name)
+
+    return choose
 
 
 @pytest.fixture(autouse=True)
@@ -123,54 +131,56 @@ class Kind:
         exit_codes: of the build; 0 where it may not notice.
         says: what its messages contain where it fails.
         sound: whether nothing that counts as done may be damaged when the build has ended.
-        moments: how many are tried without ``--moments``.
+        shares: of the build after which it is tried where ``--moments`` does not say otherwise.
     """
 
     fault: Callable[[Workspace, int], Fault]
     exit_codes: tuple[int, ...]
     says: str = ""
     sound: bool = True
-    moments: int = 1
+    shares: tuple[float, ...] = ()
 
 
 def at(action: Action, *exit_codes: int, **facts: Any) -> Kind:
     return Kind(lambda _, moment: Fault(moment, action), exit_codes, **facts)
 
 
-def failing(code: int, *exit_codes: int, moments: int = 1, **when: Any) -> Kind:
+def failing(code: int, *exit_codes: int, shares: tuple[float, ...] = (), **when: Any) -> Kind:
     action, message = functools.partial(faults.fail, code), os.strerror(code)
-    return Kind(lambda _, moment: Fault(moment, action, **when), exit_codes, says=message, moments=moments)
+    return Kind(lambda _, moment: Fault(moment, action, **when), exit_codes, says=message, shares=shares)
 
 
-def removing(*names: str, sound: bool = False, moments: int = 1) -> Kind:
+def removing(name: str, *shares: float, sound: bool = False) -> Kind:
     def fault(workspace: Workspace, moment: int) -> Fault:
-        return Fault(moment, functools.partial(faults.remove, [workspace.folder / name for name in names]))
+        return Fault(moment, functools.partial(faults.remove, workspace.folder / name))
 
-    return Kind(fault, (0, FAILED), sound=sound, moments=moments)
+    return Kind(fault, (0, FAILED), sound=sound, shares=shares)
 
 
 LASTING: dict[str, Any] = {"lasting": True}
 FULL: dict[str, Any] = {"lasting": True, "spares": faults.REMOVALS}
 
 KINDS = {
-    "killed": at(faults.kill, -signal.SIGKILL, moments=3),
-    "terminated": at(functools.partial(faults.send, signal.SIGTERM), -signal.SIGTERM),
-    "interrupted": at(functools.partial(faults.send, signal.SIGINT), -signal.SIGINT, says="stopped"),
-    "no room left": failing(errno.ENOSPC, FAILED, **FULL),
-    "quota used up": failing(errno.EDQUOT, FAILED, **FULL, moments=0),
-    "read-only from now on": failing(errno.EROFS, FAILED, **LASTING),
-    "one input/output error": failing(errno.EIO, 0, FAILED),
-    "broken from now on": failing(errno.EIO, FAILED, **LASTING, moments=0),
-    "permission taken": failing(errno.EACCES, FAILED, **LASTING, moments=0),
-    "store deleted": removing("store"),
-    "packs deleted": removing("store/packs"),
-    "runs deleted": removing("store/runs"),
-    "cache deleted": removing("store/cache.sqlite", sound=True, moments=0),
-    "exports deleted": removing("exports"),
-    "exported folder deleted": removing("exports/AP-10K_triplet/pose_kptindex"),
-    "a year forwards": at(functools.partial(faults.jump, YEAR_S), 0),
-    "a year backwards": at(functools.partial(faults.jump, -YEAR_S), 0, moments=0),
-    "gc of a wrong clock": at(faults.clean_up_a_year_ahead, 0, FAILED, sound=False),
+    "killed": at(faults.kill, -signal.SIGKILL, shares=(0.2, 0.5, 0.8)),
+    "terminated": at(functools.partial(faults.send, signal.SIGTERM), -signal.SIGTERM, shares=(0.4,)),
+    "interrupted": at(
+        functools.partial(faults.send, signal.SIGINT), -signal.SIGINT, says="stopped", shares=(0.7,)
+    ),
+    "no room left": failing(errno.ENOSPC, FAILED, **FULL, shares=(0.3,)),
+    "quota used up": failing(errno.EDQUOT, FAILED, **FULL),
+    "read-only from now on": failing(errno.EROFS, FAILED, **LASTING, shares=(0.8,)),
+    "one input/output error": failing(errno.EIO, 0, FAILED, shares=(0.6,)),
+    "broken from now on": failing(errno.EIO, FAILED, **LASTING),
+    "permission taken": failing(errno.EACCES, FAILED, **LASTING),
+    "store deleted": removing("store", 0.3),
+    "packs deleted": removing("store/packs", 0.5),
+    "runs deleted": removing("store/runs", 0.7),
+    "cache deleted": removing("store/cache.sqlite", sound=True),
+    "exports deleted": removing("exports", 0.75),
+    "exported folder deleted": removing("exports/AP-10K_triplet/pose_kptindex", 0.8),
+    "a year forwards": at(functools.partial(faults.jump, YEAR_S), 0, shares=(0.4,)),
+    "a year backwards": at(functools.partial(faults.jump, -YEAR_S), 0),
+    "gc of a wrong clock": at(faults.clean_up_a_year_ahead, 0, FAILED, sound=False, shares=(0.5,)),
 }
 
 
@@ -178,7 +188,7 @@ def test_a_build_disturbed_at_a_file_operation_leads_on_to_the_same_bytes(
     trials: Trials, kind: str, moments: Moments
 ) -> None:
     how = KINDS[kind]
-    for moment in moments(trials.operations, how.moments):
+    for moment in moments(trials.operations, *how.shares):
         fault = how.fault(trials.workspace, moment)
         trials.survives(fault, *how.exit_codes, says=how.says, sound=how.sound)
 
@@ -210,7 +220,7 @@ def test_a_full_disk_fails_the_build_which_goes_on_once_there_is_room(
     least = mounted.used()[limit] // step
     trials.finishes()
     most = mounted.used()[limit] // step
-    for more in moments(most - least, 1):
+    for more in moments(most - least, 0.5):
         trials.begin()
         mounted.change(**{limit: (least + more - 1) * step})
         try:
@@ -345,7 +355,7 @@ def test_builds_with_different_settings_at_once_into_one_store_and_export(
     for each in (one, other):
         assert faults.build(each).succeeded
         exported[each] = one.exported()
-    for moment in moments(trials.operations, 1):
+    for moment in moments(trials.operations, 0.7):
         trials.begin()
         first = faults.start(one)
         first.wait_for(moment)

@@ -466,7 +466,7 @@ def _latex_cell(number: Number | None, metric: Metric, rank: int | None, interva
 
 # For programs
 
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", " ")
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -548,7 +548,10 @@ def to_csv(table: Table) -> str:
 
 def _cell(value: Any) -> Any:
     """A text that a spreadsheet would take for a formula gets an apostrophe: names of species come from annotations."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")  # Python's writer does not quote it, and some readers end a row there
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
 
 
 def to_json(table: Table) -> str:

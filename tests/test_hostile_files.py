@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import traceback
@@ -282,6 +283,49 @@ def test_a_tensor_far_larger_than_its_file_is_refused(tmp_path: Path) -> None:
     torch.save({"a": [torch.zeros(1).expand(10**9)]}, tmp_path / "bomb.pth")
     with pytest.raises(ExpectedError, match="found 4,000,000,000"):
         read_torch_file(tmp_path / "bomb.pth")
+
+
+# Poses, and folders of images by someone else's code
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 10**9},
+        {"height": 0},
+        {"width": -5},
+        {"anns": [{"keypoints": [2**31, 5, 2] * 17}]},
+        {"anns": [{"keypoints": [5, 1e300, 1] * 17}]},
+        {"anns": [{"keypoints": [5, 5, 3] * 17}]},
+        {"anns": [{"keypoints": [5, 5]}]},
+        None,
+    ],
+    ids=str,
+)
+def test_a_pose_that_cannot_be_drawn_is_refused(change: dict[str, Any] | None, tmp_path: Path) -> None:
+    from spctrl.inference.poses import read_pose
+
+    good = {"width": 64, "height": 48, "anns": [{"keypoints": [1e300, 5, 0] + [5, 5, 2] * 16}]}
+    path = tmp_path / "pose.json"
+    path.write_text(json.dumps(good))
+    assert read_pose(path, AP10K).size_wh == (64, 48)
+    path.write_text("[" * 10**5 if change is None else json.dumps(good | change))
+    with pytest.raises(ExpectedError, match=re.escape(str(path))):
+        read_pose(path, AP10K)
+
+
+def test_only_files_of_a_folder_are_images(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the models extra is not installed")
+    from eval.images import image_files
+    from spctrl.inference.folders import list_images
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "2.png")
+    (tmp_path / "3.png").mkdir()
+    (tmp_path / "4.png").symlink_to("/dev/zero")
+    (tmp_path / "5.png").symlink_to("nowhere")
+    assert image_files(tmp_path) == [tmp_path / "1.png"]
+    assert list_images(tmp_path) == ["1.png"]
 
 
 # Stores, exports and manifests from elsewhere

@@ -197,6 +197,26 @@ def test_markdown_survives_names_with_bars() -> None:
     assert row.startswith(r"| a\|b | ")
 
 
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-1+1", "@SUM(A1)", "\t=1"])
+def test_no_name_of_a_species_is_a_formula_in_a_spreadsheet(name: str) -> None:
+    scores = measured("x", 0.5, 10)
+    scores.scores.append(Score("AP", "species", name, -0.5, math.nan, math.nan))
+    (row,) = (
+        row for row in csv.DictReader(io.StringIO(to_csv(make(scores)), newline="")) if name in row["group"]
+    )
+    assert row["group"] == f"'{name}"
+    assert row["value"] == "-50.0", "numbers stay numbers"
+
+
+def test_no_name_of_a_species_ends_a_row() -> None:
+    scores = measured("x", 0.5, 10)
+    scores.scores.append(Score("AP", "species", 'fox"\n\r=1,2', 0.5, math.nan, math.nan))
+    text = to_csv(make(scores))
+    assert "\r" not in text
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["group"] for row in rows if row["kind"]] == ["cat|dog", 'fox"\n =1,2']
+
+
 def test_differences_are_paired_and_need_the_same_images() -> None:
     intervals = Intervals(resamples=200)
     noise = np.random.default_rng(0).normal(size=60)

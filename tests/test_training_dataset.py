@@ -537,6 +537,14 @@ def test_latents_of_another_resolution_are_refused(made: dict[str, Made], tokeni
         made["ap10k"].open(tokenizer, latents=True, resolution=128)
 
 
+@pytest.mark.parametrize("path", ["../secret.jpg", "/etc/passwd", "data/../../secret.jpg"])
+def test_a_manifest_that_leads_out_of_the_images_is_refused(animals: Made, tokenizer: Any, path: str) -> None:
+    paths = pq.read_table(animals.manifest, partitioning=None).column("image_path").to_pylist()
+    rewrite(animals, image_path=[*paths[:-1], path])
+    with pytest.raises(ExpectedError, match="expected paths of images below"):
+        animals.open(tokenizer)
+
+
 def test_images_that_are_missing_are_missed_at_once(animals: Made, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ExpectedError, match="expected the folder of the images, found no data_root"):
         animals.open(tokenizer, data_root=None)

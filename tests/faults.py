@@ -8,8 +8,6 @@ removing) below the workspace's folder, and at one of them something happens.
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import itertools
 import json
 import multiprocessing
@@ -142,18 +140,6 @@ def nothing(path: str) -> None:
 
 
 NEVER = Fault(sys.maxsize, nothing)
-
-
-def out_of_room(at: int) -> Fault:
-    return Fault(at, functools.partial(fail, errno.ENOSPC), lasting=True, spares=REMOVALS)
-
-
-def read_only(at: int) -> Fault:
-    return Fault(at, functools.partial(fail, errno.EROFS), lasting=True)
-
-
-def failed_disk(at: int) -> Fault:
-    return Fault(at, functools.partial(fail, errno.EIO))
 
 
 # Disks

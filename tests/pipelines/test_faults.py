@@ -208,6 +208,8 @@ def on_disks(trials: Trials) -> Iterator[dict[str, Disk]]:
 
 LIMITS = {"size": os.sysconf("SC_PAGE_SIZE"), "nr_inodes": 1}
 """Options of a disk that limit it, and their smallest steps."""
+OF_THE_CACHE = 16
+"""Steps at the end that may lack without harm: the cache of digests is done without."""
 
 
 @pytest.mark.parametrize("limit", LIMITS)
@@ -222,12 +224,13 @@ def test_a_full_disk_fails_the_build_which_goes_on_once_there_is_room(
     most = mounted.used()[limit] // step
     for more in moments(most - least, 0.5):
         trials.begin()
-        mounted.change(**{limit: (least + more - 1) * step})
+        mounted.change(**{limit: max(least + more - 1, 1) * step})
         try:
             done = faults.build(trials.workspace)
-            trials.count()
-            trials.ended(done, FAILED, says="No space left on device")
-            assert KEEPS in done.output
+            if not done.succeeded or most - least - more > OF_THE_CACHE:
+                trials.count()
+                trials.ended(done, FAILED, says="No space left on device")
+                assert KEEPS in done.output
             trials.is_sound()
         finally:
             mounted.change(**AMPLE)
@@ -335,6 +338,7 @@ def test_gc_with_a_wrong_clock_keeps_what_the_present_settings_use(
     exported = workspace.exported()
     cleaned = spctrl(workspace, "gc", "--keep", "0", clock_s=clock_s)
     assert cleaned.succeeded, cleaned.output
+    assert ("Removed 0 runs" in cleaned.output) == (clock_s < 0)  # to a clock behind, everything is young
     assert workspace.faults() == []
     assert faults.build(workspace).operations == 0
     assert workspace.exported() == exported

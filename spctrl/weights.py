@@ -49,7 +49,7 @@ def are_random(weights: Path) -> bool:
     beside = weights / "spctrl.json" if weights.is_dir() else weights.with_name(f"{weights.name}.json")
     try:
         return bool(json.loads(beside.read_bytes()).get("weights") == "random")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

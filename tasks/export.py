@@ -119,7 +119,7 @@ def fingerprint_at(place: Files, ledger: str) -> str:
     """The fingerprint of a ledger alone, without loading anything heavy."""
     try:
         return str(json.loads(place.read(ledger))["fingerprint"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

@@ -237,13 +237,18 @@ class Store:
 
     def _read_accepted(self) -> dict[str, str]:
         try:
-            return dict(json.loads(self.files.read(ACCEPTED)))
+            found = json.loads(self.files.read(ACCEPTED))
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise StoreError(
                 f"{self.files.place(ACCEPTED)}: expected a JSON object, found a fault: {error}"
             ) from error
+        if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
+            raise StoreError(
+                f"{self.files.place(ACCEPTED)}: expected a JSON object of texts, found something else"
+            )
+        return found
 
     def accept(self, code_version: str, as_version: str) -> None:
         _accepted_elsewhere.pop(self, None)

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import resource
+import sqlite3
 import struct
 import traceback
 import zlib
@@ -32,6 +33,7 @@ from spctrl.index import write_index
 from spctrl.records import Record, RecordError
 from tasks.export import Ledger
 from tasks.files import StoreError, files_at
+from tasks.inputs import DigestCache
 from tasks.store import Store, parquet_bytes
 
 BYTES_PER_PIXEL = 32
@@ -408,6 +410,33 @@ def test_a_damaged_provenance_counts_as_none(content: Any, tmp_path: Path) -> No
     assert run.provenance() == {}
     assert not run.is_whole()
     assert [each.fingerprint for each in store.runs()] == ["f"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", '{"a": 1}', '{"a": ["b"]}', "[" * 100_000, "\x00"])
+def test_damaged_code_versions_are_an_error_that_names_the_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "accepted.json").write_text(text)
+    with pytest.raises(StoreError, match=r"accepted\.json: expected a JSON object"):
+        Store(tmp_path).accepted()
+
+
+@pytest.mark.parametrize("damage", ["text", "fact", "table"])
+def test_a_damaged_cache_of_digests_is_done_without(damage: str, tmp_path: Path) -> None:
+    path, data = tmp_path / "cache.sqlite", tmp_path / "data"
+    data.write_text("x")
+    os.utime(data, (0, 0))
+    expected = DigestCache(path).list_digest(str(tmp_path), ["data"])
+    if damage == "text":
+        path.write_bytes(b"no database" * 1000)
+    else:
+        with sqlite3.connect(path) as database:
+            database.execute(
+                "UPDATE facts SET value = '{'"
+                if damage == "fact"
+                else "UPDATE files SET size = 'x', digest = NULL"
+            )
+    cache = DigestCache(path)
+    assert cache.list_digest(str(tmp_path), ["data"]) == expected
+    assert cache.file_digest(data) == hashlib.sha256(b"x").hexdigest()
 
 
 INDICES: dict[str, dict[str, list[Any]]] = {

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -282,8 +283,8 @@ def test_a_silent_worker_is_replaced_in_time(
     assert (held["status"], held["progress_percentage"]) == ("RUNNING", 25)
     second = cluster.help()
     cluster.wait_for_helpers(2)
-    # Other stages go to the second worker; this one takes longer than a silence may, and stays where it is.
-    time.sleep(max(held["time_running"] + 1.5 * SILENCE_S - time.time(), 0))
+    if how == signal.SIGKILL:  # a stage may well take longer than a worker may be silent
+        time.sleep(max(held["time_running"] + 1.5 * SILENCE_S - time.time(), 0))
     (same,) = (each for each in cluster.tasks("Spatext") if each["params"] == held["params"])
     assert (same["status"], same["worker_running"]) == ("RUNNING", held["worker_running"])
     assert not list(cluster.workspace.store.glob(f"runs/{HELD}/{part_of(held)}/*/provenance.json"))
@@ -360,24 +361,24 @@ def test_a_worker_that_is_asked_to_leave_finishes_its_stage(cluster: Cluster) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["a broken image", "no annotations"])
-def test_a_stage_that_cannot_be_made_ends_all_workers(cluster: Cluster, fault: str) -> None:
+def test_stages_that_cannot_be_made_end_all_workers(cluster: Cluster) -> None:
     workspace = cluster.workspace
-    if fault == "a broken image":
-        workspace.configure("build", max_reject_share=0)
-        sorted((workspace.data / "AP-10K" / "data").iterdir())[0].write_bytes(b"no image")
-    else:
-        workspace.annotation_path("ap10k", "train").unlink()
+    workspace.configure("build", max_reject_share=0)
+    sorted((workspace.data / "AP-10K" / "data").iterdir())[0].write_bytes(b"no image")
+    workspace.annotation_path("humanart", "train").unlink()
     helpers = [cluster.help(), cluster.help()]
     codes = {each.ends() for each in helpers}
     assert codes == {30}, "\n".join(each.output for each in helpers)
     for each in helpers:
         says = [json.loads(line)["message"] for line in each.output.splitlines() if line.startswith("{")]
         (last,) = (line for line in says if line.startswith("BuildDataset cannot be built"))
-        assert ("max_reject_share" if fault == "a broken image" else "AnnotationFile") in last
-    # Mended and started anew, it is tried again, once luigid allows.
-    statuses = Counter(each["status"] for each in cluster.tasks())
-    assert statuses["DISABLED"] == 1
+        assert re.search(r"^Images\(dataset=ap10k.*max_reject_share = 0 allows", last, re.MULTILINE)
+        assert re.search(r"^AnnotationFile\(dataset=humanart.*does not exist", last, re.MULTILINE)
+        assert "Traceback" not in last
+    assert {each["name"] for each in cluster.tasks() if each["status"] == "DISABLED"} == {
+        "Images",
+        "AnnotationFile",
+    }
 
 
 def test_every_setting_for_clusters_is_one_of_luigis() -> None:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 HASH_SIDE = 8
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Others are not tried: PIL would start a PostScript interpreter for one of them."""
-MAX_FILE_BYTES = 2**28
-"""Of an image file: more than any that an index lets through needs. A sparse file costs nothing and claims any size."""
+MAX_FILE_BYTES = 2**30
+"""Of an image file: more than 8 bytes for each of the most pixels that the index lets through by default. A sparse file
+costs nothing and claims any size."""
 MAX_SCANS = 500
 """Of a progressive JPEG. Each goes over the whole image and takes a few bytes of the file, so that a small file could
 keep a decoder busy for hours; cameras and tools write about 10."""

@@ -18,11 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tasks.images import READ_AT_ONCE_BYTES
+
 if TYPE_CHECKING:
     from conftest import Workspace
 
 SCRIPT = "</td><script>alert(1)</script><img src=x onerror=alert(2)>"
 SECRET = b"what must not be copied"
+LARGE_BYTES = READ_AT_ONCE_BYTES
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -181,7 +184,8 @@ def odd(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     images[3].symlink_to("/dev/zero")
     images[4].symlink_to("/proc/self/stat")
     with images[5].open("wb") as file:
-        file.truncate(2**28 + 1)
+        file.truncate(LARGE_BYTES + 1)  # nothing but holes
+    monkeypatch.setattr("spctrl.images.MAX_FILE_BYTES", LARGE_BYTES)
     (raw / "data/deep").symlink_to(outside)
     images[7].symlink_to("inside.jpg")
     os.link(outside / "8.jpg", images[8])

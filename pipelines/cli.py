@@ -19,6 +19,7 @@ from luigi.task_register import Register
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from pipelines import BuildDataset, cluster, tools
 from spctrl.errors import ExpectedError
@@ -33,7 +34,20 @@ from tasks.progress import progress
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+
+class _Commands(TyperGroup):
+    """Commands that show the message of an error that explains itself, not its way through the program."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ExpectedError as error:
+            Console(stderr=True).print(str(error), soft_wrap=True, markup=False, highlight=False)
+            raise typer.Exit(FAILED) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     help="Look at what is built and why it would be built again, check and clean the store, draw a sample. "
@@ -43,7 +57,7 @@ tools.add_to(app)
 cluster.add_to(app)
 console = Console()
 
-FOUND_SOMETHING = 1
+FOUND_SOMETHING = FAILED = 1
 
 Names = Annotated[str | None, typer.Option(help="comma-separated; default: luigi.cfg")]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 console = Console()
 
 SHEET_COLUMNS = 4
-FAILED = 1
 
 DatasetName = Annotated[str, typer.Option("--dataset", help="ap10k or humanart: decides the keypoints")]
 Split = Annotated[str, typer.Option(help="of an image id: train, val or test")]
@@ -68,21 +66,7 @@ def add_to(app: typer.Typer) -> None:
         ("keypoint-embeddings", keypoint_embeddings),
         ("edit", edit),
     ):
-        app.command(name)(_explained(command))
-
-
-def _explained(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that shows the message of an error that explains itself, not its way through the program."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except ExpectedError as error:
-            Console(stderr=True).print(str(error), soft_wrap=True, markup=False, highlight=False)
-            raise typer.Exit(FAILED) from None
-
-    return run
+        app.command(name)(command)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -314,5 +314,7 @@ def _follow(run: Run, moved: dict[tuple[str, str], Location]) -> None:
             row |= {"pack": place.pack, "offset": place.offset}
     import pyarrow as pa
 
+    provenance = run.provenance()
+    run.uncommit()  # killed in between, the run is made again from its artifacts, and never damaged
     run.write(MANIFEST, parquet_bytes(pa.Table.from_pylist(rows, schema=artifact_schema())))
-    run.commit({row["pack"] for row in rows}, run.provenance())
+    run.commit({row["pack"] for row in rows}, provenance)

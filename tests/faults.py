@@ -207,9 +207,9 @@ def start(workspace: Workspace, fault: Fault = NEVER, *, clock_s: float = 0) -> 
     return Started(workspace, fault, clock_s, _luigi, arguments)
 
 
-def spctrl(workspace: Workspace, *arguments: str, clock_s: float = 0) -> Done:
-    """Run a command."""
-    return Started(workspace, NEVER, clock_s, _spctrl, list(arguments)).wait()
+def spctrl(workspace: Workspace, *arguments: str, fault: Fault = NEVER, clock_s: float = 0) -> Done:
+    """Run a command, as ``build`` builds."""
+    return Started(workspace, fault, clock_s, _spctrl, list(arguments)).wait()
 
 
 class Started:

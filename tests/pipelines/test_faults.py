@@ -344,6 +344,62 @@ def test_gc_with_a_wrong_clock_keeps_what_the_present_settings_use(
     assert workspace.exported() == exported
 
 
+# Cleaning up
+
+GC = ("gc", "--keep", "0", "--grace-hours", "0")
+
+
+@pytest.fixture(scope="module")
+def littered(make_trials: Callable[..., Trials], tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with runs that nothing refers to, and with packs that are mostly dead, as ``template`` beside it."""
+    workspace = make_trials().begin()
+    for change in (1, -1):
+        with workspace.edit_annotations("ap10k", "train") as content:
+            first = content["images"][0]["id"]
+            for annotation in content["annotations"]:
+                annotation["keypoints"][0] += change * (annotation["image_id"] != first)
+        assert faults.build(workspace).succeeded
+    shutil.copytree(workspace.store, workspace.folder.with_name("template"))
+    return workspace
+
+
+CLEANING = {
+    "killed": at(faults.kill, -signal.SIGKILL, shares=(0.1, 0.4, 0.7)),
+    "no room left": failing(errno.ENOSPC, 0, 1, **FULL, shares=(0.1,)),  # removing takes no room
+    "one input/output error": failing(errno.EIO, 0, 1, shares=(0.5,)),
+}
+
+
+@pytest.mark.parametrize("how", CLEANING)
+def test_gc_disturbed_at_a_file_operation_loses_nothing_that_is_kept(
+    littered: Workspace, how: str, moments: Moments, record_property: Callable[[str, object], None]
+) -> None:
+    def restore() -> None:
+        shutil.rmtree(littered.store)
+        shutil.copytree(littered.folder.with_name("template"), littered.store)
+
+    restore()
+    exported = littered.exported()
+    undisturbed = spctrl(littered, *GC)
+    assert undisturbed.succeeded, undisturbed.output
+    assert "rewrote 0 packs" not in undisturbed.output
+    packs = littered.packs("spatext", "openpose", "images")
+    for moment in moments(undisturbed.operations, *CLEANING[how].shares):
+        restore()
+        done = spctrl(littered, *GC, fault=CLEANING[how].fault(littered, moment))
+        record_property("faults", 1)
+        assert done.exit_code in CLEANING[how].exit_codes, done.output
+        assert done.succeeded or CLEANING[how].says in done.output, done.output
+        assert "Traceback" not in done.output
+        assert littered.faults() == []
+        again = littered.build()
+        assert again.succeeded, again.errors
+        assert again.worked == {}
+        assert littered.exported() == exported
+        assert spctrl(littered, *GC).succeeded
+        assert littered.packs("spatext", "openpose", "images") == packs
+
+
 # Several builds
 
 

@@ -1,17 +1,20 @@
 """Reading annotation files in COCO keypoint format: AP-10K's and HumanArt's.
 
-A file of HumanArt's size holds 200 MB of JSON. It is cut into its entries once, without decoding them; each
-entry is then decoded on its own and flattened into arrays, so that one broken entry costs one record and
-memory holds no object per number.
+A file of HumanArt's size holds 200 MB of JSON. It is decoded in one pass, in which each instance leaves its numbers
+in an array as soon as it is decoded, so that memory never holds an object per number. A file in which something does
+not decode or fit is read once more: cut into its entries, of which each is decoded on its own, so that a broken one
+costs one record and gets a reason.
 
 Legend: R images, M annotations of the whole file, K keypoints (17).
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from collections import Counter
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +98,26 @@ class Document(msgspec.Struct):
     categories: list[Category]
 
 
+class _PackedEntry(AnnotationEntry, gc=False):
+    """An annotation that goes into the rows in use as soon as it is decoded, and keeps none of its lists."""
+
+    def __post_init__(self) -> None:
+        _rows.get().add(self)
+        self.bbox = self.keypoints = _GONE
+        self.keypoints_21 = None
+
+
+class _PackedDocument(msgspec.Struct):
+    """A whole annotation file, its instances' numbers packed."""
+
+    images: list[ImageEntry]
+    annotations: list[_PackedEntry]
+    categories: list[Category]
+
+
+_GONE: list[float] = []
+
+
 @dataclass(kw_only=True)
 class Annotations:
     """An annotation file's usable images and its instances as columns, with what is wrong with the rest.
@@ -129,8 +152,65 @@ class Annotations:
     has_keypoints_21: NDArray[np.bool_]
     keypoints_21: NDArray[np.float64]
     categories: dict[int, Category]
-    rejects: list[dict[str, Any]]
+    rejects: list[dict[str, Any]] = field(default_factory=list)
     images_in_file: int = 0
+
+
+class _Rows:
+    """Instances as bytes, a row each: the fastest way from Python's numbers to arrays."""
+
+    def __init__(self, num_keypoints: int) -> None:
+        self._shape = (num_keypoints, 3)
+        # Packing checks counts and ranges as it goes.
+        self._pack = struct.Struct(f"5q5d{3 * num_keypoints}d").pack
+        self._pack_21 = struct.Struct(f"{3 * KEYPOINTS_21}d").pack
+        self._rows, self._rows_21, self._has_21 = bytearray(), bytearray(), bytearray()
+
+    def __len__(self) -> int:
+        return len(self._has_21)
+
+    def add(self, each: AnnotationEntry) -> None:
+        """Pack an instance.
+
+        Raises:
+            struct.error: a list of the wrong length or a whole number beyond 64 bits; nothing is added.
+        """
+        row = self._pack(
+            each.id, each.image_id, each.category_id, each.num_keypoints, each.iscrowd,
+            each.area, *each.bbox, *each.keypoints,
+        )  # fmt: skip
+        if len(each.bbox) != 4:
+            raise struct.error("numbers that are too many in one list and lack in the other")
+        if each.keypoints_21 is not None:
+            self._rows_21 += self._pack_21(*each.keypoints_21)
+        self._rows += row
+        self._has_21.append(each.keypoints_21 is not None)
+
+    def annotations(self, images: list[ImageEntry], categories: dict[int, Category]) -> Annotations:
+        """The columns of all rows, without a copy."""
+        table = np.frombuffer(
+            self._rows,
+            [("whole", "i8", 5), ("area", "f8"), ("bbox", "f8", 4), ("keypoints", "f8", self._shape)],
+        )
+        ids, image_ids, category_ids, num_keypoints, iscrowd = table["whole"].T
+        return Annotations(
+            images=images,
+            ids=ids,
+            image_ids=image_ids,
+            category_ids=category_ids,
+            num_keypoints=num_keypoints,
+            iscrowd=iscrowd != 0,
+            areas=table["area"],
+            bboxes_xywh=table["bbox"],
+            keypoints=table["keypoints"],
+            keypoints_21=np.frombuffer(self._rows_21).reshape(-1, KEYPOINTS_21, 3),
+            has_keypoints_21=np.frombuffer(self._has_21, bool),
+            categories=categories,
+        )
+
+
+_rows: ContextVar[_Rows] = ContextVar("_rows")
+"""Where ``_PackedEntry`` puts its numbers: decoding makes the entries and has no way to hand them anything."""
 
 
 def read_document(path: Path) -> Document:
@@ -139,10 +219,17 @@ def read_document(path: Path) -> Document:
     Raises:
         AnnotationFileError: the file is not JSON or lacks a section; names the file and the place.
     """
+    return _cut(path, _read(path))
+
+
+def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise AnnotationFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _cut(path: Path, data: bytes) -> Document:
     try:
         return msgspec.json.decode(data, type=Document)
     except _UNREADABLE as error:
@@ -216,17 +303,24 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
     Raises:
         AnnotationFileError: the file is not JSON, lacks a section or has no usable image.
     """
-    document = read_document(path)
-    categories = {category.id: category for category in document.categories}
     rejects = _Rejects(path)
-    images_in_file = len(document.images)
-    images = _decode_images(document.images, dataset, max_pixels, rejects)
-    annotations = _decode_annotations(document.annotations, images, dataset, categories, rejects)
-    _check_numbers(annotations, rejects)
-    _keep_usable(annotations, rejects.image_ids)
-    annotations.images_in_file = images_in_file
+    data = _read(path)
+    annotations = _decode_whole(data, dataset)
+    if annotations is not None:
+        del data  # memory for what follows
+        _check_images(annotations.images, dataset, max_pixels, rejects)
+    else:
+        document = _cut(path, data)
+        del data
+        annotations = _decode_entries(document, dataset, max_pixels, rejects)
+    positions = _image_positions(annotations.images, annotations.image_ids)
+    _check_numbers(annotations, positions, rejects)
+    _keep_usable(annotations, positions, rejects.image_ids)
+    annotations.rejects = rejects.rows
     if not annotations.images:
-        found = ", ".join(f"{code}: {count}" for code, count in rejects.reasons()) or "an empty list of images"
+        found = (
+            ", ".join(f"{code}: {count}" for code, count in rejects.reasons()) or "an empty list of images"
+        )
         raise AnnotationFileError(f"{path}: expected at least one usable image, found none ({found})")
     return annotations
 
@@ -275,6 +369,45 @@ def _shortened(text: str) -> str:
     return text if len(text) <= MAX_REJECT_CHARACTERS else f"{text[:MAX_REJECT_CHARACTERS]}…"
 
 
+def _decode_whole(data: bytes, dataset: Dataset) -> Annotations | None:
+    """A file in which everything decodes and fits together; None for any other, which needs a closer look."""
+    rows = _Rows(dataset.skeleton.num_keypoints)
+    token = _rows.set(rows)
+    try:
+        document = msgspec.json.decode(data, type=_PackedDocument)
+    except (*_UNREADABLE, struct.error):
+        return None
+    finally:
+        _rows.reset(token)
+    if len(rows) != len(document.annotations):  # the section comes twice, and the last one counts
+        return None
+    found = rows.annotations(document.images, {category.id: category for category in document.categories})
+    fits = all(map(_image_fits, found.images)) and all(map(_fits_int64, found.categories))
+    if not (fits and _instances_fit(found)):
+        return None
+    found.images_in_file = len(found.images)
+    return found
+
+
+def _instances_fit(found: Annotations) -> bool:
+    """Whether all instances' images and categories are in the file, and their counts in range."""
+    return bool(
+        (_image_positions(found.images, found.image_ids) >= 0).all()
+        and np.isin(found.category_ids, list(found.categories)).all()
+        and ((found.num_keypoints >= 0) & (found.num_keypoints < 2**31)).all()
+    )
+
+
+def _decode_entries(document: Document, dataset: Dataset, max_pixels: int, rejects: _Rejects) -> Annotations:
+    """The entries that decode and fit; what is wrong with the others goes to ``rejects``."""
+    categories = {category.id: category for category in document.categories}
+    images_in_file = len(document.images)
+    images = _decode_images(document.images, dataset, max_pixels, rejects)
+    found = _decode_annotations(document.annotations, images, dataset, categories, rejects)
+    found.images_in_file = images_in_file
+    return found
+
+
 def _decode_images(
     entries: list[msgspec.Raw], dataset: Dataset, max_pixels: int, rejects: _Rejects
 ) -> list[ImageEntry]:
@@ -287,7 +420,7 @@ def _decode_images(
         except _UNREADABLE as error:
             rejects.add("bad_image_entry", f"images[{position}]: {error}", _whole_number_in(entry, "id"))
             continue
-        if not all(map(_fits_int64, (image.id, image.width, image.height))):
+        if not _image_fits(image):
             message = f"images[{position}] holds a whole number that is out of range"
             rejects.add("bad_image_entry", message, _int64_or_none(image.id))
             continue
@@ -295,18 +428,30 @@ def _decode_images(
         if fault := _image_fault(image, dataset, max_pixels):
             rejects.add(*fault, image)
     entries.clear()
+    _check_shared(images, dataset, rejects)
+    return images
+
+
+def _check_images(images: list[ImageEntry], dataset: Dataset, max_pixels: int, rejects: _Rejects) -> None:
+    for image in images:
+        if fault := _image_fault(image, dataset, max_pixels):
+            rejects.add(*fault, image)
+    _check_shared(images, dataset, rejects)
+
+
+def _check_shared(images: list[ImageEntry], dataset: Dataset, rejects: _Rejects) -> None:
+    """Ids and places of conditions that several images would share."""
     # Conditions are PNG files named after the image, so x.jpg and x.png would be one.
     stems = [dataset.artifact_stem(image.file_name) for image in images]
     for kind, values in (("id", [image.id for image in images]), ("file_name", stems)):
-        counts = Counter(values)
-        if len(counts) == len(values):
+        if len(set(values)) == len(values):
             continue
+        counts = Counter(values)
         for image, value in zip(images, values, strict=True):
             if counts[value] > 1:
                 rejects.add(
                     f"duplicate_image_{kind}", f"{counts[value]} images share the {kind} {value!r}", image
                 )
-    return images
 
 
 def _image_fault(image: ImageEntry, dataset: Dataset, max_pixels: int) -> tuple[str, str] | None:
@@ -363,18 +508,7 @@ def _decode_annotations(
     """Decode, check and gather the instances of the images that remain."""
     decoder = msgspec.json.Decoder(AnnotationEntry)
     known_images = {image.id: image for image in images}
-    numbers = 3 * dataset.skeleton.num_keypoints
-    # One row of bytes an instance: packing checks counts and ranges as it goes, and is the fastest way from Python's
-    # numbers to an array. What does not fit is looked at again, for the reason.
-    row, row_21 = struct.Struct(f"=5q5d{numbers}d"), struct.Struct(f"={3 * KEYPOINTS_21}d")
-    pack, pack_21 = row.pack_into, row_21.pack_into
-    # As many as there can be: the system gives memory only to what is written.
-    rows, rows_21, has_21 = (
-        bytearray(row.size * len(entries)),
-        bytearray(row_21.size * len(entries)),
-        bytearray(),
-    )
-    count_21 = 0
+    rows = _Rows(dataset.skeleton.num_keypoints)
     for position, entry in enumerate(entries):
         try:
             each = decoder.decode(entry)
@@ -386,46 +520,17 @@ def _decode_annotations(
             )
             continue
         image = known_images.get(each.image_id)
+        fits = image is not None and each.category_id in categories and 0 <= each.num_keypoints < 2**31
         try:
-            pack(
-                rows, row.size * len(has_21),
-                each.id, each.image_id, each.category_id, each.num_keypoints, each.iscrowd,
-                each.area, *each.bbox, *each.keypoints,
-            )  # fmt: skip
-            if each.keypoints_21 is not None:
-                pack_21(rows_21, row_21.size * count_21, *each.keypoints_21)
-            fits = image is not None and each.category_id in categories and 0 <= each.num_keypoints < 2**31
+            if fits:
+                rows.add(each)
         except struct.error:
             fits = False
-        if not fits or len(each.bbox) != 4:
-            fault = _annotation_fault(each, image, numbers, categories)
+        if not fits:
+            fault = _annotation_fault(each, image, 3 * dataset.skeleton.num_keypoints, categories)
             rejects.add(*fault, image or _int64_or_none(each.image_id), _int64_or_none(each.id))
-            continue
-        has_21.append(each.keypoints_21 is not None)
-        count_21 += has_21[-1]
     entries.clear()  # with the last entry goes the file's text
-    skeleton = (dataset.skeleton.num_keypoints, 3)
-    table = np.frombuffer(
-        rows,
-        [("whole", "i8", 5), ("area", "f8"), ("bbox", "f8", 4), ("keypoints", "f8", skeleton)],
-        count=len(has_21),
-    )
-    ids, image_ids, category_ids, num_keypoints, iscrowd = table["whole"].T
-    return Annotations(
-        images=images,
-        ids=ids,
-        image_ids=image_ids,
-        category_ids=category_ids,
-        num_keypoints=num_keypoints,
-        iscrowd=iscrowd != 0,
-        areas=table["area"],
-        bboxes_xywh=table["bbox"],
-        keypoints=table["keypoints"],
-        keypoints_21=np.frombuffer(rows_21)[: 3 * KEYPOINTS_21 * count_21].reshape(-1, KEYPOINTS_21, 3),
-        has_keypoints_21=np.frombuffer(has_21, bool),
-        categories=categories,
-        rejects=rejects.rows,
-    )
+    return rows.annotations(images, categories)
 
 
 def _whole_number_in(entry: msgspec.Raw, name: str) -> int | None:
@@ -439,6 +544,10 @@ def _whole_number_in(entry: msgspec.Raw, name: str) -> int | None:
 
 def _int64_or_none(value: int) -> int | None:
     return value if _fits_int64(value) else None
+
+
+def _image_fits(image: ImageEntry) -> bool:
+    return _fits_int64(image.id) and _fits_int64(image.width) and _fits_int64(image.height)
 
 
 def _fits_int64(value: int) -> bool:
@@ -475,13 +584,22 @@ def _annotation_fault(
     return "bad_annotation_entry", f"annotation {each.id} holds a whole number that is out of range"
 
 
-def _check_numbers(flat: Annotations, rejects: _Rejects) -> None:
+def _image_positions(images: list[ImageEntry], image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(M,) int64: where in ``images`` each id is, the last place of several; -1 where it is not there."""
+    if not images:
+        return np.full(len(image_ids), -1)
+    known = np.array([image.id for image in images], np.int64)
+    order = np.argsort(known, kind="stable")
+    positions = order[np.searchsorted(known, image_ids, side="right", sorter=order) - 1]
+    return np.where(known[positions] == image_ids, positions, -1)
+
+
+def _check_numbers(flat: Annotations, positions: NDArray[np.int64], rejects: _Rejects) -> None:
     """The checks that run over whole columns: duplicates, coordinates, visibility, boxes."""
-    images = {image.id: image for image in flat.images}
     unique, counts = np.unique(flat.ids, return_counts=True)
     duplicated = np.isin(flat.ids, unique[counts > 1])
-    sizes_wh = np.array([(images[i].width, images[i].height) for i in flat.image_ids.tolist()], np.float64)
-    limit = sizes_wh.reshape(-1, 1, 2)
+    sizes_wh = np.array([(image.width, image.height) for image in flat.images], np.float64)
+    limit = sizes_wh.reshape(-1, 1, 2)[positions]
     xy, v = flat.keypoints[..., :2], flat.keypoints[..., 2]
     near = (xy >= -FAR_AWAY_IN_SIZES * limit) & (xy <= (1 + FAR_AWAY_IN_SIZES) * limit)
     finite = _whole_rows(np.isfinite(flat.keypoints)) & np.isfinite(flat.areas)
@@ -508,7 +626,7 @@ def _check_numbers(flat: Annotations, rejects: _Rejects) -> None:
     for code, wrong, message in checks:
         for row in np.flatnonzero(wrong).tolist():
             annotation_id = int(flat.ids[row])
-            rejects.add(code, f"{message} {annotation_id}", images[int(flat.image_ids[row])], annotation_id)
+            rejects.add(code, f"{message} {annotation_id}", flat.images[positions[row]], annotation_id)
 
 
 def _whole_rows(good: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -518,11 +636,11 @@ def _whole_rows(good: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.asarray(good.reshape(len(good), -1).all(axis=1))
 
 
-def _keep_usable(flat: Annotations, rejected_image_ids: set[int]) -> None:
+def _keep_usable(flat: Annotations, positions: NDArray[np.int64], rejected_image_ids: set[int]) -> None:
     """Drop whole images: a map that lacks one of its instances would be silently wrong."""
-    flat.images = [image for image in flat.images if image.id not in rejected_image_ids]
-    position = {image.id: index for index, image in enumerate(flat.images)}
-    image_of = np.array([position.get(i, -1) for i in flat.image_ids.tolist()], np.int64)
+    usable = np.array([image.id not in rejected_image_ids for image in flat.images], bool)
+    flat.images = list(itertools.compress(flat.images, usable))
+    image_of = np.where(usable, np.cumsum(usable) - 1, -1)[positions]
     order = np.argsort(image_of, kind="stable")
     flat.order = order[np.searchsorted(image_of[order], 0) :]
     flat.image_of = image_of[flat.order]

@@ -60,13 +60,15 @@ def write_index(source: Path, dataset: Dataset, split: str, destination: Path, *
         spctrl.annotations.AnnotationFileError: the file cannot be used at all.
     """
     with _no_garbage_collection():
-        annotations = read_annotations(source, dataset, max_pixels=max_pixels)
+        return _write_index(source, dataset, split, destination, max_pixels)
+
+
+def _write_index(source: Path, dataset: Dataset, split: str, destination: Path, max_pixels: int) -> Index:
+    annotations = read_annotations(source, dataset, max_pixels=max_pixels)
     # Not compressed: it would take as long as all other writing, to halve a file that only stages read.
     texts = [field.name for field in INDEX_SCHEMA if field.type in (pa.string(), pa.int32())]
     with (
-        ThreadPoolExecutor(
-            1
-        ) as writing,  # compressing needs no interpreter, so it runs beside making the next batch
+        ThreadPoolExecutor(1) as writing,  # needs no interpreter, so it runs beside making the next batch
         pq.ParquetWriter(
             destination, INDEX_SCHEMA, compression="none", use_dictionary=texts, write_statistics=False
         ) as writer,
@@ -96,7 +98,8 @@ def index_batches(
         images = annotations.images[start:stop]
         offsets = (bounds[start : stop + 1] - bounds[start]).astype(np.int32)
         rows = annotations.order[bounds[start] : bounds[stop]]
-        instances = pa.ListArray.from_arrays(pa.array(offsets), _instances(annotations, rows, rows_21))
+        keypoints = _taken(annotations.keypoints, rows)
+        instances = _instances(annotations, rows, rows_21, keypoints)
         columns = {
             "dataset": pa.repeat(dataset.name, stop - start),
             "split": pa.repeat(split, stop - start),
@@ -110,11 +113,11 @@ def index_batches(
             ),
             "category": pa.array([image.category for image in images], pa.string()),
             "captions": pa.array([_captions(image) for image in images], pa.list_(pa.string())),
-            "instances": instances,
+            "instances": pa.ListArray.from_arrays(pa.array(offsets), instances),
             "licence": pa.repeat(dataset.licence, stop - start),
             "source_url": pa.array([_known(image.page_url) or dataset.source_url for image in images]),
             "author": pa.array([_known(image.author) for image in images], pa.string()),
-            "drawing_digest": pa.array(_drawing_digests(images, offsets, annotations.keypoints[rows])),
+            "drawing_digest": pa.array(_drawing_digests(images, offsets, keypoints)),
         }
         yield pa.RecordBatch.from_arrays([columns[name] for name in INDEX_SCHEMA.names], schema=INDEX_SCHEMA)
 
@@ -131,25 +134,25 @@ def _captions(image: ImageEntry) -> list[str]:
 def _drawing_digests(
     images: list[ImageEntry], offsets: NDArray[np.int32], keypoints: NDArray[np.float64]
 ) -> list[str]:
-    data = memoryview(keypoints.tobytes())
+    data = keypoints.reshape(-1).view(np.uint8).data
     size = keypoints.itemsize * keypoints.shape[1] * keypoints.shape[2]
+    bounds = (offsets.astype(np.int64) * size).tolist()
     return [
         blake2b(
-            data[first * size : last * size],
+            data[first:last],
             digest_size=DIGEST_BYTES,
             person=b"drawing",
-            salt=_size_salt(image),
+            salt=image.width.to_bytes(8, "big") + image.height.to_bytes(8, "big"),
         ).hexdigest()
-        for image, first, last in zip(images, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        for image, first, last in zip(images, bounds[:-1], bounds[1:], strict=True)
     ]
 
 
-def _size_salt(image: ImageEntry) -> bytes:
-    return image.width.to_bytes(8, "big") + image.height.to_bytes(8, "big")
-
-
 def _instances(
-    annotations: Annotations, rows: NDArray[np.int64], rows_21: NDArray[np.int64]
+    annotations: Annotations,
+    rows: NDArray[np.int64],
+    rows_21: NDArray[np.int64],
+    keypoints: NDArray[np.float64],
 ) -> pa.StructArray:
     """The instances at ``rows``; ``rows_21[i]`` is instance i's row among those that have 21 keypoints."""
     category_ids = annotations.category_ids[rows]
@@ -163,10 +166,17 @@ def _instances(
         pa.array(annotations.areas[rows]),
         pa.array(annotations.iscrowd[rows]),
         pa.array(annotations.num_keypoints[rows].astype(np.int32)),
-        _keypoint_lists(annotations.keypoints[rows], np.ones(len(category_ids), bool)),
-        _keypoint_lists(annotations.keypoints_21[rows_21[rows[has_21]]], has_21),
+        _keypoint_lists(keypoints, np.ones(len(rows), bool)),
+        _keypoint_lists(_taken(annotations.keypoints_21, rows_21[rows[has_21]]), has_21),
     ]
     return pa.StructArray.from_arrays(columns, fields=list(INSTANCE_TYPE))
+
+
+def _taken(values: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """``values[rows]`` as one piece of memory: without a copy where it already is one."""
+    if len(rows) and (np.diff(rows) == 1).all():
+        return np.ascontiguousarray(values[rows[0] : rows[-1] + 1])
+    return values[rows]
 
 
 def _fixed_lists(values: NDArray[np.float64], size: int) -> pa.FixedSizeListArray:

@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spctrl.annotations import AnnotationFileError, read_document, unsafe_path
+from spctrl.annotations import AnnotationFileError, _decode_whole, read_document, unsafe_path
 from spctrl.datasets import AP10K, HUMANART, Dataset
 from spctrl.index import Index, write_index
 
@@ -582,6 +583,121 @@ def test_brackets_without_end_fail_quickly(tmp_path: Path) -> None:
     assert time.perf_counter() - started < 5
 
 
+# Decoded in one pass or entry by entry: the same
+
+NUMBERS = [
+    "0", "-0", "-0.0", "1.0", "1e2", "1E-2", "2.0e0", "01", "+1", ".5", "5.", "1_0", "0x1", "1e", "--1", "1 2", "",
+    "true", "null", '"1"', "[1]", "{}", "NaN", "-Infinity", "Infinity", "1e308", "1e309", "-1e999", "5e-324", "1e-400",
+    "0.1000000000000000055511151231257827021181583404541015625", "9007199254740993", "18446744073709551615",
+    "18446744073709551616", "9223372036854775807", "9223372036854775808", "-9223372036854775809", "9" * 30, "9" * 400,
+]  # fmt: skip
+"""What may stand where a number should."""
+
+
+def both_ways(folder: Path, content: Json | str | bytes, dataset: Dataset = AP10K) -> Outcome | str:
+    """What the index makes of a file, or its error: with the one pass, and the same without it."""
+    found = [_outcome_or_error(folder, content, dataset)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spctrl.annotations._decode_whole", lambda data, dataset: None)
+        found.append(_outcome_or_error(folder, content, dataset))
+    whole, by_entry = found
+    if isinstance(whole, Outcome) and isinstance(by_entry, Outcome):
+        # As text: of two equal numbers one may be a negative zero.
+        assert repr(whole.rows) == repr(by_entry.rows)
+        assert whole.rejects == by_entry.rejects
+        assert whole.index.image_paths == by_entry.index.image_paths
+        assert whole.index.images_in_file == by_entry.index.images_in_file
+    else:
+        assert whole == by_entry
+    return whole
+
+
+def _outcome_or_error(folder: Path, content: Json | str | bytes, dataset: Dataset) -> Outcome | str:
+    try:
+        return indexed(folder, content, dataset)
+    except AnnotationFileError as error:
+        return str(error)
+
+
+def decodes_at_once(content: Json | str, dataset: Dataset = AP10K) -> bool:
+    text = json.dumps(content) if isinstance(content, dict) else content
+    return _decode_whole(text.encode(), dataset) is not None
+
+
+def test_a_file_without_any_fault_is_decoded_in_one_pass() -> None:
+    assert decodes_at_once(small_document())
+    assert decodes_at_once(edited(put(annotation, "keypoints_21", [1, 2, 2] * 21)))
+    assert not decodes_at_once(edited(put(annotation, "keypoints", [1, 2, 2] * 16)))
+
+
+@pytest.mark.parametrize("edit", [*KEPT.values(), *(edit for edit, _ in REJECTED.values())])
+def test_one_pass_and_entry_by_entry_agree(tmp_path: Path, edit: Edit) -> None:
+    both_ways(tmp_path, edited(edit))
+
+
+@pytest.mark.parametrize("content", [content for content, _ in NOT_USABLE.values()], ids=NOT_USABLE.keys())
+def test_one_pass_and_entry_by_entry_give_the_same_errors(tmp_path: Path, content: str | bytes) -> None:
+    assert isinstance(both_ways(tmp_path, content), str)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_one_pass_and_entry_by_entry_read_numbers_alike(tmp_path: Path, number: str) -> None:
+    for part, key in [
+        (image, "id"),
+        (image, "width"),
+        *((annotation, each) for each in annotation(small_document())),
+    ]:
+        document = small_document()
+        annotation(document)["keypoints_21"] = [1, 2, 2] * 21
+        value = part(document)[key]
+        part(document)[key] = ["HERE", *value[1:]] if isinstance(value, list) else "HERE"
+        both_ways(tmp_path, json.dumps(document).replace('"HERE"', number))
+
+
+@pytest.mark.parametrize("first", ["[]", "itself", "[{}]"])
+@pytest.mark.parametrize("section", ["images", "annotations"])
+def test_of_a_section_that_comes_twice_the_last_one_counts(tmp_path: Path, section: str, first: str) -> None:
+    document = small_document()
+    content = json.dumps(document[section]) if first == "itself" else first
+    found = both_ways(tmp_path, json.dumps(document).replace("{", f'{{"{section}": {content}, ', 1))
+    assert isinstance(found, Outcome)
+    assert found.kept == {1, 2, 3}
+    assert found.rejects == []
+    assert [len(row["instances"]) for row in found.rows.values()] == [1, 1, 1]
+
+
+def test_the_sections_may_come_in_any_order(tmp_path: Path) -> None:
+    document = dict(reversed(small_document().items()))
+    assert list(document)[-1] == "images"
+    assert decodes_at_once(document)
+    found = both_ways(tmp_path, document)
+    assert isinstance(found, Outcome)
+    assert found.kept == {1, 2, 3}
+
+
+def test_files_that_are_read_at_the_same_time_stay_apart(tmp_path: Path) -> None:
+    def shifted(number: int) -> Json:
+        document = small_document()
+        document["images"] = document["images"][: 1 + number % 3]
+        document["annotations"] = [
+            {**each, "id": number * 1000 + turn, "keypoints": [number, turn % 40, 1] * 17}
+            for turn in range(200)
+            for each in document["annotations"][: 1 + number % 3]
+        ]
+        for position, each in enumerate(document["annotations"]):
+            each["id"] = number * 1000 + position
+        return document
+
+    def found(number: int) -> dict[int, Json]:
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+        return indexed(folder, shifted(number)).rows
+
+    alone = [found(number) for number in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(found, range(8))) == alone
+
+
 # Any file at all
 
 VALUES = st.one_of(
@@ -653,10 +769,9 @@ def test_every_image_of_a_mutated_file_is_indexed_or_rejected(
             if isinstance(each, dict) and isinstance(each.get("file_name"), str):
                 each["file_name"] = f"HumanArt/images/{each['file_name']}"
     text = json.dumps(document)
-    try:
-        found = indexed(folder, text, dataset)
-    except AnnotationFileError as error:
-        assert str(folder / "annotations.json") in str(error)
+    found = both_ways(folder, text, dataset)
+    if isinstance(found, str):
+        assert str(folder / "annotations.json") in found
         return
     written = json.loads(text)
     rejected = {row["image_id"] for row in found.rejects}
@@ -705,7 +820,6 @@ def test_damaged_bytes_never_raise_anything_else(folder: Path, data: st.DataObje
             )
         )
         text[start:stop] = inserted
-    try:
-        indexed(folder, bytes(text))
-    except AnnotationFileError as error:
-        assert str(folder / "annotations.json") in str(error)
+    found = both_ways(folder, bytes(text))
+    if isinstance(found, str):
+        assert str(folder / "annotations.json") in found

@@ -13,12 +13,13 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import Build, Workspace
+
+from tasks.store import Store
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession, web
@@ -40,6 +43,7 @@ print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
 PATIENCE_S = 0.5
+WRITES = ("PUT", "POST", "DELETE")
 KEYS_PER_LISTING = 100
 """Of the server's answers; elsewhere it is 1,000."""
 POLL_S = 0.02
@@ -62,7 +66,7 @@ class Fault(StrEnum):
 
 
 XML_ERRORS = {Fault.ERROR: (500, "InternalError"), Fault.SLOW_DOWN: (503, "SlowDown")}
-CUT_ANSWERS = {Fault.CUT, Fault.SHORT, Fault.SHORT_UNCHECKED}
+CUT_ANSWERS = (Fault.CUT, Fault.SHORT, Fault.SHORT_UNCHECKED)
 DONE_ALL_THE_SAME = {Fault.LOST, Fault.STALLED_AFTER, *CUT_ANSWERS}
 CHECKSUMS = "x-amz-checksum-"
 HOP_BY_HOP = {"connection", "content-length", "date", "expect", "keep-alive", "server", "transfer-encoding"}
@@ -253,9 +257,14 @@ class Bucket:
     def proxy(self) -> Proxy:
         return self.server.proxy
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def tags(self, prefix: str = "") -> dict[str, str]:
+        """ETag of every object, by key."""
         pages = self.server.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
-        return [each["Key"] for page in pages for each in page.get("Contents", [])]
+        return {each["Key"]: each["ETag"] for page in pages for each in page.get("Contents", [])}
+
+    def listing(self, prefix: str = "") -> list[str]:
+        """Keys of all objects."""
+        return list(self.tags(prefix))
 
     def read(self, key: str) -> bytes:
         return bytes(self.server.client.get_object(Bucket=self.name, Key=key)["Body"].read())
@@ -268,7 +277,7 @@ class Bucket:
 
     def objects(self, prefix: str = "") -> dict[str, bytes]:
         """Content of every object, by key."""
-        return {key: self.read(key) for key in self.keys(prefix)}
+        return {key: self.read(key) for key in self.listing(prefix)}
 
     def unfinished_uploads(self) -> list[str]:
         """Keys of multipart uploads that were begun and neither completed nor given up."""
@@ -455,28 +464,51 @@ class BucketWorkspace(Workspace):
     build and by ``fetch``.
     """
 
-    def __init__(self, folder: Path, data: Path, code: Path, bucket: Bucket) -> None:
+    def __init__(
+        self, folder: Path, data: Path, code: Path, bucket: Bucket, digest_cache: Path | None = None
+    ) -> None:
         super().__init__(folder, data, code)
         self.bucket = bucket
-        self.cache = folder / "cache"
-        self.configure("paths", store=f"{bucket.url}/store", export=f"{bucket.url}/exports", cache=self.cache)
+        self._fetched: dict[str, str] = {}
+        self.configure("paths", store=f"{bucket.url}/store", export=f"{bucket.url}/exports")
+        self.on_machine("this", digest_cache)
+
+    def on_machine(self, name: str, digest_cache: Path | None = None) -> None:
+        """Build from here on as a machine does that has a cache of its own, which knows the digests of the code."""
+        cache = self.folder / f"cache-{name}"
+        self.configure("paths", cache=cache)
+        if digest_cache is not None and digest_cache.exists():
+            home = Store(f"{self.bucket.url}/store", cache).home
+            home.mkdir(parents=True)
+            shutil.copyfile(digest_cache, home / "cache.sqlite")
 
     def build(self, family: str = "BuildDataset", **parameters: Any) -> Build:
+        """The same; errors of asking whether something is complete, which Luigi tells nobody, are among the errors."""
+        import luigi.worker
+
         forget_what_was_seen()
-        return super().build(family, **parameters)
+        unanswered: list[str] = []
+
+        class Recorded(luigi.worker.TracebackWrapper):  # type: ignore[misc]
+            def __init__(self, trace: str) -> None:
+                super().__init__(trace)
+                unanswered.append(trace.strip().splitlines()[-1].removeprefix("tasks.files."))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(luigi.worker, "TracebackWrapper", Recorded)
+            build = super().build(family, **parameters)
+        return replace(build, errors=[*build.errors, *unanswered])
 
     def fetch(self) -> None:
-        """Copy what is in the bucket."""
-        there = self.bucket.objects()
-        for path in [
-            path for root in (self.store, self.exports) for path in root.rglob("*") if path.is_file()
-        ]:
-            if path.relative_to(self.folder).as_posix() not in there:
-                path.unlink()
-        for key, data in there.items():
+        """Copy what is in the bucket and is not here yet."""
+        tags = self.bucket.tags()
+        for key in self._fetched.keys() - tags.keys():
+            (self.folder / key).unlink()
+        for key in {key for key, tag in tags.items() if self._fetched.get(key) != tag}:
             path = self.folder / key
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            path.write_bytes(self.bucket.read(key))
+        self._fetched = tags
 
     def _state(self) -> dict[Path, tuple[int, int]]:
         self.fetch()

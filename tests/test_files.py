@@ -332,6 +332,8 @@ def test_a_pack_is_fetched_once_a_machine(remote: Place) -> None:
 
 
 # What goes wrong with an object store
+OF_READING = [Fault.ERROR, Fault.SLOW_DOWN, Fault.DROPPED, Fault.STALLED, *CUT_ANSWERS]
+OF_WRITING = [Fault.ERROR, Fault.SLOW_DOWN, Fault.DROPPED, Fault.LOST, Fault.STALLED_AFTER, Fault.CUT_UPLOAD]
 KNOWN_BY_THEIR_FORMAT = ("read", "read_many")
 """What is read so is JSON or Parquet, half of which is neither."""
 
@@ -358,7 +360,7 @@ USES: dict[str, Callable[[Files, Path], Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", OF_READING, ids=lambda fault: fault.name)
 def test_what_is_read_through_a_fault_is_right_or_an_error(
     remote: Place, fault: Fault, tmp_path: Path
 ) -> None:
@@ -380,7 +382,7 @@ def test_what_is_read_through_a_fault_is_right_or_an_error(
                 assert found == expected, name
             # Nothing of the fault is kept.
             assert use(remote.files, folder) == expected, name
-    assert injected or fault is Fault.CUT_UPLOAD
+    assert injected >= len(USES)
 
 
 def test_what_can_never_be_read_is_a_clear_error(remote: Place, tmp_path: Path) -> None:
@@ -395,7 +397,7 @@ def test_what_can_never_be_read_is_a_clear_error(remote: Place, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", OF_WRITING, ids=lambda fault: fault.name)
 def test_what_is_written_through_a_fault_is_there_or_the_error_says_that_it_may_not_be(
     remote: Place, fault: Fault
 ) -> None:
@@ -413,7 +415,7 @@ def test_what_is_written_through_a_fault_is_there_or_the_error_says_that_it_may_
             write(old)
             bucket.proxy.choose = once(fault)
             found = outcome(write, new)
-            assert bucket.proxy.injected[fault] or fault in CUT_ANSWERS
+            assert bucket.proxy.injected[fault] == 1
             bucket.proxy.forget()
             there = remote.contents()[name]
             assert there == new or (isinstance(found, StoreError) and there == old)

@@ -85,7 +85,7 @@ def fuzz(target: Target, given: argparse.Namespace, counts: ctypes.Array[ctypes.
 
     options = [
         f"-max_total_time={given.seconds}", f"-seed={given.seed}", f"-max_len={given.largest_input}",
-        f"-artifact_prefix={crashes}/", "-timeout=300", "-rss_limit_mb=4096", "-verbosity=0",
+        f"-artifact_prefix={crashes}/", "-timeout=60", "-rss_limit_mb=4096", "-verbosity=0",
     ]  # fmt: skip
     atheris.Setup([sys.argv[0], *options, str(corpus)], one, custom_mutator=mutate)
     atheris.Fuzz()

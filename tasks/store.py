@@ -405,7 +405,8 @@ def _results(pack: str, size: int, index: bytes, wanted: NDArray[np.uint64]) -> 
 
     nothing = results_table({})
     try:
-        keys = pq.ParquetFile(pa.BufferReader(index)).read(["key"]).column("key").cast(pa.string())
+        file = pq.ParquetFile(pa.BufferReader(index), pre_buffer=False)
+        keys = file.read(["key"], use_threads=False).column("key").cast(pa.string())
         numbers = _numbers(keys)
     except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: keys that are not ASCII
         return nothing
@@ -441,7 +442,8 @@ def _index_table(index: bytes) -> pa.Table | None:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(index)).select(_index_schema().names).cast(_index_schema())
+        table = pq.read_table(pa.BufferReader(index), use_threads=False, pre_buffer=False)
+        table = table.select(_index_schema().names).cast(_index_schema())
         table.validate(full=True)
     except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: names that are no UTF-8
         return None

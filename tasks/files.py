@@ -343,16 +343,29 @@ class ObjectStore(Files):
         return {self._name(key): Info(int(info["size"]), _modified_at_s(info)) for key, info in found.items()}
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """By a listing of each folder, as asking for one file costs as much as a list of a thousand."""
+        """By a listing of each folder, as asking for one file costs as much as a list of a thousand.
+
+        Files at the top are asked for one by one: a listing there would be one of all that there is.
+        """
         wanted = set(names)
-        folders = {PurePosixPath(name).parent.as_posix() for name in wanted}
+        at_top = {name for name in wanted if "/" not in name}
+        folders = {PurePosixPath(name).parent.as_posix() for name in wanted - at_top}
         tops = [
             each
             for each in folders
             if not any(str(parent) in folders for parent in PurePosixPath(each).parents)
         ]
         found = {name: info.size for folder in tops for name, info in self.listing(folder).items()}
+        found |= {name: size for name in at_top if (size := self._size(name)) is not None}
         return {name: found[name] for name in wanted & found.keys()}
+
+    def _size(self, name: str) -> int | None:
+        try:
+            with self._faults("read", name):
+                found = self._system.info(self._key(name))
+        except FileNotFoundError:
+            return None
+        return int(found["size"]) if found["type"] == "file" else None
 
     def remove(self, names: Iterable[str]) -> None:
         keys = [self._key(name) for name in names]

@@ -30,6 +30,7 @@ from tasks.store import Store
 KINDS = ("folder", "s3", "memory")
 NAMES = {
     "plain": "packs/spatext/0f.tar",
+    "top": "report.html",
     "spaces": "a folder/ a file .png",
     "unicode": "été/日本語 🐈.json",
     "percent": "100%/a%20b%2F+c.txt",

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from object_store import Bucket, BucketWorkspace, Server
+from object_store_faults import Contents, configure_small
 
 import tasks
 from spctrl.errors import ExpectedError
@@ -54,8 +56,8 @@ def closed_to_others() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def cluster(closed_to_others: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head with one processor, to which ``auto`` leads."""
+def cluster(closed_to_others: pytest.MonkeyPatch, object_server: Server) -> Iterator[Any]:
+    """A head with one processor, to which ``auto`` leads. Its workers inherit the way to the object store."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -110,6 +112,28 @@ def test_the_bytes_of_a_local_build(
         assert done.counted("spatext", "made") == 2 * 8
     assert packs(ray) == packs(local)
     assert ray.exported() == local.exported()
+    assert ray.faults() == []
+    assert markers(ray) == []
+
+
+@needs_ray
+def test_a_bucket_holds_the_objects_of_a_local_build(
+    cluster: Any,
+    bucket: Bucket,
+    sample: Path,
+    code: Path,
+    tmp_path: Path,
+    make_workspace: Callable[..., Workspace],
+) -> None:
+    local, ray = (
+        make_workspace("local", sample),
+        on_ray(BucketWorkspace(tmp_path / "ray", sample, code, bucket)),
+    )
+    for workspace in (local, ray):
+        configure_small(workspace)
+        done = workspace.build()
+        assert done.succeeded, done.errors
+    assert Contents.of(ray) == Contents.of(local)
     assert ray.faults() == []
     assert markers(ray) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from types import TracebackType
@@ -79,6 +80,19 @@ class BuildDataset(MeetsBadRecords, luigi.WrapperTask):
         print_summary(self.exports())
 
 
+ASKED = "error in complete() method:\n"
+OWN_ERROR = re.compile(r"^(?:spctrl|eval|tasks|pipelines)\.[\w.]+: ", re.MULTILINE)
+
+
+def _without_the_way(warning: str) -> str:
+    """A warning that something could not be asked whether it is complete: Luigi gives the traceback, as text."""
+    start, asked, trace = warning.partition(ASKED)
+    _, *explanations = OWN_ERROR.split(trace)
+    if not asked or not explanations or '\n  File "' in explanations[-1]:
+        return warning
+    return f"{start}{asked}{explanations[-1].strip()}"
+
+
 class _OnlyWhatMatters(logging.Filter):
     """Luigi tells of every task that it looks at; people read the summary at the end, warnings and errors.
 
@@ -91,6 +105,8 @@ class _OnlyWhatMatters(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         if (explanation := _explanation(error)) is not None:
             record.msg, record.args, record.exc_info = explanation, (), None
+        elif record.levelno == logging.WARNING:
+            record.msg, record.args = _without_the_way(record.getMessage()), ()
         return (
             logs.are_json()
             or record.levelno > logging.INFO

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 from conftest import EXPORT_FOLDERS, Build, Workspace
-from object_store import WRITES, Bucket, BucketWorkspace, Fault, Seen, forget_what_was_seen, impatient, often
+from object_store import (
+    WRITES,
+    Bucket,
+    BucketWorkspace,
+    Fault,
+    Seen,
+    always,
+    forget_what_was_seen,
+    impatient,
+    often,
+)
 from object_store_faults import (
     SHARD_IMAGES,
     Contents,
@@ -38,6 +48,7 @@ FAULTS = {
 }
 REQUESTS_ANSWERED = 30
 REQUESTS_OF_NOTHING = 60
+SCHEDULING_ERROR = 35
 KILLED_AT_WRITES = (4, 14)
 
 
@@ -266,3 +277,15 @@ def test_a_store_that_stops_answering_in_the_middle_is_a_clear_error(
 
     with impatient(retries=0):
         assert not build_through(remote, undisturbed, choose).succeeded
+
+
+def test_a_store_that_never_answers_is_named_without_the_way_through_the_program(
+    remote: BucketWorkspace,
+) -> None:
+    remote.bucket.proxy.choose = always(Fault.ERROR)
+    with impatient(retries=0):
+        build = remote.start()
+        output, _ = build.communicate(timeout=120)
+    assert build.returncode == SCHEDULING_ERROR
+    assert f"cannot read {remote.bucket.url}/store/" in output
+    assert "Traceback" not in output and 'File "' not in output

@@ -260,7 +260,7 @@ def _draw(sizes: Sequence[int], found: dict[str, list[Found]]) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "spctrl"
+    mpl.rcParams.update({"svg.hashsalt": "spctrl", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")

@@ -392,7 +392,7 @@ def _decode_whole(data: bytes, dataset: Dataset) -> Annotations | None:
 def _instances_fit(found: Annotations) -> bool:
     """Whether all instances' images and categories are in the file, and their counts in range."""
     return bool(
-        (_image_positions(found.images, found.image_ids) >= 0).all()
+        np.isin(found.image_ids, [image.id for image in found.images]).all()
         and np.isin(found.category_ids, list(found.categories)).all()
         and ((found.num_keypoints >= 0) & (found.num_keypoints < 2**31)).all()
     )
@@ -598,10 +598,11 @@ def _check_numbers(flat: Annotations, positions: NDArray[np.int64], rejects: _Re
     """The checks that run over whole columns: duplicates, coordinates, visibility, boxes."""
     unique, counts = np.unique(flat.ids, return_counts=True)
     duplicated = np.isin(flat.ids, unique[counts > 1])
-    sizes_wh = np.array([(image.width, image.height) for image in flat.images], np.float64)
-    limit = sizes_wh.reshape(-1, 1, 2)[positions]
-    xy, v = flat.keypoints[..., :2], flat.keypoints[..., 2]
-    near = (xy >= -FAR_AWAY_IN_SIZES * limit) & (xy <= (1 + FAR_AWAY_IN_SIZES) * limit)
+    x, y, v = np.moveaxis(flat.keypoints, 2, 0)
+    width = np.array([image.width for image in flat.images], np.float64)[positions, None]
+    height = np.array([image.height for image in flat.images], np.float64)[positions, None]
+    near = (x >= -FAR_AWAY_IN_SIZES * width) & (x <= (1 + FAR_AWAY_IN_SIZES) * width)
+    near &= (y >= -FAR_AWAY_IN_SIZES * height) & (y <= (1 + FAR_AWAY_IN_SIZES) * height)
     finite = _whole_rows(np.isfinite(flat.keypoints)) & np.isfinite(flat.areas)
     finite[flat.has_keypoints_21] &= _whole_rows(np.isfinite(flat.keypoints_21))
     checks = (
@@ -614,7 +615,7 @@ def _check_numbers(flat: Annotations, positions: NDArray[np.int64], rejects: _Re
         ),
         (
             "far_away_keypoint",
-            ~_whole_rows(near[..., 0] & near[..., 1] | (v == 0)),
+            ~_whole_rows(near | (v == 0)),
             "a labelled keypoint lies more than one image size outside the image, annotation",
         ),
         (

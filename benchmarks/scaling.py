@@ -231,7 +231,7 @@ def _tell(
         cells["memory"].append((name, *peaks, f"{a_record:.0f}"))
         report.target(f"{name}: CPU time grows with records to the power of", exponent, at_most=1.1)
         if name != "index":
-            report.target(f"{name}: bytes of memory that each record adds", a_record, at_most=500)
+            report.target(f"{name}: bytes of memory that each record adds", a_record, at_most=200)
     note = f"{WORKERS} workers. Without starting Python and its imports."
     report.table("Wall seconds (CPU seconds)", (*columns, "exponent"), cells["time"], note)
     report.table(

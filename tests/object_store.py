@@ -401,7 +401,7 @@ def environment(endpoint: str) -> dict[str, str]:
 @contextlib.contextmanager
 def running() -> Iterator[Server]:
     """An object store, to which S3 clients of this process and of its children are led."""
-    import boto3
+    import boto3  # type: ignore[import-untyped]
 
     with (
         _running_server() as upstream,
@@ -489,9 +489,9 @@ class BucketWorkspace(Workspace):
         forget_what_was_seen()
         unanswered: list[str] = []
 
-        class Recorded(luigi.worker.TracebackWrapper):  # type: ignore[misc]
+        class Recorded(luigi.worker.TracebackWrapper):
             def __init__(self, trace: str) -> None:
-                super().__init__(trace)
+                super().__init__(trace)  # type: ignore[no-untyped-call]
                 unanswered.append(trace.strip().splitlines()[-1].removeprefix("tasks.files."))
 
         with pytest.MonkeyPatch.context() as patch:

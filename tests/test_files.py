@@ -383,7 +383,7 @@ def test_what_is_read_through_a_fault_is_right_or_an_error(
                 assert found == expected, name
             # Nothing of the fault is kept.
             assert use(remote.files, folder) == expected, name
-    assert injected >= len(USES)
+    assert injected >= len(USES) - 1  # the version comes without a body that could be cut
 
 
 def test_what_can_never_be_read_is_a_clear_error(remote: Place, tmp_path: Path) -> None:

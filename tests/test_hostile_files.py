@@ -141,6 +141,14 @@ def test_the_size_that_is_checked_is_the_size_that_is_decoded() -> None:
     assert memory_of(work) < 16 * MIB
 
 
+def test_the_report_opens_no_image_that_another_library_sees_otherwise() -> None:
+    """Found by fuzzing: PIL sees 16 x 12 pixels in these 86 bytes, OpenCV takes 1.2 GB for them."""
+    from spctrl.report.pictures import decode
+
+    data = (Path(__file__).parent / "fuzz/regressions/images/png-of-86-bytes-and-a-gigabyte").read_bytes()
+    assert memory_of(lambda: decode(data)) < 16 * MIB
+
+
 # Annotation files
 
 

@@ -7,7 +7,6 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -170,7 +169,7 @@ def _record_panels(tables: SplitTables, row: int, what: str, budget: ThumbnailBu
         data = tables.read_condition(row, condition)
         missing = f"no {label} of this record" if data is None else f"{label} cannot be decoded"
         if condition == INDEX_MAP:
-            index_map = decode(data, cv2.IMREAD_GRAYSCALE)
+            index_map = decode(data, gray=True)
             yield from _index_map_panels(index_map, image, what, missing, budget)
             continue
         picture = decode(data)

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Final
 import cv2
 import numpy as np
 
+from spctrl.images import opened_image
+from spctrl.records import RecordError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -45,15 +48,20 @@ class ThumbnailBudget:
         return uri
 
 
-def decode(data: bytes | None, flags: int = cv2.IMREAD_COLOR) -> NDArray[np.uint8] | None:
-    """A decoded image, None where there is none or it is broken: the report must not fail on it."""
+def decode(data: bytes | None, *, gray: bool = False) -> NDArray[np.uint8] | None:
+    """A decoded image, None where there is none or it is broken: the report must not fail on it.
+
+    By the library that checked it when the dataset was built: where two see different sizes in one file, the other
+    one's may take any amount of memory.
+    """
     if not data:
         return None
     try:
-        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
-    except cv2.error:
+        with opened_image(data) as image:
+            pixels = np.asarray(image.convert("L" if gray else "RGB"))
+    except RecordError:
         return None
-    return None if image is None else np.asarray(image, dtype=np.uint8)
+    return np.array(pixels if gray else pixels[..., ::-1], order="C")
 
 
 def encode_thumbnail(picture: NDArray[np.uint8], side: int, *, max_bytes: int) -> bytes:

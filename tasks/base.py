@@ -314,7 +314,7 @@ def _sources_stamp() -> str:
 
 def digest_cache(store: Store) -> DigestCache:
     """This process's connection to the store's cache; a forked process opens its own."""
-    return _digest_cache(store.home.resolve(), os.getpid())
+    return _digest_cache(store.cache_folder.resolve(), os.getpid())
 
 
 @functools.cache

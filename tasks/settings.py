@@ -32,7 +32,9 @@ class paths(luigi.Config):
         default="exports", description="folder or URL of the exported datasets, manifests and the report"
     )
     cache = luigi.Parameter(
-        default=CACHE, description="folder on this machine for copies of a store that is elsewhere"
+        default="",
+        description="folder on this machine for digests of files and copies of a store that is elsewhere; default: the "
+        f"store itself, or {CACHE} where that is a URL",
     )
 
 

@@ -5,11 +5,10 @@
     runs/<stage>/<part>/<fingerprint>/manifest.parquet, rejects.parquet, ..., provenance.json
     accepted.json                   code versions that a user declared equal
 
-What only one machine needs is in the store's folder too, or, where the store is elsewhere, in ``[paths] cache``:
+What only one machine needs is in ``[paths] cache``, which may be the store's own folder:
 
     cache.sqlite                    digests of files, by path and stat (tasks/inputs.py)
-    training/                       checkpoints of training under way
-    packs/, copies/                 where the store is elsewhere: what was fetched of it
+    packs/, copies/, training/      of a store in object storage: what was fetched of it, and unfinished training
 
 Every file is whole or absent (tasks/files.py). A pack counts once its Parquet index is there, a run once its
 provenance is there: each is written last. Names come from contents, so two builds that write the same thing write
@@ -84,11 +83,12 @@ class Store:
 
     Attributes:
         root: the folder or URL.
-        cache: folder on this machine for copies, where the store is elsewhere.
+        cache: folder on this machine for digests of files and for copies; by default the store itself, or ``CACHE``
+            where that is elsewhere.
     """
 
     root: str | Path
-    cache: str | Path = CACHE
+    cache: str | Path = ""
 
     @functools.cached_property
     def files(self) -> Files:
@@ -97,10 +97,16 @@ class Store:
     @property
     def home(self) -> Path:
         """The folder on this machine: the store itself, or what belongs to one that is elsewhere."""
-        if not is_url(self.root):
+        return self.cache_folder if is_url(self.root) else Path(self.root)
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder for what only this machine needs: databases do not go well with network disks."""
+        if not self.cache and not is_url(self.root):
             return Path(self.root)
-        name = re.sub(r"\W+", "-", str(self.root)).strip("-")
-        return Path(self.cache).expanduser() / f"{name}-{digest(str(self.root))[:8]}"
+        address = self.files.address
+        name = re.sub(r"\W+", "-", address)[-60:].strip("-")
+        return Path(self.cache or CACHE).expanduser() / f"{name}-{digest(address)[:8]}"
 
     def absolute(self) -> Store:
         """The same store, wherever a process works."""

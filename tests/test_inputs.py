@@ -438,3 +438,13 @@ def test_a_forked_process_opens_its_own_connection(tmp_path: Path, folder: Path)
     assert cache.fact("child") == 1
     cache.keep_fact("parent", 8)
     assert cache.fact("parent") == 8
+
+
+def test_digests_lie_in_the_cache_where_one_is_set(tmp_path: Path, folder: Path) -> None:
+    caches = [tmp_path / name for name in ("one", "other")]
+    stores = [Store(tmp_path / "store", cache) for cache in caches]
+    assert [digest_cache(store).file_digest(folder / "a") for store in stores] == [sha256("a")] * 2
+    assert [len(list(cache.glob("*/cache.sqlite"))) for cache in caches] == [1, 1]
+    assert not (tmp_path / "store").exists()
+    assert digest_cache(Store(tmp_path / "store")).file_digest(folder / "a") == sha256("a")
+    assert (tmp_path / "store" / "cache.sqlite").is_file()

@@ -15,7 +15,7 @@ from tasks.images import FileStage
 from tasks.index import DatasetStage
 from tasks.model_stage import ModelStage
 from tasks.packs import SAFETENSORS
-from tasks.record_stage import NOTHING, Artifacts, Prepared, RecordStage
+from tasks.record_stage import NOTHING, Artifacts, Prepared, RecordStage, artifacts_in_order
 from tasks.store import digest, parquet_bytes
 
 if TYPE_CHECKING:
@@ -168,10 +168,8 @@ class Segments(ModelStage):
         counts = super().make(run)
         rows = [
             {"image_id": image_id, **instance}
-            for image_id, found in Artifacts(run).items()
-            for instance in json.loads(self.store.read(run.stage, found.pack, found.offset, found.size))[
-                "instances"
-            ]
+            for image_id, found in artifacts_in_order(run)
+            for instance in json.loads(self.store.read(run.stage, found))["instances"]
         ]
         import pyarrow as pa
 

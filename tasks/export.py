@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tasks import settings
 from tasks.base import MANIFEST, code_of
-from tasks.files import TEMPORARY, Files, StoreError, cannot_write, file_digest, leads_below
+from tasks.files import Files, StoreError, cannot_write, file_digest, leads_below, temporary_name
 from tasks.index import AnnotationFile
 from tasks.inputs import InputChangedError
 from tasks.manifest import Manifest
@@ -353,7 +352,7 @@ class Export(Manifest):
             if each.kind == IMAGE:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = self.root / self.spec.image_path(each.file_name)
-                temporary = self.folder / LEDGERS / f"{TEMPORARY}{os.getpid()}-link"
+                temporary = self.folder / LEDGERS / temporary_name("link")
                 try:
                     link_file(source, target, link, temporary=temporary)
                 except OSError as error:
@@ -366,7 +365,7 @@ class Export(Manifest):
                 ledger.files[each.path] = Entry(each.made_from, each.made_from.split(" ")[1])
             elif each.kind != HEATMAPS:
                 found = locations[each.kind][each.image_id]
-                self._put(each.path, self.store.read(each.kind, found.pack, found.offset, found.size))
+                self._put(each.path, self.store.read(each.kind, found))
                 ledger.files[each.path] = Entry(each.made_from, found.digest)
             if count % DISPLAY_EVERY == 0:
                 advance(DISPLAY_EVERY)

@@ -6,6 +6,7 @@ version. Object stores are reached through fsspec, so any of its URLs will do: `
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -14,7 +15,7 @@ import stat
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,8 @@ from spctrl.errors import ExpectedError
 TEMPORARY = ".tmp-"
 PATTERN_LETTERS = frozenset("*?[")
 """In names of several files fsspec takes them for patterns."""
+NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""What systems answer of a file that is not there. Any other answer leaves open whether it is."""
 
 
 class StoreError(ExpectedError):
@@ -146,7 +149,7 @@ class Folder(Files):
 
     def read(self, name: str) -> bytes:
         try:
-            return (self._path(name)).read_bytes()
+            return self._path(name).read_bytes()
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -180,7 +183,8 @@ class Folder(Files):
         return self._path(name)
 
     def listing(self, prefix: str) -> dict[str, Info]:
-        return {name: info for name, info in self._walk(prefix) if not _is_temporary(name)}
+        # Whoever takes a folder that cannot be read for an empty one remakes, or removes, what is needed.
+        return {name: info for name, info in self._walk(prefix, _must_be_gone) if not _is_temporary(name)}
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         return {name: found.st_size for name in names if (found := _stat(self._path(name))) is not None}
@@ -201,7 +205,7 @@ class Folder(Files):
     def leftovers(self, older_than_s: float) -> dict[str, Info]:
         return {
             name: info
-            for name, info in self._walk("")
+            for name, info in self._walk(self._temporaries or "")
             if _is_temporary(name) and time.time() - info.modified_at_s > older_than_s
         }
 
@@ -223,10 +227,12 @@ class Folder(Files):
     def _temporary(self, name: str) -> Path:
         path = self._path(name)
         folder = path.parent if self._temporaries is None else self.path / self._temporaries
-        return folder / f"{TEMPORARY}{os.getpid()}-{path.name}"
+        return folder / temporary_name(path.name)
 
-    def _walk(self, prefix: str) -> Iterator[tuple[str, Info]]:
-        for folder, _, files in os.walk(self.path / prefix, followlinks=True):
+    def _walk(
+        self, prefix: str, on_error: Callable[[OSError], None] | None = None
+    ) -> Iterator[tuple[str, Info]]:
+        for folder, _, files in os.walk(self.path / prefix, onerror=on_error, followlinks=True):
             for file in files:
                 path = Path(folder, file)
                 if (found := _stat(path)) is not None:
@@ -312,7 +318,7 @@ class ObjectStore(Files):
         path = folder / _checked(name, self.root)
         if path.is_file():
             return path
-        temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
+        temporary = path.with_name(temporary_name(path.name))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._faults("read", name):
@@ -340,7 +346,11 @@ class ObjectStore(Files):
                 found = self._system.find(self._key(prefix).rstrip("/"), detail=True)
             except FileNotFoundError:
                 return {}
-        return {self._name(key): Info(int(info["size"]), _modified_at_s(info)) for key, info in found.items()}
+        return {
+            self._name(key): Info(int(info["size"]), _modified_at_s(info))
+            for key, info in found.items()
+            if not key.endswith("/")  # browsers of buckets leave such objects for folders
+        }
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """By a listing of each folder, as asking for one file costs as much as a list of a thousand.
@@ -457,7 +467,7 @@ def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None) -> N
     Raises:
         StoreError: it cannot be written (full or read-only disk, no permission).
     """
-    temporary = temporary or path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = temporary or path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -480,7 +490,8 @@ def cannot_write(path: Path, error: OSError) -> StoreError:
 def cannot_read(place: str | Path, error: OSError) -> StoreError:
     """The error for a file of the store that cannot be read."""
     return StoreError(
-        f"cannot read {place}: {error.strerror or error}. `spctrl verify` drops what is damaged"
+        f"cannot read {place}: {error.strerror or error}. See to its permissions and the disk; `spctrl verify` drops "
+        "what is damaged"
     )
 
 
@@ -503,6 +514,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def temporary_name(name: str) -> str:
+    """A free name for a file that is not yet whole; ids of processes are not free on a disk that machines share."""
+    return f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{name}"
+
+
 def _is_temporary(name: str) -> bool:
     return name.rpartition("/")[2].startswith(TEMPORARY)
 
@@ -510,9 +526,15 @@ def _is_temporary(name: str) -> bool:
 def _stat(path: Path) -> os.stat_result | None:
     try:
         found = path.stat()
-    except OSError:
+    except OSError as error:
+        _must_be_gone(error)
         return None
     return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _must_be_gone(error: OSError) -> None:
+    if error.errno not in NOT_THERE:
+        raise cannot_read(error.filename, error) from error
 
 
 def _modified_at_s(info: dict[str, Any]) -> float:

@@ -482,7 +482,7 @@ class GeneratedImages(MethodStage):
         with progress(f"{self.stage} {self.part}", len(changed), self.set_progress_percentage) as advance:
             for count, (path, row) in enumerate(changed.items(), 1):
                 found = self._locations[row["index"]][row["image_id"]]
-                data = self.store.read(Samples.stage, found.pack, found.offset, found.size)
+                data = self.store.read(Samples.stage, found)
                 self._place.write(path, data)
                 if count % DISPLAY_EVERY == 0:
                     advance(DISPLAY_EVERY)

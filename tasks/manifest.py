@@ -17,7 +17,7 @@ from tasks.images import Images
 from tasks.index import DatasetStage
 from tasks.names import NamesParameter
 from tasks.progress import progress
-from tasks.record_stage import InOrder
+from tasks.record_stage import InOrder, location_of
 from tasks.store import Run, parquet_bytes
 
 if TYPE_CHECKING:
@@ -105,11 +105,14 @@ class Manifest(DatasetStage):
                 rows, instances = rows + len(written), instances + count_instances(written)
                 images_on_disk += len(images)
                 advance(len(batch))
+        readers = {**artifacts, Images.stage: probes, **({Segments.stage: segments} if segments else {})}
+        if unread := [name for name, each in readers.items() if not each.is_at_end]:
+            raise RuntimeError(f"{self.part}: expected the order of the index in {', '.join(unread)}")
         schema = pa.schema([pa.field("stage", pa.string()), *REJECT_SCHEMA])
         run.write(REJECTS, parquet_bytes(rejects.select(schema.names).cast(schema)))
         if not rows:
             raise ExpectedError(
-                f"{self.part}: expected at least one usable record, found none; see {run.path(REJECTS)}"
+                f"{self.part}: expected at least one usable record, found none; see {run.place(REJECTS)}"
             )
         listed = self.index_task().finished_run().provenance()["counts"]["records"]
         return {
@@ -151,7 +154,5 @@ class Manifest(DatasetStage):
     def _image_facts(self, artifact: dict[str, Any]) -> ImageFacts:
         from spctrl.manifest import ImageFacts
 
-        probe = json.loads(
-            self.store.read(Images.stage, artifact["pack"], artifact["offset"], artifact["size"])
-        )
+        probe = json.loads(self.store.read(Images.stage, location_of(artifact)))
         return ImageFacts(probe["sha256"], probe["phash"])

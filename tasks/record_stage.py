@@ -30,6 +30,8 @@ ROWS_AT_ONCE = 2**16
 """Of a run's manifest, as one group of its Parquet file."""
 DECODED_AT_ONCE = 4096
 """Rows that are Python objects at one time."""
+PLACE = ("pack", "offset", "size", "digest")
+"""Columns that say where an artifact lies, in the order of ``Location``."""
 
 
 class Prepared(NamedTuple):
@@ -302,15 +304,38 @@ def artifact_schema() -> pa.Schema:
     return pa.schema([(name, {**texts, **numbers}[name]) for name in order])
 
 
+def rows_in(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file, few of them in memory at a time."""
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(DECODED_AT_ONCE):
+        yield from batch.to_pylist()
+
+
+def location_of(row: Mapping[str, Any]) -> Location:
+    """Where the artifact of a row of ``artifact_schema`` lies."""
+    return Location(*(row[name] for name in PLACE))
+
+
+def artifacts_in_order(run: Run) -> Iterator[tuple[int, Location]]:
+    """Image ids and places of a record stage's artifacts, in the order of the index."""
+    return ((row["image_id"], location_of(row)) for row in rows_in(run.path(MANIFEST)))
+
+
 class InOrder:
-    """Rows of a run's file in the order of the index, for as many records at a time as one likes."""
+    """Rows of a run's file in the order of the index, for as many records at a time as one likes.
+
+    Attributes:
+        is_at_end: whether all rows were given: false after the last record where they are in another order.
+    """
 
     def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-
-        batches = pq.ParquetFile(path, pre_buffer=False).iter_batches(DECODED_AT_ONCE)
-        self._rows: Iterator[dict[str, Any]] = (row for batch in batches for row in batch.to_pylist())
+        self._rows = rows_in(path)
         self._next = next(self._rows, None)
+
+    @property
+    def is_at_end(self) -> bool:
+        return self._next is None
 
     def of(self, image_ids: Container[int]) -> Iterator[dict[str, Any]]:
         """The next rows, as long as they are of these images."""
@@ -325,7 +350,7 @@ class Artifacts(Mapping[int, Location]):
     def __init__(self, run: Run) -> None:
         import pyarrow.parquet as pq
 
-        path, columns = run.path(MANIFEST), ["image_id", "pack", "offset", "size", "digest"]
+        path, columns = run.path(MANIFEST), ["image_id", *PLACE]
         table = pq.read_table(path, columns=columns, partitioning=None, read_dictionary=["pack"])
         table = table.sort_by("image_id").unify_dictionaries()
         self._ids = table.column("image_id").to_numpy()
@@ -338,7 +363,8 @@ class Artifacts(Mapping[int, Location]):
 
         asked = np.asarray(image_ids, np.int64)
         rows = np.searchsorted(self._ids, asked)
-        is_there = np.append(self._ids, 0)[rows] == asked
+        is_there = rows < len(self._ids)
+        is_there[is_there] = self._ids[rows[is_there]] == asked[is_there]
         found = [column.take(pa.array(rows, mask=~is_there)).to_pylist() for column in self._columns]
         return [None if place[0] is None else Location(*place) for place in zip(*found, strict=True)]
 

@@ -115,7 +115,7 @@ def truth_notes(task: Manifest) -> Iterator[str]:
     for row in rows:
         path, found = truth / f"{task.spec.artifact_stem(row['file_name'])}.png", made[row["image_id"]]
         if path.is_file():
-            mask = task.store.read("mask", found.pack, found.offset, found.size)
+            mask = task.store.read("mask", found)
             ious.append(mask_iou(mask, path.read_bytes()))
     if ious:
         mean, backend = sum(ious) / len(ious), settings.mask().backend
@@ -147,7 +147,7 @@ def split_tables(task: Manifest) -> SplitTables:
 
     def read_condition(row: int, condition: str) -> bytes | None:
         found = locations[condition].get(ids[row])
-        return None if found is None else store.read(condition, found.pack, found.offset, found.size)
+        return None if found is None else store.read(condition, found)
 
     return SplitTables(
         dataset=task.dataset,

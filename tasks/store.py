@@ -200,21 +200,32 @@ class Store:
         name = index_name(stage, pack)
         return _locations(pack, self.files.read_many([name]).get(name))
 
-    def read(self, stage: str, pack: str, offset: int, size: int) -> bytes:
-        """An artifact's bytes."""
-        place = self.files.place(pack_name(stage, pack))
-        try:
-            with self.pack_path(stage, pack).open("rb") as file:
-                file.seek(offset)
-                data = file.read(size)
-        except OSError as error:
-            raise cannot_read(place, error) from error
-        if len(data) < size:
+    def read(self, stage: str, place: Location) -> bytes:
+        """An artifact's bytes.
+
+        Raises:
+            StoreError: the pack cannot be read, or does not hold there what the digest says.
+        """
+        data = self._read(stage, place)
+        if is_url(self.root) and content_digest(data) != place.digest:
+            # A pack may have been made again since it was copied, with other bytes where a GPU drew them.
+            self.pack_path(stage, place.pack).unlink(missing_ok=True)
+            data = self._read(stage, place)
+        if content_digest(data) != place.digest:
             raise StoreError(
-                f"{place}: expected {size} bytes at {offset}, found {len(data)}. `spctrl verify` drops what is "
-                "damaged, the next build makes it again"
+                f"{self.files.place(pack_name(stage, place.pack))}: expected {place.size} bytes at {place.offset} with "
+                f"the digest {place.digest}, found {len(data)} with another. `spctrl verify` drops what is damaged, "
+                "the next build makes it again"
             )
         return data
+
+    def _read(self, stage: str, place: Location) -> bytes:
+        try:
+            with self.pack_path(stage, place.pack).open("rb") as file:
+                file.seek(place.offset)
+                return file.read(place.size)
+        except OSError as error:
+            raise cannot_read(self.files.place(pack_name(stage, place.pack)), error) from error
 
     # Runs
 
@@ -381,6 +392,12 @@ class Run:
 _accepted_elsewhere: dict[Store, dict[str, str]] = {}
 _whole_elsewhere: dict[Run, dict[str, Any]] = {}
 """Runs in object stores that this process found whole, with their provenance."""
+
+
+def forget_what_was_found() -> None:
+    """Look at object stores again: other machines may have changed them."""
+    _accepted_elsewhere.clear()
+    _whole_elsewhere.clear()
 
 
 def pack_name(stage: str, pack: str) -> str:

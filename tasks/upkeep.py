@@ -221,7 +221,8 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
     waiting = []
     for run in runs:
         seen[run.stage, run.part] += 1
-        is_young = time.time() - run.files()[PROVENANCE].modified_at_s < grace_s
+        committed = run.files().get(PROVENANCE)  # none: somebody takes it back at this moment
+        is_young = committed is None or time.time() - committed.modified_at_s < grace_s
         is_dear = run.stage in NEVER_COLLECTED
         if seen[run.stage, run.part] <= keep or run.fingerprint in current or is_young or is_dear:
             waiting.append(run)
@@ -292,7 +293,7 @@ def _repack(
         suffix = suffix_in(store.pack_path(stage, pack))
         for key, location in store.pack_locations(stage, pack).items():
             if key in live[stage] and location.code is None:
-                data = store.read(stage, pack, location.offset, location.size)
+                data = store.read(stage, location)
                 waiting[stage, suffix].append((pack, key, data))
         if len(waiting[stage, suffix]) >= RECORDS_PER_REPACK:
             flush(stage, suffix)

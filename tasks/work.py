@@ -138,7 +138,7 @@ def read_source(store: Store, source: Source) -> bytes:
         StoreError: an artifact cannot be read.
     """
     if isinstance(source, ArtifactSource):
-        return store.read(source.stage, source.location.pack, source.location.offset, source.location.size)
+        return store.read(source.stage, source.location)
     if isinstance(source, TextSource):
         return source.text.encode()
     with Path(source.path).open("rb") as file:

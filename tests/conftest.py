@@ -248,12 +248,14 @@ class Workspace:
             found += [f"{path} has another size" for path, size in packs.items() if _facts(path)[0] != size]
         for stage in store.stages():
             for key, place in store.locations(stage).items():
+                if place.code is not None:
+                    continue
                 try:
-                    data = store.read(stage, place.pack, place.offset, place.size)
+                    data = store.read(stage, place)
                 except StoreError as error:
                     found.append(str(error))
                     continue
-                if place.code is None and hashlib.sha256(data).hexdigest() != place.digest:
+                if hashlib.sha256(data).hexdigest() != place.digest:
                     found.append(f"{stage} {key} is damaged")
         return found
 

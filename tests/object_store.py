@@ -28,7 +28,7 @@ from urllib.parse import unquote
 import pytest
 from conftest import Build, Workspace
 
-from tasks.store import Store
+from tasks.store import Store, forget_what_was_found
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession, web
@@ -428,14 +428,6 @@ def impatient(*, retries: int = 1) -> Iterator[None]:
         yield
 
 
-def forget_what_was_seen() -> None:
-    """Look at object stores as another process would, which has not found anything whole yet."""
-    from tasks import store
-
-    store._whole_elsewhere.clear()
-    store._accepted_elsewhere.clear()
-
-
 @pytest.fixture(scope="session")
 def object_server() -> Iterator[Server]:
     """The object store of this test process."""
@@ -486,7 +478,7 @@ class BucketWorkspace(Workspace):
         """The same; errors of asking whether something is complete, which Luigi tells nobody, are among the errors."""
         import luigi.worker
 
-        forget_what_was_seen()
+        forget_what_was_found()
         unanswered: list[str] = []
 
         class Recorded(luigi.worker.TracebackWrapper):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import pickle
@@ -19,13 +20,12 @@ from object_store import (
     Bucket,
     Fault,
     always,
-    forget_what_was_seen,
     impatient,
     once,
 )
 
 from tasks.files import Files, StoreError, files_at
-from tasks.store import Store
+from tasks.store import Store, forget_what_was_found
 
 KINDS = ("folder", "s3", "memory")
 NAMES = {
@@ -258,11 +258,7 @@ def test_a_store_travels_to_other_processes(place: Place) -> None:
     store.write_pack("mask", ".png", [("0a", b"image"), ("0b", ("broken", "why"))])
     found = pickle.loads(pickle.dumps(store)).locations("mask")
     assert set(found) == {"0a", "0b"}
-    image = found["0a"]
-    assert (
-        Store(place.root, place.copies / "other").read("mask", image.pack, image.offset, image.size)
-        == b"image"
-    )
+    assert Store(place.root, place.copies / "other").read("mask", found["0a"]) == b"image"
 
 
 # What an object store costs
@@ -300,7 +296,7 @@ def test_a_run_of_many_packs_is_looked_at_in_few_requests(remote: Place) -> None
     assert {each.key.rpartition("/")[2] for each in bucket.proxy.seen} == {"", "provenance.json"}
     bucket.proxy.forget()
     bucket.remove(f"a prefix/packs/mask/{packs[7]}")
-    forget_what_was_seen()
+    forget_what_was_found()
     assert not run.is_whole()
 
 
@@ -327,9 +323,65 @@ def test_a_pack_is_fetched_once_a_machine(remote: Place) -> None:
     bucket.proxy.forget()
     for machine, fetched in (("copies", 0), ("other", 1), ("other", 1)):
         store = Store(remote.root, remote.copies.with_name(machine))
-        assert store.read("mask", place.pack, place.offset, place.size) == b"image"
+        assert store.read("mask", place) == b"image"
         assert len(bucket.proxy.seen) <= 2 * fetched
         assert bucket.proxy.count("GET", key="*.tar") == fetched
+
+
+def test_a_copy_of_a_pack_that_was_made_again_with_other_bytes_is_fetched_anew(tmp_path: Path) -> None:
+    url = f"memory://place-{next(numbers)}"
+    mine, other = Store(url, tmp_path / "mine"), Store(url, tmp_path / "other")
+    mine.write_pack("mask", ".png", [("0a", b"an image"), ("0b", b"mine")])
+    there = other.write_pack("mask", ".png", [("0a", b"larger" * 999), ("0b", b"others")])
+    assert mine.read("mask", there["0b"]) == b"others"
+    with pytest.raises(StoreError, match="found 6 with another"):
+        mine.read("mask", there["0b"]._replace(digest="0" * 64))
+
+
+def test_what_browsers_of_buckets_leave_for_folders_is_no_file(remote: Place) -> None:
+    store, bucket = Store(remote.root, remote.copies), remote.bucket
+    assert bucket is not None
+    ((_, place),) = store.write_pack("mask", ".png", [("0a", b"image")]).items()
+    for folder in ("packs/", "packs/mask/", "runs/"):
+        bucket.write(f"a prefix/{folder}", b"")
+    assert store.stages() == ["mask"]
+    assert store.packs("mask").keys() == {place.pack}
+    assert store.files.listing("runs") == {}
+
+
+# What goes wrong with a disk
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or gc would remove what the runs in it need."""
+    files = files_at(tmp_path)
+    files.write("runs/mask/provenance.json", b"{}")
+
+    def refuse(path: str | Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(StoreError, match=r"cannot read .*runs: Permission denied"):
+        files.listing("runs")
+    monkeypatch.setattr("tasks.files.Path.stat", refuse)
+    with pytest.raises(StoreError, match=r"provenance.json: Permission denied"):
+        files.sizes(["runs/mask/provenance.json"])
+
+
+def test_files_of_processes_with_the_same_id_do_not_meet_before_they_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids of processes are the same on several machines, and nearly always in containers."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    files, others = files_at(tmp_path), files_at(tmp_path)
+    with files.create("a/file") as mine:
+        mine.write_bytes(b"half")
+        with others.create("a/file") as theirs:
+            theirs.write_bytes(b"whole")
+        assert mine.read_bytes() == b"half"
+        assert files.read("a/file") == b"whole"
 
 
 # What goes wrong with an object store

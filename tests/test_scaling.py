@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import tracemalloc
@@ -16,7 +17,7 @@ import pytest
 from tasks import record_stage
 from tasks.images import Images
 from tasks.inputs import FILES_AT_ONCE, DigestCache
-from tasks.record_stage import Artifacts, InOrder, artifact_schema
+from tasks.record_stage import Artifacts, InOrder, artifact_schema, artifacts_in_order
 from tasks.store import Store, parquet_bytes
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def test_artifacts_are_found_by_image_in_any_order(tmp_path: Path) -> None:
 def test_a_run_without_artifacts_holds_none(tmp_path: Path) -> None:
     artifacts = Artifacts(artifact_run(Store(tmp_path), []))
     assert not artifacts
-    assert artifacts.at([1, 2]) == [None, None]
+    assert artifacts.at([0, 1, 2]) == [None, None, None]
 
 
 def test_rows_in_the_order_of_the_index_come_with_their_images(tmp_path: Path) -> None:
@@ -101,6 +102,22 @@ def test_rows_in_the_order_of_the_index_come_with_their_images(tmp_path: Path) -
     stretches = [[9, 7], [6], [2, 4, 5], [1], [3, 8, 10]]
     found = [[row["image_id"] for row in reader.of(set(stretch))] for stretch in stretches]
     assert found == [[9], [], [2, 2, 5], [1, 1], [8]]
+    assert reader.is_at_end
+
+
+def test_rows_in_another_order_are_left_over(tmp_path: Path) -> None:
+    reader = InOrder(
+        artifact_run(Store(tmp_path), [artifact_row(1), artifact_row(2)]).path("manifest.parquet")
+    )
+    assert list(reader.of({2})) == []
+    assert [row["image_id"] for row in reader.of({1})] == [1]
+    assert not reader.is_at_end
+
+
+def test_artifacts_come_in_the_order_of_the_index(tmp_path: Path) -> None:
+    ids = [30, 4, 12]
+    run = artifact_run(Store(tmp_path), [artifact_row(each) for each in ids])
+    assert list(artifacts_in_order(run)) == [(each, Artifacts(run)[each]) for each in ids]
 
 
 # Digests of files
@@ -139,10 +156,12 @@ def test_a_list_longer_than_one_look_has_the_digest_of_its_files(tmp_path: Path)
         for folder in ("a", "b")
     ]
     assert found[0] == found[1]
-    (tmp_path / "b" / names[-1]).write_bytes(b"another")
+    last = tmp_path / "b" / names[-1]
+    last.write_bytes(b"another")
+    os.utime(last, (1, 1))  # what changed just now is read in any case
     cache = DigestCache(tmp_path / "b.sqlite")
-    assert cache.list_digest(str(tmp_path / "b"), names) != found[0]
     assert cache.list_digest(str(tmp_path / "b"), names, max_read_bytes=3) is None
+    assert cache.list_digest(str(tmp_path / "b"), names) != found[0]
 
 
 # Builds

@@ -102,7 +102,7 @@ def test_a_pack_is_a_tar_file_with_its_members_where_the_locations_say(store: St
         if isinstance(data, bytes):
             assert raw[found.offset : found.offset + found.size] == data
             assert found == Location(pack, found.offset, len(data), hashlib.sha256(data).hexdigest())
-            assert store.read(STAGE, pack, found.offset, found.size) == data
+            assert store.read(STAGE, found) == data
 
 
 def test_what_was_written_is_found_again(store: Store) -> None:
@@ -195,12 +195,12 @@ def test_reading_what_is_not_there_names_the_pack_and_what_to_do(store: Store) -
     locations = store.write_pack(STAGE, ".png", RESULTS)
     last = locations[key(5)]
     with pytest.raises(StoreError, match=r"expected 99999 bytes at .* `spctrl verify`") as caught:
-        store.read(STAGE, last.pack, last.offset, 99_999)
+        store.read(STAGE, last._replace(size=99_999))
     assert str(store.pack_path(STAGE, last.pack)) in str(caught.value)
     with pytest.raises(
         StoreError, match=r"cannot read .*missing.tar: No such file or directory.*`spctrl verify`"
     ):
-        store.read(STAGE, "missing.tar", 0, 1)
+        store.read(STAGE, last._replace(pack="missing.tar"))
 
 
 # Writing

@@ -590,7 +590,8 @@ def use_store(store: Store, exports: Path) -> None:
 
     def read_all() -> None:
         for location in store.locations("mask").values():
-            store.read("mask", location.pack, location.offset, location.size)
+            if location.code is None:
+                store.read("mask", location)
 
     steps: tuple[Callable[[], object], ...] = (
         store.accepted,

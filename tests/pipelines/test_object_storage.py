@@ -18,7 +18,6 @@ from object_store import (
     Fault,
     Seen,
     always,
-    forget_what_was_seen,
     impatient,
     often,
 )
@@ -31,7 +30,7 @@ from object_store_faults import (
     kill_at_write,
 )
 
-from tasks.store import Store
+from tasks.store import Store, forget_what_was_found
 from tasks.upkeep import collect, verify
 
 pytestmark = pytest.mark.slow
@@ -206,7 +205,7 @@ def test_status_verify_and_gc_know_the_bucket(remote: BucketWorkspace, undisturb
     remote.configure("spatext", keypoint_radius_px=6)
     assert built(remote).worked == {"spatext": IMAGES}
     new = set(bucket.listing("store/")) - before
-    forget_what_was_seen()
+    forget_what_was_found()
     collect(store, [], keep=1, grace_s=0, dry_run=False)
     kept = set(bucket.listing("store/"))
     assert new <= kept

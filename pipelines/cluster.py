@@ -22,6 +22,7 @@ from luigi.worker import worker as worker_settings
 
 from spctrl.errors import ExpectedError
 from tasks import logs
+from tasks.store import forget_what_was_found
 
 AWAY_TIMES = 10
 """How often in a row luigid may not answer. Each time Luigi asks three times, with half a minute in between."""
@@ -113,7 +114,8 @@ def _stay(parser: CmdlineParser) -> int:
     codes = retcode()
     away = 0
     while True:
-        # Tasks remember what they found, and Luigi remembers tasks.
+        # Tasks and stores remember what they found, and Luigi remembers tasks.
+        forget_what_was_found()
         Register.clear_instance_cache()
         task, crew = parser.get_task_obj(), _Crew()
         failures: list[str] = []

@@ -371,7 +371,7 @@ def test_another_models_folder_is_refused(broken: Path, config: str) -> None:
     assert_refused(broken, "expected model_type = zoedepth")
 
 
-@pytest.mark.parametrize("config", [None, "", "{"])
+@pytest.mark.parametrize("config", [None, "", "{", pytest.param("[" * 100_000, id="deep")])
 def test_a_folder_without_a_readable_config_is_refused(broken: Path, config: str | None) -> None:
     (broken / "config.json").unlink()
     if config is not None:

@@ -59,7 +59,7 @@ def load_strictly(
     try:
         config = json.loads((folder / "config.json").read_bytes())
         found = config.get(key) if isinstance(config, dict) else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExpectedError(f"{where}: config.json cannot be read: {error}. {remedy}.") from None
     if found != value:
         raise ExpectedError(f"{where}: expected {key} = {value} in config.json, found {found}. {remedy}.")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import luigi
+from luigi.configuration import LuigiConfigParser
+from luigi.task_register import Register, TaskClassException
 from luigi.worker import TaskException
 
 from pipelines.benchmark import Benchmark, Evaluate
@@ -114,9 +118,15 @@ class _OnlyWhatMatters(logging.Filter):
         )
 
 
+def _is_about_an_option(error: BaseException | None) -> bool:
+    """Whether Luigi met it while it read the values of the command line."""
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, ValueError) else []
+    return any(frame.name == "_get_task_kwargs" for frame in frames)
+
+
 def _explanation(error: BaseException | None) -> str | None:
     """What people read of an error in place of all that it took; None where they had better read that."""
-    if isinstance(error, ExpectedError):
+    if isinstance(error, ExpectedError | luigi.parameter.ParameterException) or _is_about_an_option(error):
         return str(error)
     if isinstance(error, TaskException) or str(error).startswith("Unfulfilled dependenc"):
         return (
@@ -133,9 +143,11 @@ logs.LOGGER.addFilter(_OnlyWhatMatters())
 def _say_that_it_was_stopped(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Ctrl-C is no fault of the program, whose way to it nobody wants to read."""
+    """Ctrl-C and what explains itself are no faults of the program, whose way to them nobody wants to read."""
     if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write("stopped. What was finished stays, run again to go on\n")
+    elif issubclass(kind, ExpectedError | TaskClassException):
+        sys.stderr.write(f"ERROR: {error}\n")
     else:
         _show_uncaught(kind, error, trace)
 
@@ -152,8 +164,9 @@ DEFAULTS = {
         "scheduling_error": "35",
         "unhandled_exception": "40",
     },
-    # The store takes builds side by side, so one need not keep another from starting.
-    "core": {"no_lock": "true"},
+    # The store takes builds side by side, so one need not keep another from starting. Luigi's own level is DEBUG,
+    # of which collectors of JSON lines would get every one.
+    "core": {"no_lock": "true", "log_level": "INFO"},
 }
 """What Luigi is told where neither luigi.cfg nor a user's own file says otherwise."""
 
@@ -161,3 +174,31 @@ for _section, _settings in DEFAULTS.items():
     for _name, _value in _settings.items():
         if not luigi.configuration.get_config().has_option(_section, _name):
             luigi.configuration.get_config().set(_section, _name, _value)
+
+FILES = "luigi.cfg (or the file that LUIGI_CONFIG_PATH names)"
+
+
+def _refuse_unknown_settings() -> None:
+    """Luigi passes over what it does not know, and the build would go where nobody looks for it.
+
+    Raises:
+        ExpectedError: luigi.cfg, or a file in its place, has a setting that there is not.
+    """
+    config = luigi.configuration.get_config()
+    if not isinstance(config, LuigiConfigParser):  # TOML, which Luigi reads too
+        return
+    known = {section.__name__: [name for name, _ in section.get_params()] for section in settings.SECTIONS}
+    known["build"] = [settings.place_of(BuildDataset, *each)[1] for each in BuildDataset.get_params()]
+    for section in sorted({*config.sections()} - {*known} - {*Register.task_names()}):
+        if alike := difflib.get_close_matches(section, known, 1, 0.8):
+            raise ExpectedError(f"expected [{alike[0]}] in {FILES}, found [{section}]")
+    for section in sorted({*config.sections()} & {*known}):
+        for name in config[section]:
+            if name.replace("-", "_") not in {*known[section], *config.defaults()}:
+                expected = ", ".join(known[section])
+                raise ExpectedError(
+                    f"expected settings among {expected} in [{section}] of {FILES}, found {name}"
+                )
+
+
+_refuse_unknown_settings()

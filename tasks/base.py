@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import time
@@ -76,7 +77,7 @@ class RunTarget(luigi.Target):
         return self._task.is_up_to_date()
 
 
-class OfSettings(luigi.Task):
+class OfSettings(settings.SaysWhatIsWrong):
     """A task that is another one under other settings, also to a scheduler that serves several builds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -93,8 +94,12 @@ class MeetsBadRecords(OfSettings):
         config_path={"section": "build", "name": "on_bad_record"},
         description="quarantine: set bad records aside; fail: stop the build",
     )
-    max_reject_share = luigi.FloatParameter(
+    max_reject_share = luigi.NumericalParameter(
         default=0.05,
+        var_type=float,
+        min_value=0.0,
+        max_value=1.0,
+        right_op=operator.le,
         config_path={"section": "build", "name": "max_reject_share"},
         description="share of bad records above which the build fails",
     )

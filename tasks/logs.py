@@ -7,6 +7,7 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
+from spctrl.errors import ExpectedError
 from tasks import settings
 
 LOGGER = logging.getLogger("luigi-interface")
@@ -33,7 +34,10 @@ class JsonLines(logging.Formatter):
 
 
 def are_json() -> bool:
-    return bool(settings.log().format == "json")
+    try:
+        return bool(settings.log().format == "json")
+    except ExpectedError:  # of which lines have to tell, too
+        return False
 
 
 def event(message: str, **facts: Any) -> None:

@@ -141,8 +141,8 @@ def _knock(address: str) -> None:
 
 def _no_cluster(address: str, reason: str) -> ClusterError:
     return ClusterError(
-        f"cannot join a Ray cluster at [executor] address = {address}: {reason}. Start one with `ray start --head`, or "
-        "join this machine to one with `ray start --address host:port`; or set kind = local"
+        f"cannot join a Ray cluster at [executor] address = {address}: {reason.rstrip('.')}. Start one "
+        "with `ray start --head`, or join this machine to one with `ray start --address host:port`; or set kind = local"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import luigi
 
@@ -20,7 +20,30 @@ if TYPE_CHECKING:
     from spctrl.datasets import Dataset
 
 
-class paths(luigi.Config):
+class SaysWhatIsWrong(luigi.Task):
+    """Names a setting that cannot be read, and why; Luigi keeps the reason for a traceback."""
+
+    @classmethod
+    def get_param_values(cls, params: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().get_param_values(params, args, kwargs)
+        except ValueError:
+            for name, parameter in params:
+                if name in kwargs:
+                    continue
+                try:
+                    parameter.has_task_value(cls.get_task_family(), name)
+                except (ExpectedError, ValueError) as error:
+                    section, setting = place_of(cls, name, parameter)
+                    raise ExpectedError(f"[{section}] {setting}: {error}") from error
+            raise
+
+
+class Section(SaysWhatIsWrong, luigi.Config):
+    """A section of luigi.cfg."""
+
+
+class paths(Section):
     """Folders; relative ones are below the folder that the command runs in."""
 
     data = luigi.Parameter(default="data", description="folder of the raw datasets")
@@ -38,14 +61,14 @@ class paths(luigi.Config):
     )
 
 
-class ap10k(luigi.Config):
+class ap10k(Section):
     root = luigi.Parameter(default="{data}/AP-10K", description="folder with annotations/ and data/")
     split_id = luigi.ChoiceParameter(
         default="1", choices=["1", "2", "3"], description="which of AP-10K's three splits"
     )
 
 
-class humanart(luigi.Config):
+class humanart(Section):
     root = luigi.Parameter(default="{data}/HumanArt", description="folder with annotations/ and images/")
     subset = luigi.Parameter(
         default="humanart",
@@ -53,7 +76,7 @@ class humanart(luigi.Config):
     )
 
 
-class executor(luigi.Config):
+class executor(Section):
     kind = luigi.ChoiceParameter(
         default="local",
         choices=["local", "ray"],
@@ -71,24 +94,24 @@ class executor(luigi.Config):
     )
 
 
-class log(luigi.Config):
+class log(Section):
     format = luigi.ChoiceParameter(
         default="text", choices=["text", "json"], description="json: one object a line, on standard error"
     )
 
 
-class index(luigi.Config):
+class index(Section):
     max_pixels = luigi.IntParameter(
         default=100_000_000, description="largest image that is accepted, in pixels"
     )
 
 
-class spatext(luigi.Config):
+class spatext(Section):
     keypoint_radius_px = luigi.IntParameter(default=4, description="radius of a keypoint's disc")
     link_half_width_px = luigi.IntParameter(default=4, description="half the width of a link's ellipse")
 
 
-class openpose(luigi.Config):
+class openpose(Section):
     style = luigi.ChoiceParameter(
         default="openpose",
         choices=["openpose", "keypoints", "coco", "mmpose"],
@@ -98,7 +121,7 @@ class openpose(luigi.Config):
     link_half_width_px = luigi.IntParameter(default=4, description="half the width of a link's ellipse")
 
 
-class mask(luigi.Config):
+class mask(Section):
     backend = luigi.ChoiceParameter(
         default="precomputed", choices=["precomputed", "sam_hq", "sam"], description="where masks come from"
     )
@@ -120,7 +143,7 @@ class mask(luigi.Config):
     )
 
 
-class depth(luigi.Config):
+class depth(Section):
     backend = luigi.ChoiceParameter(
         default="precomputed", choices=["precomputed", "zoedepth"], description="where depth maps come from"
     )
@@ -133,7 +156,7 @@ class depth(luigi.Config):
     )
 
 
-class latents(luigi.Config):
+class latents(Section):
     resolution = luigi.IntParameter(default=512, description="side of the training crop in pixels")
     weights = luigi.Parameter(default="", description="folder; default: the one of configs/weights.yaml")
     batch_size = luigi.IntParameter(
@@ -141,19 +164,19 @@ class latents(luigi.Config):
     )
 
 
-class generate(luigi.Config):
+class generate(Section):
     batch_size = luigi.IntParameter(
         default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
     )
 
 
-class train(luigi.Config):
+class train(Section):
     num_processes = luigi.IntParameter(
         default=1, description="processes that train together, one for each GPU; a step has the images of all"
     )
 
 
-class export(luigi.Config):
+class export(Section):
     format = NamesParameter(
         default=("folders",),
         choices=("folders", "webdataset", "parquet"),
@@ -232,6 +255,12 @@ SECTIONS = (
 )
 
 
+def place_of(task: type[luigi.Task], name: str, parameter: luigi.Parameter[Any]) -> tuple[str, str]:
+    """Section and name under which luigi.cfg has a task's parameter, or a section's."""
+    place = parameter._config_path or {"section": task.get_task_family(), "name": name}
+    return place["section"], place["name"]
+
+
 def dataset_of(name: str) -> Dataset:
     """The dataset of a name.
 
@@ -269,8 +298,8 @@ def settings_digest() -> str:
             name: value for name, value in section().to_str_params().items() if name != "batch_size"
         }
         for section in SECTIONS
-        if section not in (executor, log)
     }
+    del values["executor"], values["log"]
     places = values["paths"]
     for each in ("cache", "weights"):  # each machine's own; weights count by content
         del places[each]

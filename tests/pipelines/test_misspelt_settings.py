@@ -1,0 +1,81 @@
+"""Settings that nobody meant: a build stops before it has made anything, and says which, and what they can be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import REPOSITORY
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+IN_THE_FILE = {
+    "a name": ("paths", "stroe", "elsewhere", ["[paths]", "stroe", "store, export"]),
+    "a name of [build]": ("build", "conditons", "spatext", ["[build]", "conditons", "conditions"]),
+    "a section": ("opnpose", "style", "coco", ["[opnpose]", "[openpose]"]),
+    "a choice": ("openpose", "style", "cocoo", ["[openpose] style", "cocoo", "mmpose"]),
+    "a choice of [build]": ("build", "conditions", "maskk", ["[build] conditions", "maskk", "masked_depth"]),
+    "a number": ("export", "shard_images", "10k", ["[export] shard_images", "10k"]),
+    "where errors go": ("log", "format", "jsn", ["[log] format", "jsn", "json"]),
+    "where it runs": ("executor", "kind", "rai", ["[executor] kind", "rai", "ray"]),
+}
+ON_THE_COMMAND_LINE = {
+    "a choice": (["--images", "requird"], ["requird", "required"]),
+    "a percentage": (["--max-reject-share", "5"], ["5", "[0.0, 1.0]"]),
+    "a section's choice": (["--openpose-style", "cocoo"], ["[openpose] style", "cocoo", "mmpose"]),
+}
+
+
+@pytest.mark.parametrize(("section", "name", "value", "expected"), IN_THE_FILE.values(), ids=IN_THE_FILE)
+def test_a_misspelt_setting_stops_the_build(
+    workspace: Workspace, section: str, name: str, value: str, expected: list[str]
+) -> None:
+    workspace.settings.setdefault(section, {})[name] = value
+    built = workspace.run()
+    assert not built.succeeded
+    assert all(each in built.output for each in expected), built.output
+    assert "Traceback" not in built.output
+    assert not built.committed
+
+
+@pytest.mark.parametrize(("options", "expected"), ON_THE_COMMAND_LINE.values(), ids=ON_THE_COMMAND_LINE)
+def test_a_misspelt_value_on_the_command_line_stops_the_build(
+    workspace: Workspace, options: list[str], expected: list[str]
+) -> None:
+    built = workspace.run(*options)
+    assert not built.succeeded
+    assert all(each in built.output for each in expected), built.output
+    assert "Traceback" not in built.output
+    assert not built.committed
+
+
+def test_a_misspelt_target_is_one_line(workspace: Workspace) -> None:
+    built = workspace.run(family="BuildDatset")
+    assert not built.succeeded
+    assert built.output == "ERROR: No task BuildDatset. Did you mean:\nBuildDataset\n"
+
+
+def test_the_tools_say_the_same(workspace: Workspace) -> None:
+    workspace.settings["paths"]["stroe"] = "elsewhere"
+    told = subprocess.run(
+        [sys.executable, "-c", "from pipelines.cli import app; app()", "status"],
+        cwd=workspace.folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "LUIGI_CONFIG_PATH": str(workspace.settings_file()),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode != 0
+    assert "stroe" in told.stderr and "Traceback" not in told.stderr
+
+
+def test_the_settings_of_other_projects_and_of_luigi_are_let_be(workspace: Workspace) -> None:
+    workspace.settings |= {"DEFAULT": {"place": "here"}, "worker": {"wait_jitter": 1}, "MyTask": {"x": 1}}
+    assert workspace.run("--dataset", "ap10k", "--split", "val").succeeded

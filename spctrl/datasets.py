@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 from spctrl.skeletons import AP10K as AP10K_SKELETON
 from spctrl.skeletons import HUMANART as HUMANART_SKELETON
 
+MAX_IMAGE_FILE_BYTES = 2**30
+"""More than 8 bytes for each of the most pixels that the index lets through by default. A sparse file costs nothing and
+claims any size."""
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 

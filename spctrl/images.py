@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from spctrl.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 HASH_SIDE = 8
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Others are not tried: PIL would start a PostScript interpreter for one of them."""
-MAX_FILE_BYTES = 2**30
-"""Of an image file: more than 8 bytes for each of the most pixels that the index lets through by default. A sparse file
-costs nothing and claims any size."""
 MAX_SCANS = 500
 """Of a progressive JPEG. Each goes over the whole image and takes a few bytes of the file, so that a small file could
 keep a decoder busy for hours; cameras and tools write about 10."""
@@ -52,8 +50,10 @@ def opened_image(data: bytes, size_wh: tuple[int, int] | None = None) -> Iterato
     Raises:
         RecordError: ``bad_image`` or ``image_size``.
     """
-    if len(data) > MAX_FILE_BYTES:
-        raise RecordError("bad_image", f"expected at most {MAX_FILE_BYTES:,} bytes, found {len(data):,}")
+    if len(data) > MAX_IMAGE_FILE_BYTES:
+        raise RecordError(
+            "bad_image", f"expected at most {MAX_IMAGE_FILE_BYTES:,} bytes, found {len(data):,}"
+        )
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if size_wh is not None and image.size != size_wh:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import luigi
 
+from spctrl.datasets import MAX_IMAGE_FILE_BYTES
 from tasks.base import digest_cache
 from tasks.index import DatasetStage
-from tasks.inputs import MISSING
+from tasks.inputs import MISSING, TOO_LARGE
 from tasks.progress import progress
 from tasks.record_stage import NOTHING, Prepared, RecordStage
 
@@ -51,7 +51,12 @@ class FileStage(DatasetStage, RecordStage):
         if upstream is None or names is None:
             return None
         cache = digest_cache(self.store)
-        found = cache.list_digest(self.folder, self.file_paths(names), max_read_bytes=READ_AT_ONCE_BYTES)
+        found = cache.list_digest(
+            self.folder,
+            self.file_paths(names),
+            max_read_bytes=READ_AT_ONCE_BYTES,
+            largest_bytes=MAX_IMAGE_FILE_BYTES,
+        )
         return None if found is None else {**upstream, "files": found}
 
     def fill_cache(self) -> None:
@@ -63,18 +68,18 @@ class FileStage(DatasetStage, RecordStage):
         ) as advance:
             for start in range(0, len(paths), HASHED_BETWEEN_LINES):
                 some = [f"{self.folder}/{path}" for path in paths[start : start + HASHED_BETWEEN_LINES]]
-                digest_cache(self.store).file_digests(some)
+                digest_cache(self.store).file_digests(some, largest_bytes=MAX_IMAGE_FILE_BYTES)
                 advance(len(some))
 
     def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
-        from spctrl.images import MAX_FILE_BYTES, outside_folders
+        from spctrl.images import outside_folders
         from tasks.work import FileSource
 
         image_paths = [self.spec.image_path(name) for name in rows.column("file_name").to_pylist()]
         file_paths = self.file_paths(image_paths)
         paths = [f"{self.folder}/{path}" for path in file_paths]
         confines = [self.confines(path) for path in file_paths]
-        digests = digest_cache(self.store).file_digests(paths)
+        digests = digest_cache(self.store).file_digests(paths, largest_bytes=MAX_IMAGE_FILE_BYTES)
         prepared = []
         for path, folder, found, outside, width, height in zip(
             paths,
@@ -90,8 +95,8 @@ class FileStage(DatasetStage, RecordStage):
             elif outside:
                 message = f"{path} is a link that leads out of {folder}"
                 prepared.append(Prepared(None, code="outside_dataset", message=message))
-            elif (size := Path(path).stat().st_size) > MAX_FILE_BYTES:
-                message = f"expected at most {MAX_FILE_BYTES:,} bytes, found {size:,}: {path}"
+            elif found == TOO_LARGE:
+                message = f"expected at most {MAX_IMAGE_FILE_BYTES:,} bytes, found more in {path}"
                 prepared.append(Prepared(None, code="bad_image", message=message))
             else:
                 prepared.append(Prepared(f"{found} {width} {height}", (FileSource(path, found),)))

@@ -26,7 +26,7 @@ from tasks.store import digest_of
 
 RACY_NS = 2_000_000_000
 HASHING_THREADS = 8
-MISSING = "missing"
+MISSING, TOO_LARGE = "missing", "too-large"
 EMPTY = hashlib.sha256().hexdigest()
 FILES_AT_ONCE = 16_384
 LOOK_UPS_TO_A_SCAN = 4
@@ -93,27 +93,38 @@ class DigestCache:
             return MISSING
         return str(known)
 
-    def file_digests(self, paths: Sequence[str]) -> list[str]:
-        """SHA-256 of each file, ``"missing"`` where there is none; changed ones are read by a few threads."""
-        found = self._digests(paths, [_stat(path) for path in paths])
+    def file_digests(self, paths: Sequence[str], *, largest_bytes: float = float("inf")) -> list[str]:
+        """SHA-256 of each file, ``"missing"`` where there is none; changed ones are read by a few threads.
+
+        One larger than ``largest_bytes`` is ``"too-large"``, and not read: a file may claim any size.
+        """
+        found = self._digests(paths, [_stat(path) for path in paths], largest_bytes=largest_bytes)
         return found.digests if found else []
 
-    def list_digest(self, root: str, names: Sequence[str], max_read_bytes: int | None = None) -> str | None:
+    def list_digest(
+        self,
+        root: str,
+        names: Sequence[str],
+        max_read_bytes: int | None = None,
+        *,
+        largest_bytes: float = float("inf"),
+    ) -> str | None:
         """One digest for a list of files below a folder: their names and contents, and which are missing.
 
         Costs one stat a file while nothing changes. Where more than ``max_read_bytes`` would have to be read, not
-        counting racy files, gives None.
+        counting racy files, gives None. Of files larger than ``largest_bytes`` their names count.
         """
         state = hashlib.blake2b(digest_size=16)
         for _ in _look(root, names, state):
             pass
-        if (known := self.fact(f"list {state.hexdigest()}")) is not None:
+        fact = f"list {largest_bytes} {state.hexdigest()}"
+        if (known := self.fact(fact)) is not None:
             return str(known)
         state = hashlib.blake2b(digest_size=16)
         digests: list[str] = []  # many in one text, which takes half as much memory
         may_read, may_be_kept = float("inf") if max_read_bytes is None else max_read_bytes, True
         for paths, stats in _look(root, names, state):
-            if (found := self._digests(paths, stats, may_read)) is None:
+            if (found := self._digests(paths, stats, may_read, largest_bytes)) is None:
                 return None
             may_read -= found.read_bytes
             digests.append(" ".join(found.digests))
@@ -124,11 +135,15 @@ class DigestCache:
             may_be_kept &= not any(_is_racy(each) or read == MISSING for each, read in there)
         whole = digest_of(chain(names, chain.from_iterable(map(str.split, digests))))
         if may_be_kept:
-            self.keep_fact(f"list {state.hexdigest()}", whole)
+            self.keep_fact(f"list {largest_bytes} {state.hexdigest()}", whole)
         return whole
 
     def _digests(
-        self, paths: Sequence[str], stats: Sequence[Stat | None], may_read: float = float("inf")
+        self,
+        paths: Sequence[str],
+        stats: Sequence[Stat | None],
+        may_read: float = float("inf"),
+        largest_bytes: float = float("inf"),
     ) -> _Digests | None:
         """Digests of files; None, and nothing is read, where more than ``may_read`` bytes of files that are not racy
         would have to be.
@@ -137,7 +152,7 @@ class DigestCache:
         wanted = [
             (path, each)
             for path, each in zip(paths, stats, strict=True)
-            if each is not None and known.get(path, (None,))[0] != each
+            if each is not None and each[0] <= largest_bytes and known.get(path, (None,))[0] != each
         ]
         # Racy files are not kept, so they are read each time, and would be too much each time.
         read_bytes = sum(each[0] for _, each in wanted if not _is_racy(each))
@@ -154,7 +169,13 @@ class DigestCache:
             ],
         )
         digests = [
-            MISSING if each is None else fresh[path] if path in fresh else known[path][1]
+            MISSING
+            if each is None
+            else TOO_LARGE
+            if each[0] > largest_bytes
+            else fresh[path]
+            if path in fresh
+            else known[path][1]
             for path, each in zip(paths, stats, strict=True)
         ]
         return _Digests(digests, read_bytes)

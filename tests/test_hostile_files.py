@@ -115,7 +115,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
 
 
 def test_a_file_of_any_size_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spctrl.images.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("spctrl.images.MAX_IMAGE_FILE_BYTES", 1000)
     with pytest.raises(RecordError, match="expected at most 1,000 bytes, found 1,001"):
         probe_image(record(), bytes(1001))
 

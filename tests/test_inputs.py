@@ -14,7 +14,7 @@ import pytest
 
 import tasks.inputs
 from tasks.base import digest_cache
-from tasks.inputs import MISSING, DigestCache
+from tasks.inputs import MISSING, TOO_LARGE, DigestCache
 from tasks.store import Store
 
 LONG_AGO_NS = time.time_ns() - 3_600_000_000_000
@@ -190,6 +190,17 @@ def test_what_is_no_file_counts_as_missing(
 @pytest.mark.parametrize("name", ["\x00", "x" * 5000, "a\ud800"])
 def test_a_name_that_no_file_can_have_counts_as_missing(cache: DigestCache, folder: Path, name: str) -> None:
     assert cache.file_digests([f"{folder}/{name}"]) == [MISSING]
+
+
+def test_a_file_that_claims_to_be_larger_than_any_image_is_not_read(cache: DigestCache, folder: Path) -> None:
+    with (folder / "b").open("wb") as file:
+        file.truncate(2**40)  # nothing but holes
+    paths = [str(folder / "a"), str(folder / "b")]
+    assert cache.file_digests(paths, largest_bytes=2**30) == [sha256("a"), TOO_LARGE]
+    before = cache.list_digest(str(folder), NAMES, max_read_bytes=2**20, largest_bytes=2**30)
+    assert before is not None
+    (folder / "b").write_bytes(b"small")
+    assert cache.list_digest(str(folder), NAMES, largest_bytes=2**30) != before
 
 
 def test_a_link_to_a_file_is_that_file(cache: DigestCache, folder: Path) -> None:

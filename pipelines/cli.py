@@ -309,6 +309,7 @@ def _weights_table() -> Table:
     from spctrl.weights import are_random, known_weights
 
     table = Table("weights", "for", "there", box=None, pad_edge=False)
+    table.columns[-1].overflow = "fold"  # addresses without spaces, which people copy
     for name, entry in known_weights().items():
         path = Path(settings.paths().weights) / entry.file
         there = (

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import luigi
 
@@ -29,9 +29,6 @@ from tasks.code_version import PACKAGES, ROOT, code_components
 from tasks.files import StoreError
 from tasks.inputs import DigestCache
 from tasks.store import Run, Store, digest
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST = "manifest.parquet"
 REJECTS = "rejects.parquet"
@@ -207,6 +204,8 @@ class StageTask(MeetsBadRecords):
 
     def run(self) -> None:
         self.fill_cache()
+        if (run := self.current_run()) is not None:
+            run.forget()  # whoever has it made found it missing, perhaps on another machine and later
         if self.is_up_to_date():
             return
         run = self.store.run(self.stage, self.part, self.made_from().fingerprint)

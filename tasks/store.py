@@ -346,13 +346,17 @@ class Run:
             _whole_elsewhere[self] = provenance
         return is_whole
 
-    def write(self, name: str, data: bytes) -> None:
+    def forget(self) -> None:
+        """Look at it again, also where it was found whole in an object store."""
         _whole_elsewhere.pop(self, None)
+
+    def write(self, name: str, data: bytes) -> None:
+        self.forget()
         self.store.files.write(self.name(name), data)
 
     def create(self, name: str) -> AbstractContextManager[Path]:
         """A temporary path to write a large file to, which gets its name at the end."""
-        _whole_elsewhere.pop(self, None)
+        self.forget()
         return self.store.files.create(self.name(name))
 
     def add(self, path: Path) -> None:
@@ -381,7 +385,7 @@ class Run:
 
     def uncommit(self) -> None:
         """Make the stage run again; artifacts stay and are found again."""
-        _whole_elsewhere.pop(self, None)
+        self.forget()
         self.store.files.remove([self.name(PROVENANCE)])
 
     def remove(self) -> None:

@@ -25,7 +25,7 @@ from object_store import (
 )
 
 from tasks.files import Files, StoreError, files_at
-from tasks.store import Store, forget_what_was_found
+from tasks.store import Store
 
 KINDS = ("folder", "s3", "memory")
 NAMES = {
@@ -296,7 +296,7 @@ def test_a_run_of_many_packs_is_looked_at_in_few_requests(remote: Place) -> None
     assert {each.key.rpartition("/")[2] for each in bucket.proxy.seen} == {"", "provenance.json"}
     bucket.proxy.forget()
     bucket.remove(f"a prefix/packs/mask/{packs[7]}")
-    forget_what_was_found()
+    run.forget()
     assert not run.is_whole()
 
 

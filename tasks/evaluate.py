@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
@@ -367,8 +368,12 @@ class RealFeatures(InceptionStage):
         upstream, names = super().inputs(), self.image_paths()
         if upstream is None or names is None:
             return None
-        cache = digest_cache(self.store)
-        found = cache.list_digest(str(self.root), names, max_read_bytes=READ_AT_ONCE_BYTES)
+        found = digest_cache(self.store).list_digest(
+            str(self.root),
+            names,
+            max_read_bytes=READ_AT_ONCE_BYTES,
+            largest_bytes=MAX_IMAGE_FILE_BYTES,
+        )
         return None if found is None else {**upstream, "files": found}
 
     def fill_cache(self) -> None:
@@ -379,7 +384,7 @@ class RealFeatures(InceptionStage):
         with progress(title, len(paths), self.set_progress_percentage) as advance:
             for start in range(0, len(paths), HASHED_BETWEEN_LINES):
                 some = paths[start : start + HASHED_BETWEEN_LINES]
-                digest_cache(self.store).file_digests(some)
+                digest_cache(self.store).file_digests(some, largest_bytes=MAX_IMAGE_FILE_BYTES)
                 advance(len(some))
 
     def weights_note(self) -> str | None:

@@ -350,15 +350,14 @@ def test_a_batch_that_kills_every_worker_ends_the_work(
 
 def test_a_node_without_the_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=f"{socket.gethostname()} .* does not see {tmp_path}"):
-        ray_executor.work(fail, 0, Site(tmp_path, tmp_path / "marker", ()))
+        ray_executor.work(fail, 0, Site(tmp_path, Store(tmp_path), "marker", ()))
 
 
 def test_a_node_with_another_library_is_named(tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    marker.touch()
+    (tmp_path / "marker").touch()
     for name, found in (("numpy", r"\d"), ("no-such-library", "none")):
         with pytest.raises(ClusterError, match=f"expected {name} 0.1 .*, found {found}"):
-            ray_executor.work(fail, 0, Site(tmp_path, marker, ((name, "0.1"),)))
+            ray_executor.work(fail, 0, Site(tmp_path, Store(tmp_path), "marker", ((name, "0.1"),)))
 
 
 def test_ray_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,7 @@ def test_infer_writes_images_and_a_sheet(run: Any, tmp_path: Path) -> None:
         (["--image-id", IMAGE_ID, "--words", "all"], "tokens, names, none"),
         (["--image-id", IMAGE_ID, "--checkpoint", "nowhere"], "nowhere"),
         (["--image-id", IMAGE_ID, "--resolution", "100"], "multiple of 8"),
-        (["--map", __file__, "--prompt", "a dog", *FAST], "cannot be decoded"),
+        (["--map", __file__, "--prompt", "a dog", *FAST], "expected an image"),
         (["--image-id", IMAGE_ID, "--split", "new"], "expected train, val, test"),
     ],
 )

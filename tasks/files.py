@@ -341,8 +341,11 @@ class ObjectStore(Files):
         return path
 
     def listing(self, prefix: str) -> dict[str, Info]:
-        with self._faults("list", prefix):  # a bucket that is not there is a fault, a folder there is none
-            found = self._system.find(self._key(prefix).rstrip("/"), detail=True)
+        with self._faults("list", prefix):
+            try:
+                found = self._system.find(self._key(prefix).rstrip("/"), detail=True)
+            except FileNotFoundError:
+                return {}
         return {
             self._name(key): Info(int(info["size"]), _modified_at_s(info))
             for key, info in found.items()

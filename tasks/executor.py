@@ -117,8 +117,10 @@ def _run_in_processes(
                         failures.append(error)
                         continue
                     yield result
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, EOFError) as error:  # the latter where the fork server died
             _kept_pool.cache_clear()
+            for child in multiprocessing.active_children():
+                child.kill()  # a worker that was just starting would be waited for at the end of this process
             raise WorkerError(
                 "a worker process died: killed, or out of memory. What was finished stays; run again, with fewer "
                 "[executor] workers if memory was short"

@@ -349,7 +349,9 @@ class ObjectStore(Files):
         return {
             self._name(key): Info(int(info["size"]), _modified_at_s(info))
             for key, info in found.items()
-            if not key.endswith("/")  # browsers of buckets leave such objects for folders
+            # A folder that another process began after the listing comes as one; browsers of buckets leave empty
+            # objects for folders.
+            if info["type"] == "file" and not key.endswith("/")
         }
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:

@@ -349,6 +349,22 @@ def test_what_browsers_of_buckets_leave_for_folders_is_no_file(remote: Place) ->
     assert store.files.listing("runs") == {}
 
 
+def test_a_folder_that_is_begun_while_it_is_listed_is_no_file(
+    remote: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs asks what an empty listing is of, and by then another build may have written there."""
+    s3fs = pytest.importorskip("s3fs")
+    remote.files.write("runs/mask/all/12/provenance.json", b"{}")
+
+    async def list_nothing_yet(*_: object, **__: object) -> list[object]:
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "_lsdir", list_nothing_yet)
+        assert remote.files.listing("runs/mask/all/12") == {}
+    assert remote.files.listing("runs/mask/all/12").keys() == {"runs/mask/all/12/provenance.json"}
+
+
 # What goes wrong with a disk
 
 

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.common import BUILD, CONSOLE, Report, run_process, turns, wait_for_calm
 from benchmarks.inputs import SPLITS, ap10k_root
 from spctrl.datasets import AP10K
 from spctrl.index import write_index
-from spctrl.records import Record, records_from_table
+from spctrl.records import COLUMNS_OF_RECORD
 from tasks.executor import run_jobs
 from tasks.ray_executor import Cluster, run_batches
 from tasks.store import Store, digest
@@ -77,7 +78,7 @@ def _two_nodes() -> Iterator[tuple[Any, Any]]:
 
 def _throughput(report: Report, cluster: Any, second: Any) -> None:
     """Maps and renders of all records by each executor in turn, its workers warm."""
-    records = _records()[: QUICK_RECORDS if report.quick else None]
+    rows = _rows().slice(0, QUICK_RECORDS if report.quick else None)
     where = Cluster(cluster.address, Store(BUILD / "ray-throughput"), {})
     runs: dict[str, Run] = {
         LOCAL_1: lambda batches: run_jobs(make_pack, batches, 1),
@@ -93,7 +94,7 @@ def _throughput(report: Report, cluster: Any, second: Any) -> None:
         ):
             with _occupied(second) if name == RAY_1 else contextlib.nullcontext():
                 wait_for_calm()
-                seconds = _draw(records, where.store, runs[name])
+                seconds = _draw(rows, where.store, runs[name])
             if number >= len(runs):
                 took[name].append(seconds)
             packs.add(_content(where.store.home, "packs/*/*"))
@@ -101,12 +102,12 @@ def _throughput(report: Report, cluster: Any, second: Any) -> None:
         raise RuntimeError("the executors made different packs")
     medians = {name: statistics.median(each) for name, each in took.items()}
     rows = [
-        (name, f"{s:.2f}", f"{len(records) / s:,.0f}", f"{s / medians[local]:.2f}")
+        (name, f"{s:.2f}", f"{len(rows) / s:,.0f}", f"{s / medians[local]:.2f}")
         for local, names in ((LOCAL_1, (LOCAL_1, RAY_1)), (LOCAL_2, (LOCAL_2, RAY_2)))
         for name, s in ((name, medians[name]) for name in names)
     ]
     report.table(
-        f"Map and render of {len(records):,} records in packs of {RECORDS_PER_PACK}, workers warm: medians of "
+        f"Map and render of {len(rows):,} records in packs of {RECORDS_PER_PACK}, workers warm: medians of "
         f"{len(took[RAY_1])} turns",
         ("", "wall s", "records/s", "times local"),
         rows,
@@ -116,26 +117,26 @@ def _throughput(report: Report, cluster: Any, second: Any) -> None:
     report.target("1 worker / 2 workers on Ray", medians[RAY_1] / medians[RAY_2], at_least=1.6)
 
 
-def _records() -> list[Record]:
+def _rows() -> pa.Table:
     root, _ = ap10k_root()
-    records: list[Record] = []
+    tables = []
     for split in SPLITS:
         index = BUILD / f"ap10k-{split}.parquet"
         write_index(root / AP10K.annotation_path(split, "1"), AP10K, split, index, max_pixels=100_000_000)
-        records += records_from_table(pq.read_table(index))
-    return records
+        tables.append(pq.read_table(index, columns=COLUMNS_OF_RECORD))
+    return pa.concat_tables(tables)
 
 
-def _draw(records: list[Record], store: Store, run_all: Run) -> float:
+def _draw(rows: pa.Table, store: Store, run_all: Run) -> float:
     """Maps first, then renders that colour them, as in a build; gives the seconds that both took."""
     shutil.rmtree(store.home / "packs", ignore_errors=True)
     links, names = AP10K.skeleton.links, AP10K.skeleton.keypoint_names
     started = time.perf_counter()
     maps: dict[str, Location] = {}
-    for found in run_all(_batches("spatext", {"links": links}, records, store)):
+    for found in run_all(_batches("spatext", {"links": links}, rows, store)):
         maps |= found
     style = {"style": "openpose", "keypoint_names": names, "links": links}
-    for _ in run_all(_batches("openpose", style, records, store, maps)):
+    for _ in run_all(_batches("openpose", style, rows, store, maps)):
         pass
     return time.perf_counter() - started
 
@@ -143,12 +144,12 @@ def _draw(records: list[Record], store: Store, run_all: Run) -> float:
 def _batches(
     stage: str,
     parameters: dict[str, Any],
-    records: list[Record],
+    rows: pa.Table,
     store: Store,
     maps: dict[str, Location] | None = None,
 ) -> Iterator[Batch]:
-    keys = [digest(str(record.image_id)) for record in records]
-    for first in range(0, len(records), RECORDS_PER_PACK):
+    keys = [digest(str(image_id)) for image_id in rows.column("image_id").to_pylist()]
+    for first in range(0, len(rows), RECORDS_PER_PACK):
         some = slice(first, first + RECORDS_PER_PACK)
         sources: list[tuple[Source, ...]] = [
             (ArtifactSource("spatext", maps[key]),) if maps else () for key in keys[some]
@@ -160,7 +161,7 @@ def _batches(
             stage=stage,
             suffix=".png",
             keys=keys[some],
-            records=records[some],
+            rows=rows.slice(first, RECORDS_PER_PACK),
             sources=sources,
         )
 

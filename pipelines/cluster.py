@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 import time
 from datetime import timedelta
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import luigi
 import typer
@@ -26,6 +28,8 @@ from tasks.store import forget_what_was_found
 
 AWAY_TIMES = 10
 """How often in a row luigid may not answer. Each time Luigi asks three times, with half a minute in between."""
+CONNECT_TIMEOUT_S = 5.0
+WEB_PORTS = {"http": 80, "https": 443}
 IDLE = timedelta(minutes=5)
 """How long a worker goes without work before it looks at the store again, whatever luigid believes."""
 
@@ -92,6 +96,8 @@ class _Crew:
 
     def create_remote_scheduler(self, url: str) -> RemoteScheduler:
         self.scheduler = scheduler = RemoteScheduler(url)
+        if (fault := _fault_at(url)) is not None:
+            _say(f"luigid does not answer at {url}: {fault}. Asking again for some minutes.")
         self.scheduler.is_paused()  # does it answer? Luigi's worker would complain at length
         return scheduler
 
@@ -144,6 +150,19 @@ def _stay(parser: CmdlineParser) -> int:
             return int(codes.not_run)
         _say(f"{'luigid does not answer' if away else 'luigid has no work here'}: joining again.")
         time.sleep(worker_settings().wait_interval)
+
+
+def _fault_at(url: str) -> str | None:
+    """Why nothing answers at a web address, where nothing does; Luigi asks again and again before it says so."""
+    parts = urlsplit(url)
+    if parts.scheme not in WEB_PORTS:
+        return None
+    try:
+        address = (parts.hostname, parts.port or WEB_PORTS[parts.scheme])
+        socket.create_connection(address, CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _failures(scheduler: Any, task: luigi.Task) -> list[str]:

@@ -57,6 +57,9 @@ RECORD_SCHEMA = pa.schema(
     ]
 )
 
+COLUMNS_OF_RECORD = ("image_id", "file_name", "width", "height", "instances")
+"""What ``records_from_table`` reads."""
+
 REJECT_SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),

@@ -78,7 +78,7 @@ class Openpose(Spatext):
         if self._index_maps is None:
             return plain
         return [
-            each._replace(sources=(ArtifactSource(Spatext.stage, found),)) if found else each
+            Prepared(each.identity, (ArtifactSource(Spatext.stage, found),)) if found else each
             for each, found in zip(plain, self._index_maps.at(rows.column("image_id")), strict=True)
         ]
 

@@ -20,11 +20,13 @@ class NamesParameter(luigi.Parameter[tuple[str, ...]]):
         self.description = f"{self.description or ''} (comma-separated: {', '.join(choices)})".strip()
 
     def parse(self, x: str) -> tuple[str, ...]:
-        names = (
-            json.loads(x)
-            if x.lstrip().startswith("[")
-            else [name.strip() for name in x.split(",") if name.strip()]
-        )
+        if x.lstrip().startswith("["):
+            try:
+                names = json.loads(x)
+            except ValueError as error:
+                raise ExpectedError(f"expected a JSON list, or names with commas, found {x!r}") from error
+        else:
+            names = [name.strip() for name in x.split(",") if name.strip()]
         unknown = [str(name) for name in names if name not in self._choices]
         if unknown or not names:
             raise ExpectedError(

@@ -12,7 +12,7 @@ from tasks.base import MANIFEST, REJECTS, StageTask
 from tasks.executor import run_jobs, warm_up
 from tasks.inputs import InputChangedError
 from tasks.progress import progress
-from tasks.store import Location, Run, digest, parquet_bytes, results_table
+from tasks.store import Location, Run, digest, digests, parquet_bytes, results_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
     from numpy.typing import NDArray
 
-    from spctrl.records import Record
     from tasks.ray_executor import Cluster
     from tasks.work import Batch, Source
 
@@ -52,6 +51,14 @@ class Prepared(NamedTuple):
 
 NOTHING = Prepared(None)
 """For a record that has nothing to be made from, and need not have."""
+
+
+class _Work(NamedTuple):
+    """Rows of the index that something is to be made from, with the key and the sources of each."""
+
+    rows: pa.Table
+    keys: list[str]
+    sources: list[tuple[Source, ...]]
 
 
 class RecordStage(StageTask):
@@ -98,7 +105,7 @@ class RecordStage(StageTask):
         return Cluster(settings.executor().address, self.store, self.made_from().libraries)
 
     def batch(self, **work: Any) -> Batch:
-        """What a worker is given: ``work`` holds its keys, records and sources."""
+        """What a worker is given: ``work`` holds its rows, keys and sources."""
         from tasks.work import Batch
 
         return Batch(
@@ -184,24 +191,24 @@ class _Plan:
         A stretch of the index that is missing as a whole becomes one pack, so that an interrupted build,
         continued, makes the packs of an undisturbed one. Scattered records are gathered.
         """
-        scattered: list[tuple[str, Record, tuple[Source, ...]]] = []
-        start = 0
+        scattered: list[_Work] = []
+        start = count = 0
         for rows in self._index.iter_batches(self._per_pack):
             is_missing = self._is_missing[start : start + len(rows)]
-            work = (
-                self._work(rows, self._keys.slice(start, len(rows)), is_missing) if is_missing.any() else []
-            )
+            found = int(is_missing.sum())
+            work = self._work(rows, self._keys.slice(start, len(rows)), is_missing) if found else None
             start += len(rows)
-            advance(len(rows) - len(work))
-            if not work:
+            advance(len(rows) - found)
+            if work is None:
                 continue
-            if len(work) == len(rows):
-                yield self._batch(work)
-            elif len(scattered) + len(work) > self._per_pack:
+            if found == len(rows):
+                yield self._batch([work])
+                continue
+            if count + found > self._per_pack:
                 yield self._batch(scattered)
-                scattered = work
-            else:
-                scattered += work
+                scattered, count = [], 0
+            scattered.append(work)
+            count += found
         if scattered:
             yield self._batch(scattered)
 
@@ -250,21 +257,17 @@ class _Plan:
         """A key for each record; null where there is nothing to work on."""
         import pyarrow as pa
 
-        identities = [each.identity for each in prepared]
-        keys = [None if identity is None else digest(self._salt, identity) for identity in identities]
-        return pa.array(keys, pa.string())
+        return pa.array(digests(self._salt, (each.identity for each in prepared)), pa.string())
 
-    def _work(
-        self, rows: pa.RecordBatch, keys: pa.ChunkedArray, is_missing: NDArray[np.bool_]
-    ) -> list[tuple[str, Record, tuple[Source, ...]]]:
-        """Key, record and sources of each missing row.
+    def _work(self, rows: pa.RecordBatch, keys: pa.ChunkedArray, is_missing: NDArray[np.bool_]) -> _Work:
+        """The missing ones of some rows.
 
         Raises:
-            InputChangedError: they are no longer what their keys were made from.
+            InputChangedError: their sources are no longer what their keys were made from.
         """
         import pyarrow as pa
 
-        from spctrl.records import records_from_table
+        from spctrl.records import COLUMNS_OF_RECORD
 
         missing = pa.array(is_missing)
         rows, keys = rows.filter(missing), keys.filter(missing)
@@ -273,12 +276,17 @@ class _Plan:
             raise InputChangedError(
                 f"files that {self._task.stage} reads changed while it was at work; run again when they are at rest"
             )
-        sources = (each.sources for each in prepared)
-        return list(zip(keys.to_pylist(), records_from_table(rows), sources, strict=True))
+        table = pa.Table.from_batches([rows.select(COLUMNS_OF_RECORD)])
+        return _Work(table, keys.to_pylist(), [each.sources for each in prepared])
 
-    def _batch(self, work: list[tuple[str, Record, tuple[Source, ...]]]) -> Batch:
-        keys, records, sources = zip(*work, strict=True)
-        return self._task.batch(keys=keys, records=records, sources=sources)
+    def _batch(self, work: Sequence[_Work]) -> Batch:
+        import pyarrow as pa
+
+        return self._task.batch(
+            rows=pa.concat_tables(each.rows for each in work),
+            keys=[key for each in work for key in each.keys],
+            sources=[sources for each in work for sources in each.sources],
+        )
 
 
 def _first_of_each(keys: pa.ChunkedArray, known: pa.ChunkedArray) -> NDArray[np.bool_]:

@@ -23,7 +23,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -64,12 +64,28 @@ def digest(*parts: str | bytes) -> str:
 
 def digest_of(parts: Iterable[str | bytes]) -> str:
     """The same of as many as there may be."""
+    return _state_of(parts).hexdigest()
+
+
+def digests(first: str, others: Iterable[str | None]) -> Iterator[str | None]:
+    """``digest(first, other)`` of each other, where there is one: millions of keys begin alike."""
+    start = _state_of([first])
+    for other in others:
+        if other is None:
+            yield None
+        else:
+            state, data = start.copy(), other.encode()
+            state.update(len(data).to_bytes(8, "big") + data)
+            yield state.hexdigest()
+
+
+def _state_of(parts: Iterable[str | bytes]) -> hashlib.blake2b:
     state = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, "big"))
         state.update(data)
-    return state.hexdigest()
+    return state
 
 
 def content_digest(data: bytes | memoryview) -> str:
@@ -184,16 +200,6 @@ class Store:
                 index = indices.get(index_name(stage, pack), b"")
                 found.append(_results(pack, packs[pack].size, index, wanted))
         return pa.concat_tables(found)
-
-    def locations(self, stage: str) -> dict[str, Location]:
-        """Everything that the stage's packs hold, by key: for looking at a store that is not large."""
-        import pyarrow as pa
-
-        keys = [key for pack in self.packs(stage) for key in self.pack_locations(stage, pack)]
-        found: dict[str, Location] = {}
-        for row in self.results(stage, pa.chunked_array([keys], pa.string())).to_pylist():
-            found.setdefault(row.pop("key"), Location(**row))
-        return found
 
     def pack_locations(self, stage: str, pack: str) -> dict[str, Location]:
         """What one pack holds, by key; an index that cannot be read holds nothing."""

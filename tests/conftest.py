@@ -164,16 +164,31 @@ class Workspace:
         return subprocess.Popen(
             [*command, "--module", "pipelines", family, "--local-scheduler", *arguments],
             cwd=self.folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(self.code),
-                "LUIGI_CONFIG_PATH": str(self.settings_file()),
-                "COLUMNS": "200",
-            },
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+        )
+
+    def environment(self) -> dict[str, str]:
+        """For a process that finds the project's code and these settings."""
+        return {
+            **os.environ,
+            "PYTHONPATH": str(self.code),
+            "LUIGI_CONFIG_PATH": str(self.settings_file()),
+            "COLUMNS": "200",
+        }
+
+    def spctrl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the ``spctrl`` command, to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     def _state(self) -> dict[Path, Stamp]:
@@ -231,6 +246,8 @@ class Workspace:
 
     def faults(self) -> list[str]:
         """What counts as done in the store but is not whole, read back to the byte."""
+        from stores import locations
+
         from tasks.files import StoreError
         from tasks.store import Store
 
@@ -247,7 +264,7 @@ class Workspace:
             packs = {store.pack_path(run.stage, pack): size for pack, size in provenance["packs"].items()}
             found += [f"{path} has another size" for path, size in packs.items() if _facts(path)[0] != size]
         for stage in store.stages():
-            for key, place in store.locations(stage).items():
+            for key, place in locations(store, stage).items():
                 if place.code is not None:
                     continue
                 try:

@@ -23,6 +23,7 @@ from object_store import (
     impatient,
     once,
 )
+from stores import locations
 
 from tasks.files import Files, StoreError, files_at
 from tasks.store import Store
@@ -256,7 +257,7 @@ def test_a_name_that_leads_out_is_refused(place: Place, name: str, tmp_path: Pat
 def test_a_store_travels_to_other_processes(place: Place) -> None:
     store = Store(place.root, place.copies)
     store.write_pack("mask", ".png", [("0a", b"image"), ("0b", ("broken", "why"))])
-    found = pickle.loads(pickle.dumps(store)).locations("mask")
+    found = locations(pickle.loads(pickle.dumps(store)), "mask")
     assert set(found) == {"0a", "0b"}
     assert Store(place.root, place.copies / "other").read("mask", found["0a"]) == b"image"
 

@@ -224,14 +224,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", *arguments],
             cwd=workspace.folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(workspace.code),
-                "LUIGI_CONFIG_PATH": str(workspace.settings_file()),
-                "COLUMNS": "160",
-                "LINES": "60",
-                "TERM": "xterm",
-            },
+            env={**workspace.environment(), "COLUMNS": "160", "LINES": "60", "TERM": "xterm"},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

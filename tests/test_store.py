@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stores import locations
 
 from spctrl.errors import ExpectedError
 from tasks.files import TEMPORARY, StoreError, file_digest, files_at, write_atomic
@@ -24,6 +25,7 @@ from tasks.store import (
     Store,
     content_digest,
     digest,
+    digests,
     index_name,
     pack_name,
     parquet_bytes,
@@ -79,6 +81,15 @@ def test_a_digest_depends_on_the_borders_of_its_parts() -> None:
     assert digest("é") == digest("é".encode())
 
 
+def test_digests_of_many_that_begin_alike_are_those_of_each() -> None:
+    assert list(digests("salt", ["one", None, "", "größer"])) == [
+        digest("salt", "one"),
+        None,
+        digest("salt", ""),
+        digest("salt", "größer"),
+    ]
+
+
 def test_content_digests_are_those_of_sha256sum(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     expected = hashlib.sha256(b"content").hexdigest()
@@ -89,16 +100,16 @@ def test_content_digests_are_those_of_sha256sum(tmp_path: Path) -> None:
 
 
 def test_a_pack_is_a_tar_file_with_its_members_where_the_locations_say(store: Store) -> None:
-    locations = store.write_pack(STAGE, ".png", RESULTS)
-    assert list(locations) == [name for name, _ in RESULTS]
-    pack = locations[key(1)].pack
+    places = store.write_pack(STAGE, ".png", RESULTS)
+    assert list(places) == [name for name, _ in RESULTS]
+    pack = places[key(1)].pack
     with tarfile.open(store.pack_path(STAGE, pack)) as tar:
         members = {member.name: tar.extractfile(member) for member in tar.getmembers()}
         contents = {name: file.read() for name, file in members.items() if file is not None}
     assert contents == {f"{name}.png": data for name, data in RESULTS if isinstance(data, bytes)}
     raw = store.pack_path(STAGE, pack).read_bytes()
     for name, data in RESULTS:
-        found = locations[name]
+        found = places[name]
         if isinstance(data, bytes):
             assert raw[found.offset : found.offset + found.size] == data
             assert found == Location(pack, found.offset, len(data), hashlib.sha256(data).hexdigest())
@@ -108,23 +119,23 @@ def test_a_pack_is_a_tar_file_with_its_members_where_the_locations_say(store: St
 def test_what_was_written_is_found_again(store: Store) -> None:
     written = store.write_pack(STAGE, ".png", RESULTS)
     written |= store.write_pack(STAGE, ".png", [(key(9), b"another pack")])
-    assert Store(str(store.home)).locations(STAGE) == written
-    assert store.locations("openpose") == {}
+    assert locations(Store(str(store.home)), STAGE) == written
+    assert locations(store, "openpose") == {}
     assert store.stages() == [STAGE]
 
 
 def test_rejects_are_kept_with_their_reasons(store: Store) -> None:
     store.write_pack(STAGE, ".png", RESULTS)
-    found = store.locations(STAGE)[key(2)]
+    found = locations(store, STAGE)[key(2)]
     assert (found.code, found.message) == RESULTS[1][1]
     assert (found.size, found.digest) == (0, "")
-    assert [name for name, each in store.locations(STAGE).items() if each.code] == [key(2)]
+    assert [name for name, each in locations(store, STAGE).items() if each.code] == [key(2)]
 
 
 @pytest.mark.parametrize("results", [[(key(1), ("code", "why"))], []], ids=["rejects alone", "nothing"])
 def test_a_pack_without_members_is_a_pack(store: Store, results: Results) -> None:
-    locations = store.write_pack(STAGE, ".png", results)
-    assert store.locations(STAGE) == locations
+    places = store.write_pack(STAGE, ".png", results)
+    assert locations(store, STAGE) == places
     (path,) = (store.home / "packs" / STAGE).glob("*.tar")
     with tarfile.open(path) as tar:
         assert tar.getmembers() == []
@@ -165,16 +176,16 @@ def test_a_damaged_index_holds_nothing_and_hides_no_other(
     other = store.write_pack(STAGE, ".png", [(key(9), b"another pack")])
     path = store.home / index_name(STAGE, pack)
     path.write_bytes(damage(path.read_bytes()))
-    assert store.locations(STAGE) == other
+    assert locations(store, STAGE) == other
     store.write_pack(STAGE, ".png", RESULTS)
-    assert key(1) in store.locations(STAGE)
+    assert key(1) in locations(store, STAGE)
 
 
 @pytest.mark.parametrize("half", [pack_name, index_name])
 def test_half_a_pack_does_not_count(store: Store, half: Callable[[str, str], str]) -> None:
     pack = store.write_pack(STAGE, ".png", RESULTS)[key(1)].pack
     (store.home / half(STAGE, pack)).unlink()
-    assert store.locations(STAGE) == {}
+    assert locations(store, STAGE) == {}
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])
@@ -182,18 +193,18 @@ def test_a_cut_pack_does_not_count(store: Store, size: int) -> None:
     pack = store.write_pack(STAGE, ".png", RESULTS)[key(1)].pack
     with store.pack_path(STAGE, pack).open("r+b") as file:
         file.truncate(size)
-    assert store.locations(STAGE) == {}
+    assert locations(store, STAGE) == {}
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 19, 20, 21, 60])
 def test_packs_of_every_size_count(store: Store, count: int) -> None:
     written = store.write_pack(STAGE, ".png", [(key(number), b"x" * number * 37) for number in range(count)])
-    assert store.locations(STAGE) == written
+    assert locations(store, STAGE) == written
 
 
 def test_reading_what_is_not_there_names_the_pack_and_what_to_do(store: Store) -> None:
-    locations = store.write_pack(STAGE, ".png", RESULTS)
-    last = locations[key(5)]
+    places = store.write_pack(STAGE, ".png", RESULTS)
+    last = places[key(5)]
     with pytest.raises(StoreError, match=r"expected 99999 bytes at .* `spctrl verify`") as caught:
         store.read(STAGE, last._replace(size=99_999))
     assert str(store.pack_path(STAGE, last.pack)) in str(caught.value)
@@ -270,7 +281,7 @@ def test_a_pack_on_a_full_disk_is_not_half_there(store: Store, monkeypatch: pyte
         patched.setattr(Path, "write_bytes", fail_with(errno.ENOSPC))
         with pytest.raises(StoreError):
             store.write_pack(STAGE, ".png", RESULTS)
-    assert store.locations(STAGE) == before
+    assert locations(store, STAGE) == before
     assert len(names_below(store.home)) == 2
 
 
@@ -387,7 +398,7 @@ def test_an_uncommitted_run_runs_again_and_a_removed_one_is_gone(run: Run) -> No
     run.remove()
     assert not run.folder.exists()
     run.remove()
-    assert run.store.locations(STAGE)
+    assert locations(run.store, STAGE)
 
 
 def test_runs_are_listed_latest_first(store: Store) -> None:

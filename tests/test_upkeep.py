@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, Workspace
+from stores import locations
 
 from tasks.store import Store
 from tasks.upkeep import collect, verify
@@ -29,27 +28,10 @@ def built(make_workspace: Callable[..., Workspace], sample: Path) -> Workspace:
     return workspace
 
 
-def spctrl(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in the workspace, with its settings."""
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=workspace.folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(workspace.code),
-            "LUIGI_CONFIG_PATH": str(workspace.settings_file()),
-            "COLUMNS": "200",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def damage_an_artifact(workspace: Workspace, stage: str) -> str:
     """Flip a byte in the middle of a stage's first artifact; gives its key."""
     store = Store(workspace.store)
-    key, place = next(iter(store.locations(stage).items()))
+    key, place = next(iter(locations(store, stage).items()))
     path = store.pack_path(stage, place.pack)
     data = bytearray(path.read_bytes())
     data[place.offset + place.size // 2] ^= 0xFF
@@ -121,7 +103,7 @@ def test_a_harmed_exported_file_is_named_and_written_again(
 
 def test_gc_keeps_all_that_the_present_settings_use(built: Workspace) -> None:
     exported = built.exported()
-    done = spctrl(built, "gc", "--keep", "0", *NO_GRACE)
+    done = built.spctrl("gc", "--keep", "0", *NO_GRACE)
     assert done.returncode == 0, done.stderr
     assert "Removed 0 runs, 0 packs" in done.stdout
     assert built.build().stages == set()
@@ -132,9 +114,9 @@ def test_gc_removes_what_other_settings_made(built: Workspace) -> None:
     built.configure("openpose", style="coco")
     assert built.build().succeeded
     before = built.keys("openpose")
-    assert "Would remove 4 runs, 1 packs" in spctrl(built, "gc", "--dry-run", "--keep", "1", *NO_GRACE).stdout
+    assert "Would remove 4 runs, 1 packs" in built.spctrl("gc", "--dry-run", "--keep", "1", *NO_GRACE).stdout
     assert built.keys("openpose") == before
-    assert "Removed 4 runs, 1 packs" in spctrl(built, "gc", "--keep", "1", *NO_GRACE).stdout
+    assert "Removed 4 runs, 1 packs" in built.spctrl("gc", "--keep", "1", *NO_GRACE).stdout
     assert len(built.keys("openpose")) == len(before) // 2
     assert built.build().stages == set()
     assert built.faults() == []
@@ -143,7 +125,7 @@ def test_gc_removes_what_other_settings_made(built: Workspace) -> None:
 def test_gc_keeps_what_a_build_under_way_may_have_just_made(built: Workspace) -> None:
     built.configure("openpose", style="coco")
     assert built.build().succeeded
-    assert "Removed 0 runs, 0 packs" in spctrl(built, "gc", "--keep", "0").stdout
+    assert "Removed 0 runs, 0 packs" in built.spctrl("gc", "--keep", "0").stdout
 
 
 def test_gc_writes_mostly_dead_packs_anew(built: Workspace) -> None:
@@ -187,14 +169,14 @@ def test_gc_removes_what_killed_writers_left(built: Workspace) -> None:
 
 
 def test_status_says_that_nothing_would_run(built: Workspace) -> None:
-    done = spctrl(built, "status")
+    done = built.spctrl("status")
     assert done.returncode == 0, done.stderr
     assert "Everything is up to date" in done.stdout
 
 
 def test_status_says_why_a_stage_would_run_and_how_much(built: Workspace) -> None:
     built.configure("openpose", style="coco")
-    lines = spctrl(built, "status").stdout.splitlines()
+    lines = built.spctrl("status").stdout.splitlines()
     (line,) = [line for line in lines if line.startswith("openpose")]
     assert "parameter style: openpose -> coco" in line
     assert f" {IMAGES} " in line
@@ -206,7 +188,7 @@ def test_status_says_why_a_stage_would_run_and_how_much(built: Workspace) -> Non
 def test_status_of_an_empty_store_says_never_built(
     make_workspace: Callable[..., Workspace], sample: Path
 ) -> None:
-    done = spctrl(make_workspace("empty", sample), "status")
+    done = make_workspace("empty", sample).spctrl("status")
     assert done.returncode == 0, done.stderr
     assert "never built" in done.stdout
 
@@ -224,9 +206,9 @@ def test_accept_keeps_outputs_after_a_harmless_change(
     source.write_text(source.read_text().replace("half_length_px = int(", "half_length_px = int(0 + "))
 
     assert "code spctrl.rendering.spatext:link_polygon changed" in " ".join(
-        spctrl(workspace, "status").stdout.split()
+        workspace.spctrl("status").stdout.split()
     )
-    done = spctrl(workspace, "accept", "spatext", "openpose", "--yes")
+    done = workspace.spctrl("accept", "spatext", "openpose", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
     again = workspace.run()
     assert again.succeeded
@@ -234,17 +216,17 @@ def test_accept_keeps_outputs_after_a_harmless_change(
 
 
 def test_accept_refuses_what_it_does_not_know(built: Workspace) -> None:
-    done = spctrl(built, "accept", "sketch", "--yes")
+    done = built.spctrl("accept", "sketch", "--yes")
     assert done.returncode == 2
     assert "spatext" in done.stderr
 
 
 def test_verify_as_a_command_exits_with_1_and_names_the_artifact(built: Workspace) -> None:
     key = damage_an_artifact(built, "spatext")
-    done = spctrl(built, "verify")
+    done = built.spctrl("verify")
     assert done.returncode == 1
     assert key in done.stdout
-    assert spctrl(built, "verify").returncode == 0, (
+    assert built.spctrl("verify").returncode == 0, (
         "what was struck out is not damage any more, but work to do"
     )
 
@@ -254,19 +236,19 @@ def test_doctor_names_what_is_missing(
 ) -> None:
     healthy = make_workspace("healthy", sample)
     healthy.configure("paths", weights="nowhere")
-    looked = spctrl(healthy, "doctor")
+    looked = healthy.spctrl("doctor")
     assert looked.returncode == 0
     assert re.search(r"spatext +yes +yes", looked.stdout)
     assert re.search(r"latents .*no: .*weights", looked.stdout), (
         "what the settings do not make possible, and why"
     )
-    done = spctrl(make_workspace("ill", tmp_path / "nothing"), "doctor")
+    done = make_workspace("ill", tmp_path / "nothing").spctrl("doctor")
     assert done.returncode == 1
     assert "ap10k-train-split1.json" in done.stdout
 
 
 def test_sample_draws_both_datasets(make_workspace: Callable[..., Workspace], tmp_path: Path) -> None:
-    done = spctrl(make_workspace("drawing", tmp_path), "sample", "drawn", "--images-per-split", "2")
+    done = make_workspace("drawing", tmp_path).spctrl("sample", "drawn", "--images-per-split", "2")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "drawing" / "drawn").rglob("*.jpg"))) == 8
 
@@ -275,7 +257,7 @@ def test_sample_draws_both_datasets(make_workspace: Callable[..., Workspace], tm
 def test_every_command_explains_itself(
     command: str, make_workspace: Callable[..., Workspace], sample: Path
 ) -> None:
-    done = spctrl(make_workspace("asking", sample), command, "--help")
+    done = make_workspace("asking", sample).spctrl(command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
 

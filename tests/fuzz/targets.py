@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from stores import locations
 
 from spctrl.annotations import FAR_AWAY_IN_SIZES, AnnotationFileError, unsafe_path
 from spctrl.conditions import check_depth, check_mask
@@ -589,7 +590,7 @@ def use_store(store: Store, exports: Path) -> None:
         place.remove(ledger.files)
 
     def read_all() -> None:
-        for location in store.locations("mask").values():
+        for location in locations(store, "mask").values():
             if location.code is None:
                 store.read("mask", location)
 
@@ -647,7 +648,7 @@ def run_parquet(data: bytes) -> None:
         (root / each).write_bytes(data)
     for location in place.pack_locations("mask", PACK).values():
         same(location.offset >= 0 and location.size >= 0, True)
-    place.locations("mask")
+    locations(place, "mask")
     for path in Ledger.read(place.files, "ledger.json").files:
         same((root / path).resolve().is_relative_to(root.resolve()), True)
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import REPOSITORY
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -19,6 +15,7 @@ IN_THE_FILE = {
     "a section": ("opnpose", "style", "coco", ["[opnpose]", "[openpose]"]),
     "a choice": ("openpose", "style", "cocoo", ["[openpose] style", "cocoo", "mmpose"]),
     "a choice of [build]": ("build", "conditions", "maskk", ["[build] conditions", "maskk", "masked_depth"]),
+    "half a list": ("export", "format", '["folders"', ["[export] format", "JSON list", '["folders"']),
     "a number": ("export", "shard_images", "10k", ["[export] shard_images", "10k"]),
     "where errors go": ("log", "format", "jsn", ["[log] format", "jsn", "json"]),
     "where it runs": ("executor", "kind", "rai", ["[executor] kind", "rai", "ray"]),
@@ -61,17 +58,7 @@ def test_a_misspelt_target_is_one_line(workspace: Workspace) -> None:
 
 def test_the_tools_say_the_same(workspace: Workspace) -> None:
     workspace.settings["paths"]["stroe"] = "elsewhere"
-    told = subprocess.run(
-        [sys.executable, "-c", "from pipelines.cli import app; app()", "status"],
-        cwd=workspace.folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
-            "LUIGI_CONFIG_PATH": str(workspace.settings_file()),
-        },
-        capture_output=True,
-        text=True,
-    )
+    told = workspace.spctrl("status")
     assert told.returncode != 0
     assert "stroe" in told.stderr and "Traceback" not in told.stderr
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,19 +157,7 @@ def test_only_what_changed_is_done_again_on_whatever_machine(remote: BucketWorks
 
 def test_status_verify_and_gc_know_the_bucket(remote: BucketWorkspace, undisturbed: Contents) -> None:
     built(remote)
-    said = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "status"],
-        cwd=remote.folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(remote.code),
-            "LUIGI_CONFIG_PATH": str(remote.settings_file()),
-            "COLUMNS": "200",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    said = remote.spctrl("status")
     assert said.returncode == 0, said.stderr
     lines = [line for line in said.stdout.splitlines() if "ap10k-train" in line]
     assert {line.split()[0] for line in lines} >= {"index", "spatext", "manifest", "export"}, said.stdout

@@ -447,7 +447,7 @@ def test_join_without_luigid_says_so(workspace: Workspace) -> None:
         cluster.luigid.wait()
         helpers = [cluster.help(), cluster.help("--local-scheduler")]
         assert helpers[0].ends() == 40
-        assert "luigid does not answer" in helpers[0].output
+        assert f"luigid does not answer at http://127.0.0.1:{cluster.port}/: " in helpers[0].output
         assert helpers[1].ends() == 35
         assert "leave it out" in helpers[1].output
         for each in helpers:

@@ -17,6 +17,7 @@ class Process(NamedTuple):
 
     pid: int
     parent: int
+    threads: int
     command: str
 
 
@@ -25,12 +26,13 @@ def group_members(group: int) -> list[Process]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, parent, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            facts = (folder / "stat").read_text().rpartition(")")[2].split()
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (OSError, ValueError):
             continue  # it ended meanwhile
+        state, parent, its_group = facts[:3]
         if int(its_group) == group and state not in "ZX":
-            found.append(Process(int(folder.name), int(parent), command))
+            found.append(Process(int(folder.name), int(parent), int(facts[17]), command))
     return found
 
 
@@ -46,19 +48,19 @@ def fork_server_of(build: subprocess.Popen[str]) -> Process:
 
 
 def workers_of(build: subprocess.Popen[str]) -> list[Process]:
-    """Worker processes of a build."""
+    """Worker processes of a build that watch over it already: only from then on do they end without a word."""
     servers = {each.pid for each in _fork_servers_of(build)}
-    return [each for each in group_members(build.pid) if each.parent in servers]
+    return [each for each in group_members(build.pid) if each.parent in servers and each.threads > 1]
 
 
-def wait_for_workers(build: subprocess.Popen[str], timeout_s: float = 60) -> list[Process]:
-    """The workers, as soon as there are some."""
+def wait_for_workers(build: subprocess.Popen[str], count: int = 1, timeout_s: float = 60) -> list[Process]:
+    """The workers, as soon as there are so many."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end and build.poll() is None:
-        if found := workers_of(build):
+        if len(found := workers_of(build)) >= count:
             return found
         time.sleep(0.002)
-    pytest.fail("the build ended before it had a worker process")
+    pytest.fail("the build ended before it had its worker processes")
 
 
 def survivors(build: subprocess.Popen[str]) -> list[Process]:

@@ -296,7 +296,7 @@ def test_a_build_that_loses_its_fork_server_leaves_no_process_and_can_be_continu
 ) -> None:
     workspace = make_crowded("lost-server")
     build = workspace.start()
-    wait_for_workers(build)
+    wait_for_workers(build, count=2)
     os.kill(fork_server_of(build).pid, signal.SIGKILL)
     output, _ = build.communicate(timeout=60)
     assert build.returncode in (0, 30), output
@@ -315,7 +315,7 @@ def test_a_stopped_build_fails_leaves_no_process_and_can_be_continued(
 ) -> None:
     workspace = make_crowded("stopped")
     build = workspace.start()
-    wait_for_workers(build)
+    wait_for_workers(build, count=2)
     if how == "Ctrl-C":  # a terminal sends it to every process of the group
         os.killpg(build.pid, signal.SIGINT)
     else:

@@ -16,7 +16,7 @@ import shutil
 import socket
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,7 +215,9 @@ class _Tasks(Generic[Job, Result]):
     ) -> None:
         import ray
 
-        self._call = functools.partial(ray.remote(num_cpus=1, max_retries=LOSSES)(work).remote, function)
+        # Spread, as Ray else fills this node first and is slow to find that another is free.
+        remote = ray.remote(num_cpus=1, max_retries=LOSSES, scheduling_strategy="SPREAD")(work_on)
+        self._call = functools.partial(remote.remote, function)
         self._batches = batches
         self._where = where
         self._workers = workers
@@ -238,9 +240,12 @@ class _Tasks(Generic[Job, Result]):
 
     def _fill(self) -> bool:
         """Hand over what there is room for; whether anything runs."""
+        import ray
+
         room = self._workers or _processors() * (1 + JOBS_WAITING_PER_WORKER)
         for batch in itertools.islice(self._batches, max(room - len(self._running), 0)):
-            self._running.add(self._call(batch, self._where))
+            # In a list: for a task that takes an object itself, Ray asks for a worker anew.
+            self._running.add(self._call([ray.put(batch)], self._where))
         return bool(self._running)
 
 
@@ -380,6 +385,14 @@ def work(function: Callable[[Job], Result], job: Job, where: Site) -> Result:
     """
     _check(where)
     return function(job)
+
+
+def work_on(function: Callable[[Job], Result], job: Sequence[Any], where: Site) -> Result:
+    """The same with the one reference of a list to the job."""
+    import ray
+
+    (reference,) = job
+    return work(function, ray.get(reference), where)
 
 
 @functools.cache

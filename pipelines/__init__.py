@@ -118,15 +118,19 @@ class _OnlyWhatMatters(logging.Filter):
         )
 
 
-def _is_about_an_option(error: BaseException | None) -> bool:
-    """Whether Luigi met it while it read the values of the command line."""
-    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, ValueError) else []
-    return any(frame.name == "_get_task_kwargs" for frame in frames)
+def option_at_fault(error: BaseException | None) -> str | None:
+    """The option of the command line whose value Luigi was reading when it met the error."""
+    for frame, _ in traceback.walk_tb(error.__traceback__ if error else None):
+        if frame.f_code.co_name == "_get_task_kwargs":
+            return f"--{frame.f_locals['param_name'].replace('_', '-')}"
+    return None
 
 
 def _explanation(error: BaseException | None) -> str | None:
     """What people read of an error in place of all that it took; None where they had better read that."""
-    if isinstance(error, ExpectedError | luigi.parameter.ParameterException) or _is_about_an_option(error):
+    if isinstance(error, ExpectedError | ValueError) and (option := option_at_fault(error)) is not None:
+        return f"{option}: {error}"
+    if isinstance(error, ExpectedError | luigi.parameter.ParameterException):
         return str(error)
     if isinstance(error, TaskException) or str(error).startswith("Unfulfilled dependenc"):
         return (

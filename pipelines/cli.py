@@ -68,11 +68,16 @@ def _build(
     """The build that the settings describe, with what the command line says otherwise."""
     given = {"dataset": dataset, "split": split, "conditions": conditions, "images": images}
     parameters = dict(BuildDataset.get_params())
+    values = {}
+    for name, value in given.items():
+        if value is not None:
+            try:
+                values[name] = parameters[name].parse(value)
+            except (ExpectedError, ValueError) as error:
+                raise typer.BadParameter(f"--{name}: {error}") from error
     try:
-        return BuildDataset(
-            **{name: parameters[name].parse(value) for name, value in given.items() if value is not None}
-        )
-    except (ExpectedError, ValueError, luigi.parameter.ParameterException) as error:
+        return BuildDataset(**values)
+    except (ValueError, luigi.parameter.ParameterException) as error:
         raise typer.BadParameter(str(error)) from error
 
 

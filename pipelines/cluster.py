@@ -22,6 +22,7 @@ from luigi.task_status import DISABLED
 from luigi.worker import Worker
 from luigi.worker import worker as worker_settings
 
+from pipelines import option_at_fault
 from spctrl.errors import ExpectedError
 from tasks import logs
 from tasks.store import forget_what_was_found
@@ -54,7 +55,8 @@ def join(
         with CmdlineParser.global_instance(arguments) as parser:
             parser.get_task_obj()
     except (ExpectedError, ValueError, ParameterException, TaskClassException) as error:
-        raise typer.BadParameter(str(error)) from error
+        option = option_at_fault(error)
+        raise typer.BadParameter(f"{option}: {error}" if option else str(error)) from error
     logs.LOGGER.addFilter(_is_worth_reading)
     with CmdlineParser.global_instance(arguments) as parser:
         sys.exit(_stay(parser))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -21,8 +24,9 @@ IN_THE_FILE = {
     "where it runs": ("executor", "kind", "rai", ["[executor] kind", "rai", "ray"]),
 }
 ON_THE_COMMAND_LINE = {
-    "a choice": (["--images", "requird"], ["requird", "required"]),
-    "a percentage": (["--max-reject-share", "5"], ["5", "[0.0, 1.0]"]),
+    "a choice": (["--images", "requird"], ["--images: requird", "required"]),
+    "a name": (["--dataset", "ap10"], ["--dataset: ", "ap10k, humanart, found ap10"]),
+    "a percentage": (["--max-reject-share", "5"], ["--max-reject-share: 5", "[0.0, 1.0]"]),
     "a section's choice": (["--openpose-style", "cocoo"], ["[openpose] style", "cocoo", "mmpose"]),
 }
 
@@ -61,6 +65,13 @@ def test_the_tools_say_the_same(workspace: Workspace) -> None:
     told = workspace.spctrl("status")
     assert told.returncode != 0
     assert "stroe" in told.stderr and "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("command", [("status",), ("join", "BuildDataset")])
+def test_the_tools_name_the_option(command: tuple[str, ...]) -> None:
+    told = CliRunner().invoke(app, [*command, "--dataset", "ap10"])
+    assert told.exit_code == 2
+    assert "--dataset: expected names among ap10k, humanart, found ap10" in " ".join(told.output.split())
 
 
 def test_the_settings_of_other_projects_and_of_luigi_are_let_be(workspace: Workspace) -> None:

@@ -74,8 +74,13 @@ def run(report: Report) -> None:
             write_dataset(root, records)
             time.sleep(SETTLE_S)
             for step in STEPS:
-                found[step.name].append(_measure(step, root, store))
-                CONSOLE.print(f"{records:,} {step.name}: {found[step.name][-1]}", highlight=False)
+                took = _measure(step, root, store)
+                found[step.name].append(took)
+                CONSOLE.print(
+                    f"{records:,} {step.name}: {took.wall_s:.1f} s, {took.cpu_s:.1f} s of CPU, "
+                    f"{took.driver_mb:,.0f} MB, workers {took.worker_mb:,.0f} MB",
+                    highlight=False,
+                )
             for name, size in _sizes(root, store).items():
                 bytes_of.setdefault(name, []).append(size)
         finally:

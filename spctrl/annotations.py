@@ -11,18 +11,21 @@ Legend: R images, M annotations of the whole file, K keypoints (17).
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import struct
 from collections import Counter
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
 
+from spctrl.areas import box_areas, segmentation_area
 from spctrl.errors import ExpectedError
+from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,9 +46,28 @@ _PLAIN_PATH = re.compile(r"(?:[\w-][\w -]{0,99}/){0,4}[\w-][\w. -]{0,99}", re.AS
 """What nearly all paths look like, and no rule of ``unsafe_path`` forbids: one look instead of seven."""
 _STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_WHOLE_FIELDS = frozenset(
+    {"id", "image_id", "category_id", "num_keypoints", "iscrowd", "width", "height", "background"}
+)
+_WHOLE_TEXT = re.compile(r"\s*([+-]?\d{1,19})(?:\.0*)?\s*", re.ASCII)
+_LARGEST_EXACT_FLOAT = 2.0**53
+_ABSENT = -(2**63)
+"""Stands for ``num_keypoints`` where an annotation has none."""
 _INT32 = range(-(2**31), 2**31)
 FAR_AWAY_IN_SIZES = 1.0
 """How far outside the image a labelled keypoint may lie, in image widths and heights."""
+UNASSIGNED = "unassigned_annotation"
+"""Code of a reject of which nobody can know the image."""
+
+ADJUSTMENTS = {
+    "whole_numbers": "{:,} entries with ids, sizes or counts written as text, float or boolean: read as whole numbers",
+    "areas_of_segmentations": "{:,} annotations without an area: taken from the segmentation",
+    "areas_of_boxes": "{:,} annotations without an area: 0.53 of the box, as in mmpose",
+    "counted_keypoints": "{:,} annotations without num_keypoints: counted the labelled keypoints",
+    "sorted_keypoints": "{:,} annotations with keypoints in another order, as their categories state: reordered",
+    "unnamed_keypoints": "{:,} categories that name no keypoints: read in the order of the dataset's skeleton",
+}
+"""What may be read otherwise than the file states it, as sentences for the number of times."""
 
 
 class AnnotationFileError(ExpectedError, ValueError):
@@ -57,9 +79,9 @@ class Category(msgspec.Struct):
 
     id: int
     name: str
-    supercategory: str = ""
-    keypoints: list[str] = []
-    skeleton: list[list[int]] = []
+    supercategory: str | None = None
+    keypoints: list[str] | None = None
+    skeleton: list[list[int]] | None = None
 
 
 class ImageEntry(msgspec.Struct, gc=False):
@@ -77,17 +99,26 @@ class ImageEntry(msgspec.Struct, gc=False):
 
 
 class AnnotationEntry(msgspec.Struct, gc=False):
-    """An entry of ``annotations``; bbox is x, y, width, height in pixels; keypoints are flat x, y, v triples."""
+    """An entry of ``annotations``; bbox is x, y, width, height in pixels; keypoints are flat x, y, v triples.
+
+    ``area`` and ``num_keypoints`` are None where the file has none.
+    """
 
     id: int
     image_id: int
     category_id: int
     bbox: list[float]
     keypoints: list[float]
-    area: float = 0.0
+    area: float | None = None
     iscrowd: int = 0
-    num_keypoints: int = 0
+    num_keypoints: int | None = None
     keypoints_21: list[float] | None = None
+
+
+class _SegmentedEntry(AnnotationEntry, gc=False):
+    """The same with the segmentation, which is only looked at where there is no area."""
+
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Document(msgspec.Struct):
@@ -95,7 +126,7 @@ class Document(msgspec.Struct):
 
     images: list[msgspec.Raw]
     annotations: list[msgspec.Raw]
-    categories: list[Category]
+    categories: list[msgspec.Raw]
 
 
 class _PackedEntry(AnnotationEntry, gc=False):
@@ -136,6 +167,8 @@ class Annotations:
         categories: by id.
         rejects: rows of ``REJECT_SCHEMA``.
         images_in_file: usable or not.
+        annotations_in_file: likewise.
+        adjustments: how often something was read otherwise than the file states it, by name (``ADJUSTMENTS``).
     """
 
     images: list[ImageEntry]
@@ -154,6 +187,8 @@ class Annotations:
     categories: dict[int, Category]
     rejects: list[dict[str, Any]] = field(default_factory=list)
     images_in_file: int = 0
+    annotations_in_file: int = 0
+    adjustments: Counter[str] = field(default_factory=Counter)
 
 
 class _Rows:
@@ -176,8 +211,9 @@ class _Rows:
             struct.error: a list of the wrong length or a whole number beyond 64 bits; nothing is added.
         """
         row = self._pack(
-            each.id, each.image_id, each.category_id, each.num_keypoints, each.iscrowd,
-            each.area, *each.bbox, *each.keypoints,
+            each.id, each.image_id, each.category_id,
+            _ABSENT if each.num_keypoints is None else each.num_keypoints, each.iscrowd,
+            math.nan if each.area is None else each.area, *each.bbox, *each.keypoints,
         )  # fmt: skip
         if len(each.bbox) != 4:
             raise struct.error("numbers that are too many in one list and lack in the other")
@@ -187,7 +223,7 @@ class _Rows:
         self._has_21.append(each.keypoints_21 is not None)
 
     def annotations(self, images: list[ImageEntry], categories: dict[int, Category]) -> Annotations:
-        """The columns of all rows, without a copy."""
+        """The columns of all rows, without a copy; they may be written to."""
         table = np.frombuffer(
             self._rows,
             [("whole", "i8", 5), ("area", "f8"), ("bbox", "f8", 4), ("keypoints", "f8", self._shape)],
@@ -312,7 +348,10 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
     else:
         document = _cut(path, data)
         del data
-        annotations = _decode_entries(document, dataset, max_pixels, rejects)
+        annotations = _decode_entries(path, document, dataset, max_pixels, rejects)
+    _check_categories(path, annotations.categories)
+    _sort_keypoints(path, annotations, dataset)
+    _complete_numbers(annotations)
     positions = _image_positions(annotations.images, annotations.image_ids)
     _check_numbers(annotations, positions, rejects)
     _keep_usable(annotations, positions, rejects.image_ids)
@@ -381,11 +420,14 @@ def _decode_whole(data: bytes, dataset: Dataset) -> Annotations | None:
         _rows.reset(token)
     if len(rows) != len(document.annotations):  # the section comes twice, and the last one counts
         return None
-    found = rows.annotations(document.images, {category.id: category for category in document.categories})
-    fits = all(map(_image_fits, found.images)) and all(map(_fits_int64, found.categories))
-    if not (fits and _instances_fit(found)):
+    categories = {category.id: category for category in document.categories}
+    found = rows.annotations(document.images, categories)
+    fits = all(map(_image_fits, found.images)) and all(map(_fits_int64, categories))
+    if not (fits and _instances_fit(found)) or len(categories) != len(document.categories):
         return None
-    found.images_in_file = len(found.images)
+    if b'"segmentation"' in data and not (found.areas > 0).all():
+        return None
+    found.images_in_file, found.annotations_in_file = len(found.images), len(rows)
     return found
 
 
@@ -394,29 +436,178 @@ def _instances_fit(found: Annotations) -> bool:
     return bool(
         np.isin(found.image_ids, [image.id for image in found.images]).all()
         and np.isin(found.category_ids, list(found.categories)).all()
-        and ((found.num_keypoints >= 0) & (found.num_keypoints < 2**31)).all()
+        and (
+            ((found.num_keypoints >= 0) & (found.num_keypoints < 2**31)) | (found.num_keypoints == _ABSENT)
+        ).all()
     )
 
 
-def _decode_entries(document: Document, dataset: Dataset, max_pixels: int, rejects: _Rejects) -> Annotations:
+def _decode_entries(
+    path: Path, document: Document, dataset: Dataset, max_pixels: int, rejects: _Rejects
+) -> Annotations:
     """The entries that decode and fit; what is wrong with the others goes to ``rejects``."""
-    categories = {category.id: category for category in document.categories}
-    images_in_file = len(document.images)
-    images = _decode_images(document.images, dataset, max_pixels, rejects)
-    found = _decode_annotations(document.annotations, images, dataset, categories, rejects)
-    found.images_in_file = images_in_file
-    return found
+    adjustments: Counter[str] = Counter()
+    categories = categories_by_id(path, document, adjustments)
+    images_in_file, annotations_in_file = len(document.images), len(document.annotations)
+    images = _decode_images(document.images, dataset, max_pixels, rejects, adjustments)
+    found = _decode_annotations(document.annotations, images, dataset, categories, rejects, adjustments)
+    return replace(
+        found,
+        images_in_file=images_in_file,
+        annotations_in_file=annotations_in_file,
+        adjustments=adjustments,
+    )
+
+
+Entry = TypeVar("Entry")
+
+
+class EntryDecoder(Generic[Entry]):
+    """Decodes entries one by one; whole numbers may be written as text or as floats.
+
+    Attributes:
+        num_converted: entries in which they were.
+    """
+
+    def __init__(self, kind: type[Entry]) -> None:
+        self._decoder = msgspec.json.Decoder(kind)
+        self.num_converted = 0
+
+    def decode(self, entry: msgspec.Raw) -> tuple[Entry, msgspec.Raw]:
+        """The entry's fields, and the entry with its whole numbers written as such.
+
+        Raises:
+            msgspec.DecodeError, UnicodeDecodeError, RecursionError: it cannot be read.
+        """
+        try:
+            return self._decoder.decode(entry), entry
+        except msgspec.ValidationError:
+            converted = _with_whole_numbers(entry)
+            if converted is None:
+                raise
+        decoded = self._decoder.decode(converted)
+        self.num_converted += 1
+        return decoded, converted
+
+
+def _with_whole_numbers(entry: msgspec.Raw) -> msgspec.Raw | None:
+    """An entry whose ids, sizes and counts are written as whole numbers; None where nothing was to be changed."""
+    try:
+        fields = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        return None
+    converted = {
+        name: msgspec.Raw(b"%d" % number)
+        for name in fields.keys() & _WHOLE_FIELDS
+        if (number := _whole_number(fields[name], name)) is not None
+    }
+    return msgspec.Raw(msgspec.json.encode({**fields, **converted})) if converted else None
+
+
+def _whole_number(token: msgspec.Raw, name: str) -> int | None:
+    """The whole number that a text or a float stands for; None for anything else, whole numbers among it."""
+    value = msgspec.json.decode(token)
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
+        return int(value)
+    if isinstance(value, str) and (match := _WHOLE_TEXT.fullmatch(value)):
+        return int(match[1])
+    if name == "iscrowd" and (value is None or isinstance(value, bool)):
+        return int(bool(value))
+    return None
+
+
+def categories_by_id(path: Path, document: Document, adjustments: Counter[str]) -> dict[int, Category]:
+    """The categories of an annotation file.
+
+    Raises:
+        AnnotationFileError: one cannot be read, or two share an id.
+    """
+    decoder = EntryDecoder(Category)
+    categories: dict[int, Category] = {}
+    for position, entry in enumerate(document.categories):
+        try:
+            category, _ = decoder.decode(entry)
+        except UnicodeDecodeError as error:
+            raise AnnotationFileError(_not_json(path, _read(path), error)) from None
+        except _UNREADABLE as error:
+            raise AnnotationFileError(f"{path}: categories[{position}]: {error}") from None
+        if category.id in categories:
+            raise AnnotationFileError(
+                f"{path}: expected each category id once, found {category.id} for "
+                f"{categories[category.id].name!r} and {category.name!r}. Give one of them another id, also in its "
+                "annotations"
+            )
+        categories[category.id] = category
+    adjustments["whole_numbers"] += decoder.num_converted
+    return categories
+
+
+def _check_categories(path: Path, categories: dict[int, Category]) -> None:
+    """
+    Raises:
+        AnnotationFileError: two categories share a name: prompts and tables could not tell them apart.
+    """
+    ids: dict[str, int] = {}
+    for category_id, category in categories.items():
+        if category.name in ids:
+            raise AnnotationFileError(
+                f"{path}: expected each category name once, found {category.name!r} for the ids {ids[category.name]} "
+                f"and {category_id}. Rename one, or give the annotations of both one id"
+            )
+        ids[category.name] = category_id
+
+
+def _sort_keypoints(path: Path, flat: Annotations, dataset: Dataset) -> None:
+    """Bring keypoints that a category lists in another order into the skeleton's.
+
+    Raises:
+        AnnotationFileError: a category with annotations names other keypoints than the skeleton.
+    """
+    unchanged = tuple(range(dataset.skeleton.num_keypoints))
+    for category_id in np.unique(flat.category_ids).tolist():
+        category = flat.categories[category_id]
+        order = _order_of(path, category, dataset)
+        if not category.keypoints:
+            flat.adjustments["unnamed_keypoints"] += 1
+        elif order != unchanged:
+            rows = np.flatnonzero(flat.category_ids == category_id)
+            flat.keypoints[rows] = flat.keypoints[rows][:, order]
+            flat.adjustments["sorted_keypoints"] += len(rows)
+
+
+def _order_of(path: Path, category: Category, dataset: Dataset) -> tuple[int, ...]:
+    try:
+        return keypoint_order(category.keypoints or (), dataset.skeleton)
+    except KeypointOrderError as error:
+        raise AnnotationFileError(
+            f"{path}: keypoints of category {category.id} ({category.name!r}), under {dataset.title}: {error}. Is "
+            f"this an annotation file of {dataset.title}?"
+        ) from None
+
+
+def _complete_numbers(flat: Annotations) -> None:
+    """Fill in counts and areas that the file lacks; an area of 0 or less is none."""
+    absent = flat.num_keypoints == _ABSENT
+    flat.num_keypoints[absent] = (flat.keypoints[absent, :, 2] > 0).sum(axis=1)
+    flat.adjustments["counted_keypoints"] += int(absent.sum())
+    absent = ~(flat.areas > 0)
+    flat.areas[absent] = box_areas(flat.bboxes_xywh[absent])
+    flat.adjustments["areas_of_boxes"] += int(absent.sum())
 
 
 def _decode_images(
-    entries: list[msgspec.Raw], dataset: Dataset, max_pixels: int, rejects: _Rejects
+    entries: list[msgspec.Raw],
+    dataset: Dataset,
+    max_pixels: int,
+    rejects: _Rejects,
+    adjustments: Counter[str],
 ) -> list[ImageEntry]:
     """Every image that can be decoded; those that are wrong in themselves are marked in ``rejects``."""
-    decoder = msgspec.json.Decoder(ImageEntry)
+    decoder = EntryDecoder(ImageEntry)
     images: list[ImageEntry] = []
     for position, entry in enumerate(entries):
         try:
-            image = decoder.decode(entry)
+            image, _ = decoder.decode(entry)
         except _UNREADABLE as error:
             rejects.add("bad_image_entry", f"images[{position}]: {error}", _whole_number_in(entry, "id"))
             continue
@@ -428,6 +619,7 @@ def _decode_images(
         if fault := _image_fault(image, dataset, max_pixels):
             rejects.add(*fault, image)
     entries.clear()
+    adjustments["whole_numbers"] += decoder.num_converted
     _check_shared(images, dataset, rejects)
     return images
 
@@ -504,23 +696,30 @@ def _decode_annotations(
     dataset: Dataset,
     categories: dict[int, Category],
     rejects: _Rejects,
+    adjustments: Counter[str],
 ) -> Annotations:
     """Decode, check and gather the instances of the images that remain."""
-    decoder = msgspec.json.Decoder(AnnotationEntry)
+    decoder = EntryDecoder(_SegmentedEntry)
     known_images = {image.id: image for image in images}
     rows = _Rows(dataset.skeleton.num_keypoints)
     for position, entry in enumerate(entries):
         try:
-            each = decoder.decode(entry)
+            each, _ = decoder.decode(entry)
         except _UNREADABLE as error:
             image_id, annotation_id = _whole_number_in(entry, "image_id"), _whole_number_in(entry, "id")
-            image = known_images.get(image_id) if image_id is not None else None
-            rejects.add(
-                "bad_annotation_entry", f"annotations[{position}]: {error}", image or image_id, annotation_id
+            code = UNASSIGNED if image_id is None else "bad_annotation_entry"
+            name = f"annotations[{position}]" + (
+                f" (id {annotation_id})" if annotation_id is not None else ""
             )
+            image = known_images.get(image_id) if image_id is not None else None
+            rejects.add(code, f"{name}: {error}", image or image_id, annotation_id)
             continue
+        if not (each.area or 0) > 0 and (area := _area_of(each.segmentation)) is not None:
+            each.area = area
+            adjustments["areas_of_segmentations"] += 1
         image = known_images.get(each.image_id)
-        fits = image is not None and each.category_id in categories and 0 <= each.num_keypoints < 2**31
+        fits = image is not None and each.category_id in categories
+        fits &= each.num_keypoints is None or 0 <= each.num_keypoints < 2**31
         try:
             if fits:
                 rows.add(each)
@@ -530,16 +729,26 @@ def _decode_annotations(
             fault = _annotation_fault(each, image, 3 * dataset.skeleton.num_keypoints, categories)
             rejects.add(*fault, image or _int64_or_none(each.image_id), _int64_or_none(each.id))
     entries.clear()  # with the last entry goes the file's text
+    adjustments["whole_numbers"] += decoder.num_converted
     return rows.annotations(images, categories)
+
+
+def _area_of(segmentation: msgspec.Raw) -> float | None:
+    try:
+        return segmentation_area(msgspec.json.decode(segmentation))
+    except _UNREADABLE:
+        return None
 
 
 def _whole_number_in(entry: msgspec.Raw, name: str) -> int | None:
     """A field of an entry that does not decode as a whole, if this one does."""
     try:
-        fields = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])
-        return _int64_or_none(msgspec.json.decode(fields[name], type=int))
+        token = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])[name]
+        converted = _whole_number(token, name)
+        number = msgspec.json.decode(token, type=int) if converted is None else converted
     except (*_UNREADABLE, KeyError):
         return None
+    return _int64_or_none(number)
 
 
 def _int64_or_none(value: int) -> int | None:

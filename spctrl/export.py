@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import numpy as np
 
-from spctrl.annotations import read_document
+from spctrl.annotations import EntryDecoder, categories_by_id, read_document
+from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 from spctrl.rendering.heatmaps import keypoint_heatmaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from spctrl.annotations import Category
+    from spctrl.datasets import Dataset
     from spctrl.layout import Layout
     from spctrl.records import Record
 
@@ -41,32 +44,66 @@ class _Listed(msgspec.Struct):
 class _Owned(msgspec.Struct):
     """An entry of ``annotations``, likewise."""
 
+    id: int
     image_id: int
+    category_id: int | None = None
+    iscrowd: int = 0
+    num_keypoints: int | None = None
 
 
 def record_lines(annotation_path: Path, layout: Layout, image_ids: set[int]) -> Iterator[tuple[str, bytes]]:
     """File name and JSON line of each wanted image, in file order.
 
     Annotation objects are unchanged, to the digits of their numbers; only white space between tokens may differ.
+    Loaders rely on two things, so these are as in the index: keypoints are in the skeleton's order, and ids and counts
+    are whole numbers.
     """
     document = read_document(annotation_path)
+    categories = categories_by_id(annotation_path, document, Counter())
+    orders: dict[int | None, Sequence[int] | None] = {
+        key: _order_of(category, layout.dataset) for key, category in categories.items()
+    }
     annotations: dict[int, list[msgspec.Raw]] = {}
-    for entry, owned in _readable(document.annotations, _Owned):
+    for owned, entry in _readable(document.annotations, _Owned):
         if owned.image_id in image_ids:
-            annotations.setdefault(owned.image_id, []).append(entry)
-    for _, image in _readable(document.images, _Listed):
+            ordered = _in_order(entry, orders.get(owned.category_id))
+            annotations.setdefault(owned.image_id, []).append(ordered)
+    for image, _ in _readable(document.images, _Listed):
         if image.id in image_ids:
             line = _record_line(image, annotations.get(image.id, []), layout)
             # Annotation files may be indented; a line must be one line.
             yield image.file_name, msgspec.json.format(msgspec.json.encode(line), indent=0)
 
 
-def _readable(entries: list[msgspec.Raw], kind: type[Fields]) -> Iterator[tuple[msgspec.Raw, Fields]]:
-    """Entries with some of their fields; those that do not decode have been rejected by the index."""
-    decoder = msgspec.json.Decoder(kind)
+def _readable(entries: list[msgspec.Raw], kind: type[Fields]) -> Iterator[tuple[Fields, msgspec.Raw]]:
+    """Some fields of each entry, and the entry; those that do not decode have been rejected by the index."""
+    decoder = EntryDecoder(kind)
     for entry in entries:
         with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            yield entry, decoder.decode(entry)
+            yield decoder.decode(entry)
+
+
+def _order_of(category: Category, dataset: Dataset) -> Sequence[int] | None:
+    """Where the skeleton's keypoints stand in a category's list, where they stand elsewhere.
+
+    The index refuses other keypoints in categories that have annotations; the rest concerns no line.
+    """
+    try:
+        order = keypoint_order(category.keypoints or (), dataset.skeleton)
+    except KeypointOrderError:
+        return None
+    return None if order == tuple(range(len(order))) else order
+
+
+def _in_order(annotation: msgspec.Raw, order: Sequence[int] | None) -> msgspec.Raw:
+    """An annotation with its keypoints in the order of the skeleton."""
+    if order is None:
+        return annotation
+    fields = msgspec.json.decode(annotation, type=dict[str, msgspec.Raw])
+    numbers = msgspec.json.decode(fields["keypoints"], type=list[msgspec.Raw])
+    ordered = [number for i in order for number in numbers[3 * i : 3 * i + 3]]
+    fields["keypoints"] = msgspec.Raw(msgspec.json.encode(ordered))
+    return msgspec.Raw(msgspec.json.encode(fields))
 
 
 def _record_line(image: _Listed, annotations: list[msgspec.Raw], layout: Layout) -> dict[str, Any]:
@@ -88,20 +125,26 @@ def _record_line(image: _Listed, annotations: list[msgspec.Raw], layout: Layout)
     }
 
 
-def categories_json(annotation_path: Path) -> bytes:
-    """One JSON object, category id -> category, with spaces in the keypoints' names."""
+def categories_json(annotation_path: Path, dataset: Dataset) -> bytes:
+    """One JSON object, category id -> category, with spaces in the keypoints' names and in the order of the lines."""
+    categories = categories_by_id(annotation_path, read_document(annotation_path), Counter())
     return msgspec.json.encode(
-        {str(each.id): _category(each) for each in read_document(annotation_path).categories}
+        {str(key): _category(each, _order_of(each, dataset)) for key, each in categories.items()}
     )
 
 
-def _category(category: Category) -> dict[str, Any]:
+def _category(category: Category, order: Sequence[int] | None) -> dict[str, Any]:
+    names, links = category.keypoints or [], category.skeleton or []
+    if order is not None:
+        names = [names[i] for i in order]
+        place = {old + 1: new + 1 for new, old in enumerate(order)}
+        links = [[place.get(end, end) for end in link] for link in links]
     return {
         "id": category.id,
         "name": category.name,
-        "supercategory": category.supercategory,
-        "keypoints": [name.replace("_", " ") for name in category.keypoints],
-        "skeleton": category.skeleton,
+        "supercategory": category.supercategory or "",
+        "keypoints": [name.replace("_", " ") for name in names],
+        "skeleton": links,
     }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spctrl.annotations import read_annotations
+from spctrl.annotations import UNASSIGNED, read_annotations
 from spctrl.records import INSTANCE_TYPE, KEYPOINTS_TYPE, RECORD_SCHEMA, rejects_table
 
 if TYPE_CHECKING:
@@ -34,11 +34,23 @@ ROWS_PER_GROUP = 4096
 
 @dataclass(frozen=True)
 class Index:
-    """What became of an annotation file: its usable images' paths below the dataset's root, and the rejects."""
+    """What became of an annotation file.
+
+    Attributes:
+        image_paths: of the usable images, below the dataset's root.
+        rejects: rows of ``REJECT_SCHEMA``.
+        images_in_file, annotations_in_file: usable or not.
+        num_unassigned: annotations whose image cannot be known.
+        adjustments: how often something was read otherwise than the file states it, by name of
+            ``spctrl.annotations.ADJUSTMENTS``.
+    """
 
     image_paths: list[str]
     rejects: pa.Table
     images_in_file: int
+    annotations_in_file: int
+    num_unassigned: int
+    adjustments: dict[str, int]
 
 
 @contextmanager
@@ -84,6 +96,9 @@ def _write_index(source: Path, dataset: Dataset, split: str, destination: Path, 
         image_paths=[dataset.image_path(image.file_name) for image in annotations.images],
         rejects=rejects_table(annotations.rejects),
         images_in_file=annotations.images_in_file,
+        annotations_in_file=annotations.annotations_in_file,
+        num_unassigned=sum(row["code"] == UNASSIGNED for row in annotations.rejects),
+        adjustments=dict(+annotations.adjustments),
     )
 
 

@@ -19,12 +19,14 @@ class Skeleton:
         flip_pairs: pairs of 0-based indices that change places when the image is mirrored.
         oks_sigmas: K per-keypoint constants of the object keypoint similarity, relative to the object's
             scale.
+        aliases: further lists of K names, in the same order, under which files may state the keypoints.
     """
 
     keypoint_names: tuple[str, ...]
     links: tuple[tuple[int, int], ...]
     flip_pairs: tuple[tuple[int, int], ...]
     oks_sigmas: tuple[float, ...]
+    aliases: tuple[tuple[str, ...], ...] = ()
 
     @property
     def num_keypoints(self) -> int:
@@ -50,6 +52,13 @@ AP10K = Skeleton(
     oks_sigmas=(
         0.025, 0.025, 0.026, 0.035, 0.035, 0.079, 0.072, 0.062, 0.079, 0.072, 0.062,
         0.107, 0.087, 0.089, 0.107, 0.087, 0.089,
+    ),
+    aliases=(
+        (  # mmpose's
+            "L_Eye", "R_Eye", "Nose", "Neck", "Root of tail",
+            "L_Shoulder", "L_Elbow", "L_F_Paw", "R_Shoulder", "R_Elbow", "R_F_Paw",
+            "L_Hip", "L_Knee", "L_B_Paw", "R_Hip", "R_Knee", "R_B_Paw",
+        ),
     ),
 )  # fmt: skip
 

@@ -100,6 +100,16 @@ class MeetsBadRecords(OfSettings):
         config_path={"section": "build", "name": "max_reject_share"},
         description="share of bad records above which the build fails",
     )
+    max_unassigned_share = luigi.NumericalParameter(
+        default=0.0,
+        var_type=float,
+        min_value=0.0,
+        max_value=1.0,
+        right_op=operator.le,
+        config_path={"section": "build", "name": "max_unassigned_share"},
+        description="share of annotations whose image cannot be known, above which the build fails: any image may lack "
+        "one of them",
+    )
 
 
 class StageTask(MeetsBadRecords):

@@ -455,7 +455,7 @@ class Export(Manifest):
             if self.dataset == "humanart":
                 yield layout.pose(file_name), line
         yield layout.records, b"".join(line + b"\n" for line in lines)
-        yield layout.categories, categories_json(annotation_path)
+        yield layout.categories, categories_json(annotation_path, self.spec)
         if self.dataset == "humanart":
             yield f"annotations/{annotation_path.name}", annotation_path.read_bytes()
 

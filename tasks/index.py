@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -91,6 +91,10 @@ class Index(DatasetStage):
     function = "spctrl.index:write_index"
     also_reaches: ClassVar[Sequence[str]] = ("spctrl.datasets:DATASETS",)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._adjustments: dict[str, int] = {}
+
     def requires(self) -> list[luigi.Task]:
         return [self._file()]
 
@@ -125,7 +129,36 @@ class Index(DatasetStage):
             advance(1)
         if file_digest(path) != self.made_from().inputs["annotations"]:
             raise InputChangedError(f"{path} changed while it was being read; run again when it is at rest")
+        self._adjustments = index.adjustments
+        for sentence in adjustment_notes(self.part, index.adjustments):
+            luigi.task.logger.warning("%s", sentence)
         usable, rejects = len(index.image_paths), index.rejects.num_rows
         # An annotation of no listed image takes no image along, but is a reject all the same.
         rejected = max(index.images_in_file - usable, min(rejects, 1))
-        return {"records": index.images_in_file, "made": usable, "rejected": rejected}
+        return {
+            "records": index.images_in_file,
+            "made": usable,
+            "rejected": rejected,
+            "annotations": index.annotations_in_file,
+            "unassigned": index.num_unassigned,
+        }
+
+    def notes(self) -> dict[str, Any]:
+        return {"adjustments": self._adjustments}
+
+    def reject_fault(self, counts: Mapping[str, int]) -> str | None:
+        unassigned, annotations = counts.get("unassigned", 0), counts.get("annotations", 0)
+        if unassigned > self.max_unassigned_share * annotations:
+            return (
+                f"the image of {unassigned:,} of {annotations:,} annotations cannot be known, more than "
+                f"max_unassigned_share = {self.max_unassigned_share:g} allows: some image may lack an instance"
+            )
+        return super().reject_fault(counts)
+
+
+def adjustment_notes(part: str, adjustments: Mapping[str, int]) -> Iterator[str]:
+    """Sentences on what was read otherwise than an annotation file states it."""
+    from spctrl.annotations import ADJUSTMENTS
+
+    for name, count in adjustments.items():
+        yield f"{part}: {ADJUSTMENTS[name].format(count)}"

@@ -14,6 +14,7 @@ from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.code_version import ROOT
 from tasks.conditions import CONDITIONS
 from tasks.export import LOCK, Export
+from tasks.index import adjustment_notes
 from tasks.manifest import Manifest
 from tasks.names import NamesParameter
 from tasks.progress import progress
@@ -82,12 +83,22 @@ class Report(StageTask):
                 splits.append(audit_split(split_tables(task)))
                 advance(1)
             written_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-            notes = [note for task in tasks for note in (*weights_notes(task), *truth_notes(task))]
+            notes = [
+                note
+                for task in tasks
+                for note in (*adjusted_notes(task), *weights_notes(task), *truth_notes(task))
+            ]
             title = "Pose dataset report"
             page = render_report(splits, title=title, generated_at=written_at, notes=notes).encode()
         run.write(PAGE, page)
         settings.export_files().write(PAGE, page)
         return {"records": 1, "made": 1}
+
+
+def adjusted_notes(task: Manifest) -> Iterator[str]:
+    """What the index read otherwise than the annotation file states it."""
+    adjustments = task.index_task().finished_run().provenance().get("adjustments", {})
+    return adjustment_notes(f"{task.spec.title} {task.split}", adjustments)
 
 
 def weights_notes(task: Manifest) -> Iterator[str]:

@@ -85,6 +85,7 @@ class Train(StageTask):
             images="required",
             on_bad_record=self.on_bad_record,
             max_reject_share=self.max_reject_share,
+            max_unassigned_share=self.max_unassigned_share,
         )
 
     def requires(self) -> list[luigi.Task]:

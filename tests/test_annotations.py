@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -44,7 +46,7 @@ def small_document() -> Json:
             }
             for i in (1, 2, 3)
         ],
-        "categories": [{"id": 1, "name": "fox", "keypoints": ["left_eye"], "skeleton": [[1, 2]]}],
+        "categories": [{"id": 1, "name": "fox", "keypoints": [], "skeleton": [[1, 2]]}],
     }
 
 
@@ -150,10 +152,10 @@ NOT_USABLE: dict[str, tuple[str | bytes, str]] = {
     "images: object": (json.dumps(edited(put(lambda d: d, "images", {}))), r"\$\.images"),
     "annotations: null": (json.dumps(edited(put(lambda d: d, "annotations", None))), r"\$\.annotations"),
     "categories: text": (json.dumps(edited(put(lambda d: d, "categories", "fox"))), r"\$\.categories"),
-    "category: number": (json.dumps(edited(put(lambda d: d, "categories", [1]))), r"\$\.categories\[0\]"),
+    "category: number": (json.dumps(edited(put(lambda d: d, "categories", [1]))), r"categories\[0\]"),
     "category: id": (
-        json.dumps(edited(lambda d: d["categories"][0].update(id="1"))),
-        r"\$\.categories\[0\]\.id",
+        json.dumps(edited(lambda d: d["categories"][0].update(id="one"))),
+        r"categories\[0\].*\$\.id",
     ),
     "no image at all": (
         json.dumps(edited(put(lambda d: d, "images", []))),
@@ -313,7 +315,7 @@ REJECTED: dict[str, tuple[Edit, str]] = {
     "file_name null": (put(image, "file_name", None), "bad_image_entry"),
     "file_name number": (put(image, "file_name", 2), "bad_image_entry"),
     "file_name list": (put(image, "file_name", ["2.jpg"]), "bad_image_entry"),
-    "image id text": (put(image, "id", "2"), "bad_image_entry"),
+    "image id text": (put(image, "id", "two"), "bad_image_entry"),
     "image id null": (put(image, "id", None), "bad_image_entry"),
     "image id boolean": (put(image, "id", True), "bad_image_entry"),
     "image id fraction": (put(image, "id", 2.5), "bad_image_entry"),
@@ -324,7 +326,8 @@ REJECTED: dict[str, tuple[Edit, str]] = {
     "image: list": (lambda d: d["images"].__setitem__(1, [2, "2.jpg"]), "bad_image_entry"),
     "image: null": (lambda d: d["images"].__setitem__(1, None), "bad_image_entry"),
     "image: number": (lambda d: d["images"].__setitem__(1, 2), "bad_image_entry"),
-    "width text": (put(image, "width", "64"), "bad_image_entry"),
+    "width text": (put(image, "width", "64 px"), "bad_image_entry"),
+    "width fraction": (put(image, "width", 64.5), "bad_image_entry"),
     "width null": (put(image, "width", None), "bad_image_entry"),
     "width boolean": (put(image, "width", True), "bad_image_entry"),
     "width NaN": (put(image, "width", float("nan")), "bad_image_entry"),
@@ -377,12 +380,11 @@ REJECTED: dict[str, tuple[Edit, str]] = {
     "bbox NaN": (put(annotation, "bbox", [1, 2, 3, float("nan")]), "bad_annotation_entry"),
     "bbox object": (put(annotation, "bbox", {"x": 1}), "bad_annotation_entry"),
     "bbox text": (put(annotation, "bbox", "1 2 3 4"), "bad_annotation_entry"),
-    "area NaN": (put(annotation, "area", float("nan")), "bad_annotation_entry"),
-    "area null": (put(annotation, "area", None), "bad_annotation_entry"),
+    "area text": (put(annotation, "area", "1200"), "bad_annotation_entry"),
     "category unknown": (put(annotation, "category_id", 7), "unknown_category"),
     "category text": (put(annotation, "category_id", "fox"), "bad_annotation_entry"),
     "category huge": (put(annotation, "category_id", HUGE), "unknown_category"),
-    "annotation id text": (put(annotation, "id", "20"), "bad_annotation_entry"),
+    "annotation id text": (put(annotation, "id", "0x14"), "bad_annotation_entry"),
     "annotation id huge": (put(annotation, "id", HUGE), "bad_annotation_entry"),
     "annotation id just too large": (put(annotation, "id", 2**63), "bad_annotation_entry"),
     "iscrowd huge": (put(annotation, "iscrowd", HUGE), "bad_annotation_entry"),
@@ -447,6 +449,16 @@ KEPT: dict[str, Edit] = {
     "largest ids": lambda d: (image(d).update(id=2**63 - 1), annotation(d).update(image_id=2**63 - 1)),
     "negative ids": lambda d: (image(d).update(id=-(2**63)), annotation(d).update(image_id=-(2**63), id=-5)),
     "largest size": lambda d: image(d).update(width=MAX_PIXELS // 10, height=10),
+    "ids text": lambda d: (image(d).update(id="2"), annotation(d).update(id="0020", image_id=" 2 ")),
+    "ids float": lambda d: (image(d).update(id=2.0), annotation(d).update(id=2e1, category_id=1.0)),
+    "sizes text": lambda d: image(d).update(width="64", height="48.0", background="2"),
+    "counts text": lambda d: annotation(d).update(num_keypoints="17", iscrowd="0"),
+    "iscrowd boolean": put(annotation, "iscrowd", True),
+    "nulls": lambda d: annotation(d).update(area=None, iscrowd=None, num_keypoints=None),
+    "area NaN": put(annotation, "area", float("nan")),
+    "category of nulls": lambda d: d["categories"][0].update(
+        supercategory=None, keypoints=None, skeleton=None
+    ),
     "category of another image broken": lambda d: d["categories"].append({"id": HUGE, "name": "giant"}),
 }
 
@@ -456,7 +468,7 @@ def test_what_is_unusual_but_right_is_kept(tmp_path: Path, edit: Edit) -> None:
     document = edited(edit)
     found = indexed(tmp_path, document)
     assert found.rejects == []
-    assert found.kept == {each["id"] for each in document["images"]}
+    assert found.kept == {int(each["id"]) for each in document["images"]}
     assert all(len(row["instances"]) == 1 for row in found.rows.values())
 
 
@@ -531,8 +543,9 @@ def test_an_annotation_of_an_unknown_image_is_rejected_alone(tmp_path: Path, own
 def test_an_annotation_that_names_no_image_is_rejected_alone(tmp_path: Path, entry: object) -> None:
     found = indexed(tmp_path, edited(lambda d: d["annotations"].append(entry)))
     assert found.kept == {1, 2, 3}
-    assert [row["code"] for row in found.rejects] == ["bad_annotation_entry"]
+    assert [row["code"] for row in found.rejects] == ["unassigned_annotation"]
     assert "annotations[3]" in found.rejects[0]["message"]
+    assert (found.index.num_unassigned, found.index.annotations_in_file) == (1, 4)
 
 
 def test_one_bad_instance_takes_its_whole_image_along(tmp_path: Path) -> None:
@@ -550,7 +563,7 @@ def test_nan_inside_a_text_stays_as_it_is(tmp_path: Path) -> None:
         each["file_name"] = f"HumanArt/images/{each['file_name']}"
     caption = 'a "NaN", -Infinity and \\NaN'
     document["images"][0]["description"] = caption
-    annotation(document)["area"] = float("nan")
+    annotation(document)["bbox"][0] = float("nan")
     found = indexed(tmp_path, document, HUMANART)
     assert found.kept == {1, 3}
     assert found.rows[1]["captions"] == [caption]
@@ -606,7 +619,8 @@ def both_ways(folder: Path, content: Json | str | bytes, dataset: Dataset = AP10
         assert repr(whole.rows) == repr(by_entry.rows)
         assert whole.rejects == by_entry.rejects
         assert whole.index.image_paths == by_entry.index.image_paths
-        assert whole.index.images_in_file == by_entry.index.images_in_file
+        for count in ("images_in_file", "annotations_in_file", "num_unassigned", "adjustments"):
+            assert getattr(whole.index, count) == getattr(by_entry.index, count)
     else:
         assert whole == by_entry
     return whole
@@ -754,8 +768,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mutated")
 
 
-def is_whole_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+def whole_number(value: object) -> int | None:
+    """What an id stands for: whole numbers may be written as text or float."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,19}(\.0*)?", value):
+        value = float(value) if "." in value else int(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        value = int(value)
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    return int(value) if is_whole else None  # type: ignore[call-overload]
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
@@ -779,14 +799,12 @@ def test_every_image_of_a_mutated_file_is_indexed_or_rejected(
     assert found.index.images_in_file == len(written["images"])
     assert found.kept.isdisjoint(rejected)
     for position, entry in enumerate(written["images"]):
-        image_id = entry.get("id") if isinstance(entry, dict) else None
-        named = is_whole_number(image_id) and image_id in found.kept | rejected
-        assert named or f"images[{position}]" in messages
+        image_id = whole_number(entry.get("id")) if isinstance(entry, dict) else None
+        assert image_id in found.kept | rejected - {None} or f"images[{position}]" in messages
     # No image is kept that lost one of its instances.
-    owners = [
-        each["image_id"] for each in written["annotations"] if isinstance(each, dict) and "image_id" in each
-    ]
-    owners = [owner for owner in owners if is_whole_number(owner)]
+    entries = [each if isinstance(each, dict) else {} for each in written["annotations"]]
+    owners = [whole_number(each.get("image_id")) for each in entries]
+    assert found.index.num_unassigned <= owners.count(None)
     assert {i: len(row["instances"]) for i, row in found.rows.items()} == {
         i: owners.count(i) for i in found.kept
     }
@@ -823,3 +841,147 @@ def test_damaged_bytes_never_raise_anything_else(folder: Path, data: st.DataObje
     found = both_ways(folder, bytes(text))
     if isinstance(found, str):
         assert str(folder / "annotations.json") in found
+
+
+# What a file does not state, or states in another way
+
+
+def adjustments(folder: Path, edit: Edit, dataset: Dataset = AP10K) -> tuple[Outcome, dict[str, int]]:
+    """What the index makes of an edited file, and what it read otherwise than the file states it."""
+    document = edited(
+        lambda d: (d["categories"][0].update(keypoints=list(AP10K.skeleton.keypoint_names)), edit(d))
+    )
+    found = both_ways(folder, document, dataset)
+    assert isinstance(found, Outcome), found
+    return found, found.index.adjustments
+
+
+def second_instance(found: Outcome) -> Json:
+    (instance,) = found.rows[2]["instances"]
+    return dict(instance)
+
+
+@pytest.mark.parametrize("area", ["absent", None, 0, 0.0, -4, float("nan")])
+def test_an_area_is_never_zero(tmp_path: Path, area: object) -> None:
+    def edit(document: Json) -> None:
+        annotation(document)["area"] = area
+        if area == "absent":
+            del annotation(document)["area"]
+
+    found, adjusted = adjustments(tmp_path, edit)
+    assert second_instance(found)["area"] == pytest.approx(0.53 * 30 * 40)
+    assert adjusted == {"areas_of_boxes": 1}
+    assert found.rows[1]["instances"][0]["area"] == 1200
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "area", "count"),
+    [
+        ([[0, 0, 10, 0, 10, 7, 0, 7]], 70, {"areas_of_segmentations": 1}),
+        ({"size": [48, 64], "counts": [5, 9, 3000]}, 9, {"areas_of_segmentations": 1}),
+        ([], 636, {"areas_of_boxes": 1}),
+        ("polygon", 636, {"areas_of_boxes": 1}),
+    ],
+)
+def test_an_area_is_taken_from_the_segmentation(
+    tmp_path: Path, segmentation: object, area: float, count: dict[str, int]
+) -> None:
+    def edit(document: Json) -> None:
+        del annotation(document)["area"]
+        annotation(document)["segmentation"] = segmentation
+
+    found, adjusted = adjustments(tmp_path, edit)
+    assert second_instance(found)["area"] == pytest.approx(area)
+    assert adjusted == count
+
+
+@pytest.mark.parametrize("hidden", [0, 5, 17])
+def test_labelled_keypoints_are_counted_where_no_number_is(tmp_path: Path, hidden: int) -> None:
+    def edit(document: Json) -> None:
+        del annotation(document)["num_keypoints"]
+        annotation(document)["keypoints"] = [5, 6, 0] * hidden + [5, 6, 1] * (17 - hidden)
+
+    found, adjusted = adjustments(tmp_path, edit)
+    assert second_instance(found)["num_keypoints"] == 17 - hidden
+    assert adjusted == {"counted_keypoints": 1}
+
+
+@pytest.mark.parametrize("written", [2.0, "2", "02", " 2", "2.0", 0.2e1])
+def test_numbers_written_otherwise_are_counted(tmp_path: Path, written: object) -> None:
+    found, adjusted = adjustments(tmp_path, put(annotation, "image_id", written))
+    assert found.kept == {1, 2, 3} and len(found.rows[2]["instances"]) == 1
+    assert adjusted == {"whole_numbers": 1}
+
+
+@pytest.mark.parametrize("written", [2.5, "two", "2,0", "0x2", True, [2], "", "2e0"])
+def test_an_id_that_is_no_number_is_none(tmp_path: Path, written: object) -> None:
+    found, _ = adjustments(tmp_path, put(annotation, "image_id", written))
+    assert found.codes == {"unassigned_annotation"}
+    (reject,) = found.rejects
+    assert (reject["image_id"], reject["annotation_id"]) == (None, 20)
+    assert "annotations[1] (id 20)" in reject["message"]
+    assert found.index.num_unassigned == 1
+
+
+def test_a_bad_annotation_takes_its_image_along_however_written(tmp_path: Path) -> None:
+    def edit(document: Json) -> None:
+        document["annotations"].append({**annotation(document), "id": 40, "image_id": "2", "bbox": None})
+
+    found, _ = adjustments(tmp_path, edit)
+    assert found.kept == {1, 3}
+    assert found.index.num_unassigned == 0
+
+
+def test_keypoints_are_brought_into_the_skeletons_order(tmp_path: Path) -> None:
+    names = list(AP10K.skeleton.keypoint_names)
+    points = [[3 * i, 2 * i, i % 3] for i in range(17)]
+
+    def edit(document: Json) -> None:
+        """The second annotation gets a category of its own, whose list begins with the tail."""
+        shift = names.index("root_of_tail")
+        document["categories"].append({"id": 2, "name": "dog", "keypoints": [*names[shift:], *names[:shift]]})
+        annotation(document)["category_id"] = 2
+        annotation(document)["keypoints"] = np.roll(points, -shift, axis=0).ravel().tolist()
+
+    found, adjusted = adjustments(tmp_path, edit)
+    assert second_instance(found)["keypoints"] == points
+    assert found.rows[1]["instances"][0]["keypoints"] == [[6, 6, 2]] * 17
+    assert adjusted == {"sorted_keypoints": 1}
+
+
+@pytest.mark.parametrize("keypoints", [None, [], "absent"])
+def test_categories_without_names_are_counted(tmp_path: Path, keypoints: object) -> None:
+    def edit(document: Json) -> None:
+        document["categories"][0]["keypoints"] = keypoints
+        if keypoints == "absent":
+            del document["categories"][0]["keypoints"]
+
+    found, adjusted = adjustments(tmp_path, edit)
+    assert found.kept == {1, 2, 3}
+    assert adjusted == {"unnamed_keypoints": 1}
+
+
+def test_other_keypoints_stop_only_where_they_are_used(tmp_path: Path) -> None:
+    people = {"id": 2, "name": "person", "keypoints": list(HUMANART.skeleton.keypoint_names)}
+    found, adjusted = adjustments(tmp_path, lambda d: d["categories"].append(people))
+    assert found.kept == {1, 2, 3} and adjusted == {}
+    document = edited(lambda d: (d["categories"].append(people), annotation(d).update(category_id=2)))
+    error = both_ways(tmp_path, document)
+    assert isinstance(error, str)
+    for text in ("category 2 ('person')", "AP-10K", "left_eye, right_eye, nose", "nose, left_eye, right_eye"):
+        assert text in error
+
+
+@pytest.mark.parametrize(
+    ("another", "text"),
+    [
+        ({"id": 1, "name": "wolf"}, "found 1 for 'fox' and 'wolf'"),
+        ({"id": 1.0, "name": "wolf"}, "found 1 for 'fox' and 'wolf'"),
+        ({"id": 1, "name": "fox"}, "found 1 for 'fox' and 'fox'"),
+        ({"id": 2, "name": "fox"}, "found 'fox' for the ids 1 and 2"),
+    ],
+)
+def test_categories_that_share_id_or_name_are_refused(tmp_path: Path, another: Json, text: str) -> None:
+    error = both_ways(tmp_path, edited(lambda d: d["categories"].append(another)))
+    assert isinstance(error, str)
+    assert text in error

@@ -192,7 +192,9 @@ def test_faults_without_number_are_one_error(tmp_path: Path, monkeypatch: pytest
     source.write_text(document(f"{annotation(1)}{',1' * 10}"))
     assert write_index(source, AP10K, "train", tmp_path / "i", max_pixels=10**8).rejects.num_rows == 10
     source.write_text(document(f"{annotation(1)}{',1' * 11}"))
-    with pytest.raises(AnnotationFileError, match=r"at most 10 faults, found more .bad_annotation_entry: 10"):
+    with pytest.raises(
+        AnnotationFileError, match=r"at most 10 faults, found more .unassigned_annotation: 10"
+    ):
         write_index(source, AP10K, "train", tmp_path / "i", max_pixels=10**8)
 
 

@@ -241,7 +241,7 @@ def test_a_line_is_the_same_line_whatever_the_white_space_of_the_file(
         "null",
         "[]",
         "{}",
-        '{"id": "2", "image_id": "2"}',
+        '{"id": "two", "image_id": "two"}',
         '{"id": [2], "image_id": [2]}',
         '{"id": 3, "x": 1e999}',
         '{"id": 1e999}',
@@ -259,7 +259,7 @@ def test_entries_that_the_index_rejected_do_not_stop_the_others(
 
 
 def test_categories_are_one_object_with_spaces_in_keypoint_names(tmp_path: Path) -> None:
-    found = json.loads(categories_json(annotation_file(tmp_path, [animal(1)])))
+    found = json.loads(categories_json(annotation_file(tmp_path, [animal(1)]), AP10K))
     assert list(found) == ["1", "12"]
     assert found["1"] == {
         "id": 1,

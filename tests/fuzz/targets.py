@@ -57,7 +57,7 @@ SIZES_PX: dict[str, Any] = {"keypoint_radius_px": 4, "link_half_width_px": 4}
 CODES = {
     "bad_annotation_entry", "bad_bbox", "bad_coordinate", "bad_image_entry", "bad_size", "bad_visibility",
     "duplicate_annotation_id", "duplicate_image_file_name", "duplicate_image_id", "far_away_keypoint", "keypoint_count",
-    "unknown_background", "unknown_category", "unknown_image", "unsafe_path",
+    "unassigned_annotation", "unknown_background", "unknown_category", "unknown_image", "unsafe_path",
 }  # fmt: skip
 
 
@@ -119,6 +119,7 @@ def annotation_seeds(dataset: Dataset) -> list[bytes]:
                         ]
         content["categories"] = content["categories"][:2]
         used = {each["category_id"] for each in content["annotations"]}
+        used -= {each["id"] for each in content["categories"]}
         content["categories"] += [{"id": each, "name": f"kind {each}"} for each in sorted(used)]
         seeds.append(json.dumps(content).encode())
     return seeds
@@ -172,7 +173,7 @@ def compare_with_faulty_entry(data: bytes, dataset: Dataset) -> None:
         tables.append(pq.read_table(index_path, partitioning=None))
         codes.append(index.rejects.column("code").to_pylist())
     same(tables[0].equals(tables[1]), True)
-    same(sorted(codes[1]), sorted([*codes[0], "bad_annotation_entry"]))
+    same(sorted(codes[1]), sorted([*codes[0], "unassigned_annotation"]))
 
 
 def check_row(row: dict[str, Any], dataset: Dataset) -> None:
@@ -216,7 +217,7 @@ def use_records(table: Any, dataset: Dataset, source: Path) -> None:
     ids = table.column("image_id").to_pylist()
     lines = [line for _, line in record_lines(source, layout, set(ids)) if b"\n" not in line]
     same([msgspec.json.decode(line, type=_Line).image_id for line in lines], ids)
-    json.loads(categories_json(source))
+    json.loads(categories_json(source, dataset))
 
 
 class _Line(msgspec.Struct):

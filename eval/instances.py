@@ -5,20 +5,26 @@ Legend: I images, G annotated instances, D predictions, C categories, K keypoint
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from spctrl.areas import box_areas, segmentation_area
 from spctrl.errors import ExpectedError
+from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 from spctrl.records import KEYPOINTS_TYPE, NUM_KEYPOINTS
+
+if TYPE_CHECKING:
+    from spctrl.datasets import Dataset
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -50,6 +56,7 @@ class GroundTruth:
 
     Attributes:
         image_ids: (I,) int64, ascending; also those without instances.
+        sizes_wh: (I, 2) float64, width and height; NaN where they are not known.
         scenarios: (I,) names of the images' own categories (HumanArt's scenarios; empty where there is none).
         category_ids: (C,) int64, ascending; those of the file, also without instances.
         category_names: C names.
@@ -64,6 +71,7 @@ class GroundTruth:
     """
 
     image_ids: Integers
+    sizes_wh: Floats
     scenarios: tuple[str, ...]
     category_ids: Integers
     category_names: tuple[str, ...]
@@ -75,6 +83,33 @@ class GroundTruth:
     areas: Floats
     crowd: Booleans
     ignored: Booleans
+
+    @functools.cached_property
+    def clipped_bboxes_xywh(self) -> Floats:
+        """(G, 4) the parts of the boxes inside their images, which pose estimators and their scores see."""
+        return clip_boxes(self.bboxes_xywh, self.sizes_wh[self.image_of])
+
+    @functools.cached_property
+    def has_estimate(self) -> Booleans:
+        """(G,) instances whose poses are estimated, as in mmpose: they count, and their clipped boxes have an area."""
+        return np.asarray(~self.ignored & (self.clipped_bboxes_xywh[:, 2:] > 0).all(axis=1))
+
+    def sizes_wh_of(self, image_ids: Integers) -> Floats:
+        """(N, 2) sizes of images by id; NaN of those that are not known here."""
+        rows = np.searchsorted(self.image_ids, image_ids).clip(max=len(self.image_ids) - 1)
+        return np.where((self.image_ids[rows] == image_ids)[:, None], self.sizes_wh[rows], np.nan)
+
+
+def clip_boxes(bboxes_xywh: Floats, sizes_wh: Floats) -> Floats:
+    """(N, 4) boxes with their corners moved into 0..width - 1 and 0..height - 1, mmpose's bounds.
+
+    Args:
+        bboxes_xywh: (N, 4), pixels.
+        sizes_wh: (N, 2) of their images; boxes of images of unknown size (NaN) stay as they are.
+    """
+    corners = np.stack([bboxes_xywh[:, :2], bboxes_xywh[:, :2] + bboxes_xywh[:, 2:]])
+    first, last = np.where(np.isnan(sizes_wh), corners, np.clip(corners, 0, sizes_wh - 1))
+    return np.concatenate([first, last - first], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,20 +177,29 @@ class Predictions:
 # Ground truth
 
 
-def read_ground_truth(source: Path | str | Mapping[str, Any] | pa.Table | GroundTruth) -> GroundTruth:
+def read_ground_truth(
+    source: Path | str | Mapping[str, Any] | pa.Table | GroundTruth, dataset: Dataset | None = None
+) -> GroundTruth:
     """Ground truth from a COCO keypoint file or its content, or from a table of records (``RECORD_SCHEMA``).
 
-    Annotations of images that are not listed are left out, as pycocotools does.
+    Annotations of images that are not listed are left out, as pycocotools does. Where a file has no area, it is that of
+    the segmentation, else 0.53 of the box, as in mmpose; ``num_keypoints`` is counted.
+
+    Args:
+        source: what is read.
+        dataset: whose skeleton a file's keypoints must have, in order. Predictions are in that order, and only the file
+            could say otherwise.
 
     Raises:
-        InstancesError: it cannot be read, lacks something, or names an image twice.
+        InstancesError: it cannot be read, lacks something, names an image or a category twice, or states other
+            keypoints.
     """
     if isinstance(source, GroundTruth):
         return source
     if isinstance(source, pa.Table):
         return _ground_truth_of_table(source)
     if isinstance(source, Mapping):
-        return _ground_truth_of_coco(source, "the annotations")
+        return _ground_truth_of_coco(source, "the annotations", dataset)
     if not isinstance(source, Path | str):
         raise InstancesError(
             f"the annotations: expected a COCO file's path or content, found {type(source).__name__}"
@@ -165,10 +209,10 @@ def read_ground_truth(source: Path | str | Mapping[str, Any] | pa.Table | Ground
         raise InstancesError(
             f"{source}: expected a COCO file (a JSON object), found {type(content).__name__}"
         )
-    return _ground_truth_of_coco(content, str(source))
+    return _ground_truth_of_coco(content, str(source), dataset)
 
 
-def _ground_truth_of_coco(content: Mapping[str, Any], where: str) -> GroundTruth:
+def _ground_truth_of_coco(content: Mapping[str, Any], where: str, dataset: Dataset | None) -> GroundTruth:
     missing = [name for name in ("images", "annotations") if name not in content]
     if missing:
         raise InstancesError(f"{where}: expected the section {missing[0]!r}, found {', '.join(content)}")
@@ -178,10 +222,20 @@ def _ground_truth_of_coco(content: Mapping[str, Any], where: str) -> GroundTruth
     annotations = list(itertools.compress(content["annotations"], listed))
     categories = content.get("categories", ())
     names = dict(zip(*(_column(categories, name, object, where) for name in ("id", "name")), strict=True))
+    if len(names) < len(categories):
+        raise InstancesError(
+            f"{where}: expected each category id once, found {len(names)} ids of {len(categories)}"
+        )
     keypoints = _keypoint_triplets(annotations, where)
+    used = set(_column(annotations, "category_id", np.int64, where).tolist())
+    if dataset is not None:
+        _check_order([each for each in categories if each["id"] in used], dataset, where)
     return _ground_truth(
         where,
         image_ids=np.sort(image_ids),
+        sizes_wh=np.array(
+            [[image.get(name) or np.nan for name in ("width", "height")] for image in images], np.float64
+        ).reshape(-1, 2),
         scenarios=tuple(str(image.get("category") or "") for image in images),
         names=names,
         instances_image_ids=_column(annotations, "image_id", np.int64, where),
@@ -189,11 +243,11 @@ def _ground_truth_of_coco(content: Mapping[str, Any], where: str) -> GroundTruth
         annotation_ids=_column(annotations, "id", np.int64, where),
         keypoints=keypoints,
         bboxes_xywh=_boxes(annotations, where),
-        areas=_column(annotations, "area", np.float64, where),
+        areas=_areas(annotations, where),
         crowd=np.array([bool(each.get("iscrowd")) for each in annotations], bool),
         labelled=np.array(
             [
-                each["num_keypoints"] if "num_keypoints" in each else int((points[:, 2] > 0).sum())
+                int((points[:, 2] > 0).sum()) if each.get("num_keypoints") is None else each["num_keypoints"]
                 for each, points in zip(annotations, keypoints, strict=True)
             ],
             np.int64,
@@ -213,6 +267,9 @@ def _ground_truth_of_table(table: pa.Table) -> GroundTruth:
     return _ground_truth(
         "the records",
         image_ids=image_ids,
+        sizes_wh=np.stack([table.column(name).to_numpy() for name in ("width", "height")], axis=1).astype(
+            np.float64
+        ),
         scenarios=tuple(each or "" for each in table.column("category").to_pylist()),
         names=dict(zip(category_ids.tolist(), categories, strict=True)),
         instances_image_ids=np.repeat(image_ids, counts),
@@ -230,6 +287,7 @@ def _ground_truth(
     where: str,
     *,
     image_ids: Integers,
+    sizes_wh: Floats,
     scenarios: tuple[str, ...],
     names: Mapping[int, str],
     instances_image_ids: Integers,
@@ -251,6 +309,7 @@ def _ground_truth(
     category_ids = np.unique(np.concatenate([instances_category_ids, np.array(list(names), np.int64)]))
     return GroundTruth(
         image_ids=image_ids,
+        sizes_wh=sizes_wh,
         scenarios=scenarios,
         category_ids=category_ids,
         category_names=tuple(names.get(each, str(each)) for each in category_ids.tolist()),
@@ -401,8 +460,14 @@ def _flat(table: pa.Table, name: str) -> pa.Array:
 
 def _column(entries: Iterable[Mapping[str, Any]], name: str, dtype: type, where: str) -> NDArray[Any]:
     try:
-        return np.array([each[name] for each in entries], dtype)
-    except (KeyError, TypeError, ValueError) as error:
+        values = [each[name] for each in entries]
+        if (
+            dtype is np.int64
+            and (part := next((x for x in values if isinstance(x, float) and x % 1), None)) is not None
+        ):
+            raise ValueError(f"expected whole numbers, found {part}")
+        return np.array(values, dtype)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         _refuse(name, error, where)
 
 
@@ -414,6 +479,33 @@ def _boxes(entries: Sequence[Mapping[str, Any]], where: str) -> Floats:
             f"{where}: 'bbox': expected x, y, width and height, found shape {boxes.shape[1:]}"
         )
     return boxes.reshape(-1, 4)
+
+
+def _areas(annotations: Sequence[Mapping[str, Any]], where: str) -> Floats:
+    """(N,) areas, never 0."""
+    areas = box_areas(_boxes(annotations, where))
+    for i, each in enumerate(annotations):
+        stated = each.get("area")
+        if isinstance(stated, int | float) and not stated <= 0:
+            areas[i] = stated
+        elif (found := segmentation_area(each.get("segmentation"))) is not None:
+            areas[i] = found
+    return areas
+
+
+def _check_order(categories: Iterable[Mapping[str, Any]], dataset: Dataset, where: str) -> None:
+    skeleton = dataset.skeleton
+    for each in categories:
+        names = each.get("keypoints") or []
+        try:
+            is_same = keypoint_order(names, skeleton) == tuple(range(skeleton.num_keypoints))
+        except KeypointOrderError as error:
+            raise InstancesError(f"{where}: category {each['id']}: {error}") from None
+        if not is_same:
+            raise InstancesError(
+                f"{where}: category {each['id']}: expected the keypoints of {dataset.title} in the order "
+                f"{', '.join(skeleton.keypoint_names)}, found {', '.join(names)}. BuildDataset reorders them"
+            )
 
 
 def _keypoint_triplets(entries: Sequence[Mapping[str, Any]], where: str) -> Floats:

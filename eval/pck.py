@@ -53,9 +53,9 @@ class Pck:
 def pck(poses: Poses, truth: GroundTruth, dataset: str | Dataset, threshold: float = THRESHOLD) -> Pck:
     """Compare each pose with the annotation whose box it was found in.
 
-    A keypoint is correct when its distance is less than ``threshold`` times the longer side of the annotated box (the
-    definition of mmpose's ``PCKAccuracy`` with ``norm_item = bbox``). An annotated instance for which there is no pose
-    has no correct keypoint.
+    A keypoint is correct when its distance is less than ``threshold`` times the longer side of the annotated box,
+    clipped to the image (the definition of mmpose's ``PCKAccuracy`` with ``norm_item = bbox``). An annotated instance
+    for which there is no pose has no correct keypoint. Instances without ``has_estimate`` do not count.
 
     Raises:
         InstancesError: a pose has no annotation of the ground truth, or two have the same.
@@ -70,8 +70,8 @@ def pck(poses: Poses, truth: GroundTruth, dataset: str | Dataset, threshold: flo
             f"PCK: expected one pose for each annotated box, found {problem}. PCK needs poses in ground-truth boxes."
         )
     rows = np.array([row[each] for each in ids], np.int64)
-    labelled = truth.keypoints[..., 2] > 0
-    reach = threshold * truth.bboxes_xywh[rows, 2:].max(axis=1, initial=0)
+    labelled = (truth.keypoints[..., 2] > 0) & truth.has_estimate[:, None]
+    reach = threshold * truth.clipped_bboxes_xywh[rows, 2:].max(axis=1, initial=0)
     distances = np.linalg.norm(poses.keypoints - truth.keypoints[rows, :, :2], axis=-1)
     correct = np.zeros_like(labelled)
     correct[rows] = labelled[rows] & (distances < reach[:, None])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eval.instances import (
+    NO_ANNOTATION,
     Booleans,
     Floats,
     GroundTruth,
@@ -32,6 +33,7 @@ from eval.instances import (
     Poses,
     Predictions,
     check_predictions,
+    clip_boxes,
     read_ground_truth,
     read_poses,
     read_results,
@@ -124,7 +126,8 @@ def evaluate(
         predictions: either scored ones, as they would be given to pycocotools (a COCO results list, its JSON file, or
             ``Predictions``), which are taken as they are; or what a pose estimator found in boxes (``Poses``, a table
             of ``PREDICTION_SCHEMA``, its Parquet file), which are scored and thinned out by ``score_poses`` first.
-        annotations: a COCO keypoint file or its content, a table of records, or ``GroundTruth``.
+        annotations: a COCO keypoint file or its content, with the dataset's keypoints in its order; a table of records;
+            or ``GroundTruth``.
         dataset: ``ap10k`` or ``humanart``, for its OKS sigmas.
 
     Raises:
@@ -132,8 +135,8 @@ def evaluate(
         ValueError: no such dataset.
     """
     sigmas = oks_sigmas(dataset)
-    truth = read_ground_truth(annotations)
-    scored = _scored(predictions, sigmas)
+    truth = read_ground_truth(annotations, DATASETS[dataset] if isinstance(dataset, str) else dataset)
+    scored = _scored(predictions, sigmas, truth)
     check_predictions(scored, truth)
     matches = match(truth, scored, sigmas)
     scores = matches.curves.at(np.ones(len(truth.image_ids)))
@@ -175,13 +178,17 @@ def scenario_weights(truth: GroundTruth) -> dict[str, Booleans]:
 
 
 def _scored(
-    predictions: Path | str | Sequence[Mapping[str, Any]] | pa.Table | Poses | Predictions, sigmas: Floats
+    predictions: Path | str | Sequence[Mapping[str, Any]] | pa.Table | Poses | Predictions,
+    sigmas: Floats,
+    truth: GroundTruth,
 ) -> Predictions:
-    if isinstance(predictions, Path | str) and Path(predictions).suffix == ".parquet":
-        return score_poses(read_poses(predictions), sigmas)
-    if isinstance(predictions, pa.Table | Poses):
-        return score_poses(read_poses(predictions), sigmas)
-    return read_results(predictions)
+    is_file = isinstance(predictions, Path | str) and Path(predictions).suffix == ".parquet"
+    if not is_file and not isinstance(predictions, pa.Table | Poses):
+        return read_results(predictions)
+    poses = read_poses(predictions)
+    sizes_wh = truth.sizes_wh_of(poses.image_ids)
+    sizes_wh[poses.annotation_ids == NO_ANNOTATION] = np.nan  # mmpose takes a detector's boxes as they are
+    return score_poses(replace(poses, bboxes_xywh=clip_boxes(poses.bboxes_xywh, sizes_wh)), sigmas)
 
 
 # From a pose estimator's output to ranked predictions
@@ -192,7 +199,7 @@ def score_poses(poses: Poses, sigmas: Floats) -> Predictions:
 
     A prediction's score is its box's times the mean of its keypoints' scores above ``KEYPOINT_SCORE_THRESHOLD`` (0
     where there is none). Of predictions in one image whose OKS exceeds ``NMS_THRESHOLD``, the one that scores highest
-    is kept, whatever their categories.
+    is kept, whatever their categories. Annotated boxes are those that the estimator saw, clipped to the image.
     """
     used = poses.keypoint_scores > KEYPOINT_SCORE_THRESHOLD
     means = np.where(used, poses.keypoint_scores, 0).sum(axis=1) / np.maximum(used.sum(axis=1), 1)

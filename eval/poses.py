@@ -66,19 +66,18 @@ class Boxes:
 
 
 def annotated_boxes(truth: GroundTruth) -> Boxes:
-    """Boxes of the annotated instances.
+    """Boxes of the annotated instances, clipped to their images.
 
     Instances that the COCO protocol does not count (crowds, or no labelled keypoint) and boxes without an area are left
     out, as in mmpose.
     """
-    usable = ~truth.ignored & (truth.bboxes_xywh[:, 2:] > 0).all(axis=1)
-    rows = np.flatnonzero(usable)
+    rows = np.flatnonzero(truth.has_estimate)
     rows = rows[np.argsort(truth.image_of[rows], kind="stable")]
     return Boxes(
         image_ids=truth.image_ids[truth.image_of[rows]],
         category_ids=truth.category_ids[truth.category_of[rows]],
         annotation_ids=truth.annotation_ids[rows],
-        bboxes_xywh=truth.bboxes_xywh[rows],
+        bboxes_xywh=truth.clipped_bboxes_xywh[rows],
         scores=np.ones(len(rows)),
     )
 

@@ -33,6 +33,7 @@ from spctrl.errors import ExpectedError
 
 Floats = NDArray[np.float64]
 SCORES, SAMPLES = "scores.parquet", "samples.npz"
+NOT_A_NUMBER = "its value is not a number"
 
 SCORES_SCHEMA = pa.schema(
     [
@@ -42,10 +43,11 @@ SCORES_SCHEMA = pa.schema(
         ("value", pa.float64()),
         ("low", pa.float64()),
         ("high", pa.float64()),
+        ("reason", pa.string()),
     ]
 )
 """One row per number. ``kind`` is empty for the number of all images, else ``species``, ``scenario``, ``keypoint`` or
-``oks_threshold``, and ``group`` the one of these."""
+``oks_threshold``, and ``group`` the one of these. ``reason`` says why a value is NaN; empty of a number."""
 
 
 class Score(NamedTuple):
@@ -57,6 +59,7 @@ class Score(NamedTuple):
     value: float
     low: float
     high: float
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,12 +95,17 @@ def _scores(
     intervals: Intervals,
     *,
     centred: bool = False,
+    reasons: Mapping[str, str] | None = None,
 ) -> Scores:
-    """Scores of a statistic that gives the named numbers for weights (I,)."""
+    """Scores of a statistic that gives the named numbers for weights (I,); ``reasons`` by metric, of NaN values."""
     samples = bootstrap(statistic, len(image_ids), intervals.resamples, intervals.seed)
     samples = samples.reshape(intervals.resamples, len(names))
     rows = [
-        Score(*name, *interval(value, each, intervals.level, centred=centred))
+        Score(
+            *name,
+            *interval(value, each, intervals.level, centred=centred),
+            (reasons or {}).get(name.metric, NOT_A_NUMBER) if np.isnan(value) else "",
+        )
         for name, value, each in zip(names, values, samples.T, strict=True)
     ]
     overall = {name.metric: each for name, each in zip(names, samples.T, strict=True) if not name.kind}
@@ -133,17 +141,31 @@ def pose_scores(
         )
 
     every = np.ones(len(truth.image_ids), np.int64)
-    ap = _scores(names, of_all(every).tolist(), of_all, truth.image_ids, intervals)
+    reasons = _reasons(truth)
+    ap = _scores(names, of_all(every).tolist(), of_all, truth.image_ids, intervals, reasons=reasons)
     if (poses.annotation_ids == NO_ANNOTATION).any():
         near = counting_scores(poses, truth, intervals)
     else:
         correct = pck(poses, truth, dataset, pck_threshold)
         keypoints = [Name("PCK"), *(Name("PCK", "keypoint", name) for name in correct.keypoint_names)]
-        near = _scores(keypoints, correct.at(every).tolist(), correct.at, truth.image_ids, intervals)
+        values = correct.at(every).tolist()
+        near = _scores(keypoints, values, correct.at, truth.image_ids, intervals, reasons=reasons)
     scores = Scores(
         rows=ap.rows + near.rows, samples={**ap.samples, **near.samples}, image_ids=truth.image_ids
     )
     return scores, result.matches.best_oks
+
+
+def _reasons(truth: GroundTruth) -> dict[str, str]:
+    """Why a metric of poses may have no value."""
+    if truth.ignored.all():
+        uncounted = f"all {len(truth.ignored):,} instances are crowds or have no labelled keypoint"
+        return dict.fromkeys((*AP_METRICS, "PCK"), uncounted)
+    return {
+        "AP-M": "no instance is of medium area",
+        "AP-L": "no instance is of large area",
+        "PCK": "no labelled keypoint belongs to a box inside its image",
+    }
 
 
 def counting_scores(poses: Poses, truth: GroundTruth, intervals: Intervals) -> Scores:
@@ -259,6 +281,8 @@ def differences(metric: str, of_methods: Mapping[str, Scores], level: float) -> 
             if not np.array_equal(a.image_ids, b.image_ids):
                 continue
             value, other_value = (_overall(each, metric).value for each in (a, b))
+            if np.isnan(value - other_value):
+                continue
             offset = difference(
                 value, a.samples[metric], other_value, b.samples[metric], level, centred=a.centred
             )

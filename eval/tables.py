@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
@@ -28,6 +28,7 @@ from eval.scores import Difference, Score
 Source = Literal["measured", "reported"]
 SOURCES: tuple[Source, ...] = ("measured", "reported")
 NOTHING = "–"
+NOT_COMPUTED = "not computed"
 
 
 class Metric(NamedTuple):
@@ -121,6 +122,7 @@ class Number(NamedTuple):
         value, low, high: in the printed scale; ``low`` and ``high`` are NaN of a reported number.
         marks: letters of the notes below the table.
         provenance: see ``MethodScores``; empty of a reported number.
+        reason: why there is no value, where it is NaN.
     """
 
     value: float
@@ -128,6 +130,7 @@ class Number(NamedTuple):
     high: float
     marks: str = ""
     provenance: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +162,7 @@ class Table:
 
     @property
     def columns(self) -> list[tuple[Metric, Source]]:
-        """Metrics and sources of which there is a number."""
+        """Metrics and sources of which there is a number, or a reason why there is none."""
         return [
             (metric, source)
             for metric in METRICS
@@ -222,7 +225,7 @@ def build_table(
             cells[method, metric, "reported"] = Number(value, math.nan, math.nan, mark)
     for each in measured:
         for score in each.scores:
-            if not score.kind and not math.isnan(score.value):
+            if not score.kind:
                 cells[each.method, score.metric, "measured"] = _number(score, each, dataset, split)
     names = [*reported, *(each.method for each in measured)]
     order = {method: i for i, method in enumerate(PAPER_ORDER)}
@@ -263,7 +266,7 @@ def _number(score: Score, of: MethodScores, dataset: str, split: str) -> Number:
     marks = "R" * bool(of.random.get(score.metric)) + "P" * is_partial(of, dataset, split)
     scale = METRIC[score.metric].scale
     low, high = scale * score.low, scale * score.high
-    return Number(scale * score.value, low, high, marks, of.provenance[score.metric])
+    return Number(scale * score.value, low, high, marks, of.provenance[score.metric], score.reason)
 
 
 def is_partial(of: MethodScores, dataset: str, split: str) -> bool:
@@ -303,6 +306,11 @@ def _notes(
 def printed(value: float, metric: Metric) -> str:
     """With the metric's decimals; a zero has no sign."""
     return NOTHING if math.isnan(value) else f"{round(value, metric.decimals) + 0.0:.{metric.decimals}f}"
+
+
+def printed_number(number: Number, metric: Metric) -> str:
+    """The value, or why there is none."""
+    return f"{NOT_COMPUTED}: {number.reason}" if number.reason else printed(number.value, metric)
 
 
 def printed_interval(number: Number, metric: Metric) -> str:
@@ -362,7 +370,7 @@ def _markdown_cell(
 ) -> str:
     if number is None:
         return NOTHING
-    text = printed(number.value, metric)
+    text = printed_number(number, metric)
     if link := provenance_link(number, store):
         text = f"[{text}]({link})"
     text = {1: f"**{text}**", 2: f"<u>{text}</u>"}.get(rank or 0, text)
@@ -456,7 +464,11 @@ def to_latex(table: Table, *, metrics: Sequence[str] = PAPER_METRICS, intervals:
 def _latex_cell(number: Number | None, metric: Metric, rank: int | None, intervals: bool) -> str:
     if number is None:
         return "--"
-    text = _latex_number(printed(number.value, metric))
+    text = (
+        latex_text(printed_number(number, metric))
+        if number.reason
+        else _latex_number(printed(number.value, metric))
+    )
     text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(rank or 0, text)
     if number.marks:
         text += rf"\textsuperscript{{{number.marks}}}"
@@ -518,10 +530,16 @@ def to_rows(table: Table) -> list[dict[str, Any]]:
                  "low": _or_none(number.low), "high": _or_none(number.high), "level": table.level,
                  "images": each.num_images, "weights": "random" if "R" in number.marks else "real",
                  "partial": "P" in number.marks,
-                 "note": "; ".join(table.notes[mark] for mark in number.marks) or None,
+                 "note": "; ".join(_row_notes(table, number)) or None,
                  "provenance": number.provenance}
             )  # fmt: skip
     return rows
+
+
+def _row_notes(table: Table, number: Number) -> Iterator[str]:
+    if number.reason:
+        yield f"{NOT_COMPUTED}: {number.reason}"
+    yield from (table.notes[mark] for mark in number.marks)
 
 
 def _of_metric(name: str) -> dict[str, Any]:

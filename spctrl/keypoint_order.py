@@ -54,7 +54,7 @@ def keypoint_order(names: Sequence[str], skeleton: Skeleton) -> tuple[int, ...]:
         position = {keypoint: i for i, keypoint in enumerate(found)}
         return tuple(position[keypoint] for keypoint in unchanged)
     raise KeypointOrderError(
-        f"expected the {K} keypoints {', '.join(skeleton.keypoint_names)} (in any order), "
+        f"expected the {K} keypoints {', '.join(skeleton.keypoint_names)}, "
         f"found {len(names)}: {', '.join(names)}"
     )
 

@@ -133,8 +133,9 @@ class Index(DatasetStage):
         for sentence in adjustment_notes(self.part, index.adjustments):
             luigi.task.logger.warning("%s", sentence)
         usable, rejects = len(index.image_paths), index.rejects.num_rows
-        # An annotation of no listed image takes no image along, but is a reject all the same.
-        rejected = max(index.images_in_file - usable, min(rejects, 1))
+        # An annotation of no listed image takes no image along, but is a reject all the same. Those whose image cannot
+        # be known have a limit of their own.
+        rejected = max(index.images_in_file - usable, min(rejects - index.num_unassigned, 1))
         return {
             "records": index.images_in_file,
             "made": usable,
@@ -148,10 +149,12 @@ class Index(DatasetStage):
 
     def reject_fault(self, counts: Mapping[str, int]) -> str | None:
         unassigned, annotations = counts.get("unassigned", 0), counts.get("annotations", 0)
-        if unassigned > self.max_unassigned_share * annotations:
+        allowed = 0.0 if self.on_bad_record == "fail" else self.max_unassigned_share
+        if unassigned > allowed * annotations:
             return (
-                f"the image of {unassigned:,} of {annotations:,} annotations cannot be known, more than "
-                f"max_unassigned_share = {self.max_unassigned_share:g} allows: some image may lack an instance"
+                f"the image of {unassigned:,} of {annotations:,} annotations cannot be known, so some image may "
+                f"lack an instance; [build] max_unassigned_share = {self.max_unassigned_share:g}, on_bad_record = "
+                f"{self.on_bad_record}"
             )
         return super().reject_fault(counts)
 

@@ -19,6 +19,7 @@ from eval.instances import (
     GroundTruth,
     InstancesError,
     Poses,
+    clip_boxes,
     poses_table,
     read_ground_truth,
     read_poses,
@@ -26,7 +27,7 @@ from eval.instances import (
 )
 from eval.pck import pck
 from eval.pose_ap import METRICS, evaluate
-from spctrl.datasets import AP10K
+from spctrl.datasets import AP10K, HUMANART
 from spctrl.index import write_index
 
 Json = dict[str, Any]
@@ -223,7 +224,133 @@ def test_incomplete_files_are_refused(document: Json, tmp_path: Path) -> None:
         evaluate([], document, "coco")
 
 
+# What a file does not state
+
+
+@pytest.mark.parametrize("area", ["absent", None, 0, -3.0])
+def test_an_area_that_is_not_there_is_never_zero(document: Json, area: object) -> None:
+    results = results_of(document)
+    for each in results:
+        each["keypoints"] = (np.array(each["keypoints"]) + 1).tolist()
+    expected = evaluate(results, document, "ap10k").scores["AP"]
+    assert expected > 0.9
+    for each in document["annotations"]:
+        each["area"] = area
+        if area == "absent":
+            del each["area"]
+    truth = read_ground_truth(document)
+    assert truth.areas == pytest.approx(0.53 * truth.bboxes_xywh[:, 2:].prod(axis=1))
+    assert evaluate(results, document, "ap10k").scores["AP"] == pytest.approx(expected, abs=0.1)
+    document["annotations"][0]["segmentation"] = [[0, 0, 8, 0, 8, 6, 0, 6]]
+    assert read_ground_truth(document).areas[0] == 48
+
+
+@pytest.mark.parametrize("number", ["absent", None])
+def test_labelled_keypoints_are_counted(document: Json, number: object) -> None:
+    expected = evaluate(results_of(document), document, "ap10k").scores
+    for each in document["annotations"]:
+        each["num_keypoints"] = number
+        if number == "absent":
+            del each["num_keypoints"]
+    assert same(evaluate(results_of(document), document, "ap10k").scores, expected)
+
+
+def test_ids_that_are_no_whole_numbers_are_refused(document: Json) -> None:
+    document["annotations"][1]["image_id"] += 0.5
+    with pytest.raises(
+        InstancesError, match="'image_id' of all entries cannot be read: expected whole numbers"
+    ):
+        read_ground_truth(document)
+
+
+def test_a_category_id_that_comes_twice_is_refused(document: Json) -> None:
+    document["categories"].append({**document["categories"][0], "name": "another"})
+    with pytest.raises(InstancesError, match="expected each category id once"):
+        read_ground_truth(document)
+
+
+def test_keypoints_in_another_order_are_refused(document: Json) -> None:
+    used = {each["category_id"] for each in document["annotations"]}
+    category = next(each for each in document["categories"] if each["id"] in used)
+    category["keypoints"] = category["keypoints"][::-1]
+    with pytest.raises(
+        InstancesError, match=r"expected the keypoints of AP-10K in the order left_eye, .* found right"
+    ):
+        evaluate(results_of(document), document, "ap10k")
+    category["keypoints"] = list(HUMANART.skeleton.keypoint_names)
+    with pytest.raises(
+        InstancesError, match=f"category {category['id']}: expected the 17 keypoints left_eye"
+    ):
+        evaluate(results_of(document), document, "ap10k")
+
+
+# Boxes that leave the image
+
+
+def two_of_one_image(
+    bboxes: list[list[float]], size_wh: tuple[int, int], apart_px: float
+) -> tuple[Poses, Json]:
+    """Two instances of one image, whose estimated poses lie some pixels apart."""
+    spread = np.random.default_rng(0).uniform(0, 40, (17, 2))
+    center = np.array(size_wh) * 0.8
+    poses = [center + spread, center + spread + [apart_px, 0]]
+    content: Json = {
+        "images": [{"id": 1, "width": size_wh[0], "height": size_wh[1]}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 1, "bbox": box, "area": 2000, "iscrowd": 0,
+             "keypoints": np.c_[pose, np.full(17, 2)].ravel().tolist()}
+            for i, (box, pose) in enumerate(zip(bboxes, poses, strict=True))
+        ],
+    }  # fmt: skip
+    return replace(poses_of(read_ground_truth(content)), bboxes_xywh=np.array(bboxes, np.float64)), content
+
+
+@pytest.mark.parametrize(
+    ("bboxes", "size_wh"),
+    [
+        ([[150, 150, 400, 400], [152, 150, 400, 400]], (200, 200)),
+        ([[-500, 10, 540, 30], [-480, 10, 520, 30]], (150, 90)),
+        ([[30, -300, 40, 340], [30, -320, 40, 360]], (110, 64)),
+    ],
+)
+def test_suppression_sees_boxes_clipped_to_the_image(
+    bboxes: list[list[float]], size_wh: tuple[int, int]
+) -> None:
+    poses, content = two_of_one_image(bboxes, size_wh, apart_px=6)
+    assert evaluate(poses, content, "ap10k").scores["AP"] == 1, "both stay"
+    assert evaluate(poses_table(poses), read_ground_truth(content), "ap10k").scores["AP"] == 1
+    content["images"] = [{"id": 1}]  # of an image of unknown size nothing can be clipped
+    assert evaluate(poses, content, "ap10k").scores["AP"] < 1, "one is suppressed"
+
+
+def test_detected_boxes_are_taken_as_they_are() -> None:
+    poses, content = two_of_one_image([[150, 150, 400, 400], [152, 150, 400, 400]], (200, 200), apart_px=6)
+    detected = replace(poses, annotation_ids=np.full(2, NO_ANNOTATION))
+    assert evaluate(detected, content, "ap10k").scores["AP"] < 1
+
+
+def test_boxes_are_clipped_as_in_mmpose() -> None:
+    boxes = np.array([[-10, 5, 30, 200], [90, 40, 40, 9], [120, 0, 5, 5], [1, 2, 3, 4]], np.float64)
+    sizes_wh = np.array([[100, 50]] * 3 + [[np.nan, np.nan]])
+    expected = [[0, 5, 20, 44], [90, 40, 9, 9], [99, 0, 0, 5], [1, 2, 3, 4]]
+    assert clip_boxes(boxes, sizes_wh).tolist() == expected
+
+
 # PCK
+
+
+def test_pck_counts_no_instance_whose_pose_is_never_estimated(document: Json) -> None:
+    truth = read_ground_truth(document)
+    expected = pck(poses_of(truth), truth, "ap10k").scores
+    assert expected["PCK"] == 1
+    extra = {**document["annotations"][0], "id": 10**6}
+    document["annotations"] += [
+        {**extra, "iscrowd": 1},
+        {**extra, "id": 10**6 + 1, "num_keypoints": 0},
+        {**extra, "id": 10**6 + 2, "bbox": [-90, -90, 50, 50]},
+    ]
+    assert same(pck(poses_of(truth), read_ground_truth(document), "ap10k").scores, expected)
 
 
 def test_pck_of_each_keypoint(document: Json) -> None:

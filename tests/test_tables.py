@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the models extra is not installed")
 
+from eval.report.page import render_benchmark
 from eval.scores import Difference, Score, Scores, differences, mean_scores
 from eval.settings import Intervals
 from eval.tables import (
@@ -185,6 +186,31 @@ def test_latex_of_negative_numbers_and_of_odd_names_of_benchmarks() -> None:
     latex = to_latex(table, intervals=True)
     assert r"x & $-$1.00 {\scriptsize [$-$3.00, 1.00]}" in latex
     assert r"\label{tab:a-b-1-50-}" in latex
+
+
+@pytest.mark.parametrize("source", ["pose AP", "FID"])
+def test_a_metric_without_a_value_says_why_in_every_format(source: str) -> None:
+    reason = "all 40 instances are crowds or have no labelled keypoint"
+    metric = "AP" if source == "pose AP" else "FID"
+    empty = measured("empty", 0.5, 10)
+    rest = [score for score in empty.scores if score.metric != metric]
+    empty.scores[:] = [Score(metric, "", "", math.nan, math.nan, math.nan, reason), *rest]  # type: ignore[index]
+    for methods in ((empty,), (empty, measured("full", 0.4, 9))):
+        table = make(*methods, split="test")
+        assert metric in {each.name for each, _ in table.columns}
+        for text in (to_markdown(table), to_latex(table), to_csv(table), to_json(table)):
+            assert f"not computed: {reason}" in text
+        page = render_benchmark(table, [], store="", made_at="now")
+        assert f"not computed: {reason}" in page
+        assert ("empty", metric, "measured") not in table.ranks()
+
+
+def test_methods_without_a_value_have_no_difference() -> None:
+    scores = [
+        mean_scores("CLIP-score", {1: value, 2: value}, Intervals(resamples=5)) for value in (1.0, math.nan)
+    ]
+    assert differences("CLIP-score", dict(zip("ab", scores, strict=True)), 0.95) == []
+    assert scores[1].rows[0].reason == "its value is not a number"
 
 
 def test_links_lead_to_stores_with_any_name() -> None:

@@ -21,6 +21,7 @@ from eval.tables import (
     heading,
     printed,
     printed_interval,
+    printed_number,
     provenance_link,
 )
 from spctrl.report.pictures import ThumbnailBudget
@@ -133,7 +134,7 @@ def _cell(number: Number | None, metric: Metric, rank: int, store: str) -> Cell:
     if number is None:
         return Cell("–")
     return Cell(
-        printed(number.value, metric),
+        printed_number(number, metric),
         printed_interval(number, metric),
         number.marks,
         rank,

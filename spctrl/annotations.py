@@ -18,12 +18,13 @@ from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from spctrl.areas import box_areas, segmentation_area
+from spctrl.entry_decoder import UNREADABLE, EntryDecoder, whole_number_in
 from spctrl.errors import ExpectedError
 from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 
@@ -45,19 +46,13 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
 _PLAIN_PATH = re.compile(r"(?:[\w-][\w -]{0,99}/){0,4}[\w-][\w. -]{0,99}", re.ASCII)
 """What nearly all paths look like, and no rule of ``unsafe_path`` forbids: one look instead of seven."""
 _STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_WHOLE_FIELDS = frozenset(
-    {"id", "image_id", "category_id", "num_keypoints", "iscrowd", "width", "height", "background"}
-)
-_WHOLE_TEXT = re.compile(r"\s*([+-]?\d{1,19})(?:\.0*)?\s*", re.ASCII)
-_LARGEST_EXACT_FLOAT = 2.0**53
 _ABSENT = -(2**63)
 """Stands for ``num_keypoints`` where an annotation has none."""
 _INT32 = range(-(2**31), 2**31)
 FAR_AWAY_IN_SIZES = 1.0
 """How far outside the image a labelled keypoint may lie, in image widths and heights."""
 UNASSIGNED = "unassigned_annotation"
-"""Code of a reject of which nobody can know the image."""
+"""Reject code of an annotation whose image cannot be known."""
 
 ADJUSTMENTS = {
     "whole_numbers": "{:,} entries with ids, sizes or counts written as text, float or boolean: read as whole numbers",
@@ -67,7 +62,7 @@ ADJUSTMENTS = {
     "sorted_keypoints": "{:,} annotations with keypoints in another order, as their categories state: reordered",
     "unnamed_keypoints": "{:,} categories that name no keypoints: read in the order of the dataset's skeleton",
 }
-"""What may be read otherwise than the file states it, as sentences for the number of times."""
+"""What may be read in another way than the file states it: sentences to format with the number of cases."""
 
 
 class AnnotationFileError(ExpectedError, ValueError):
@@ -168,7 +163,7 @@ class Annotations:
         rejects: rows of ``REJECT_SCHEMA``.
         images_in_file: usable or not.
         annotations_in_file: likewise.
-        adjustments: how often something was read otherwise than the file states it, by name (``ADJUSTMENTS``).
+        adjustments: number of cases by name of ``ADJUSTMENTS``.
     """
 
     images: list[ImageEntry]
@@ -268,7 +263,7 @@ def _read(path: Path) -> bytes:
 def _cut(path: Path, data: bytes) -> Document:
     try:
         return msgspec.json.decode(data, type=Document)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         if isinstance(error, msgspec.ValidationError):
             raise AnnotationFileError(_wrong_section(path, error)) from None
         if not (b"NaN" in data or b"Infinity" in data):
@@ -278,7 +273,7 @@ def _cut(path: Path, data: bytes) -> Document:
         return msgspec.json.decode(data, type=Document)
     except msgspec.ValidationError as error:
         raise AnnotationFileError(_wrong_section(path, error)) from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise AnnotationFileError(_not_json(path, data, error)) from None
 
 
@@ -414,7 +409,7 @@ def _decode_whole(data: bytes, dataset: Dataset) -> Annotations | None:
     token = _rows.set(rows)
     try:
         document = msgspec.json.decode(data, type=_PackedDocument)
-    except (*_UNREADABLE, struct.error):
+    except (*UNREADABLE, struct.error):
         return None
     finally:
         _rows.reset(token)
@@ -459,65 +454,10 @@ def _decode_entries(
     )
 
 
-Entry = TypeVar("Entry")
-
-
-class EntryDecoder(Generic[Entry]):
-    """Decodes entries one by one; whole numbers may be written as text or as floats.
-
-    Attributes:
-        num_converted: entries in which they were.
-    """
-
-    def __init__(self, kind: type[Entry]) -> None:
-        self._decoder = msgspec.json.Decoder(kind)
-        self.num_converted = 0
-
-    def decode(self, entry: msgspec.Raw) -> tuple[Entry, msgspec.Raw]:
-        """The entry's fields, and the entry with its whole numbers written as such.
-
-        Raises:
-            msgspec.DecodeError, UnicodeDecodeError, RecursionError: it cannot be read.
-        """
-        try:
-            return self._decoder.decode(entry), entry
-        except msgspec.ValidationError:
-            converted = _with_whole_numbers(entry)
-            if converted is None:
-                raise
-        decoded = self._decoder.decode(converted)
-        self.num_converted += 1
-        return decoded, converted
-
-
-def _with_whole_numbers(entry: msgspec.Raw) -> msgspec.Raw | None:
-    """An entry whose ids, sizes and counts are written as whole numbers; None where nothing was to be changed."""
-    try:
-        fields = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError:
-        return None
-    converted = {
-        name: msgspec.Raw(b"%d" % number)
-        for name in fields.keys() & _WHOLE_FIELDS
-        if (number := _whole_number(fields[name], name)) is not None
-    }
-    return msgspec.Raw(msgspec.json.encode({**fields, **converted})) if converted else None
-
-
-def _whole_number(token: msgspec.Raw, name: str) -> int | None:
-    """The whole number that a text or a float stands for; None for anything else, whole numbers among it."""
-    value = msgspec.json.decode(token)
-    if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
-        return int(value)
-    if isinstance(value, str) and (match := _WHOLE_TEXT.fullmatch(value)):
-        return int(match[1])
-    if name == "iscrowd" and (value is None or isinstance(value, bool)):
-        return int(bool(value))
-    return None
-
-
-def categories_by_id(path: Path, document: Document, adjustments: Counter[str]) -> dict[int, Category]:
-    """The categories of an annotation file.
+def categories_by_id(
+    path: Path, document: Document, adjustments: Counter[str] | None = None
+) -> dict[int, Category]:
+    """The categories of an annotation file; ``adjustments`` gets the number of those with converted numbers.
 
     Raises:
         AnnotationFileError: one cannot be read, or two share an id.
@@ -529,7 +469,7 @@ def categories_by_id(path: Path, document: Document, adjustments: Counter[str]) 
             category, _ = decoder.decode(entry)
         except UnicodeDecodeError as error:
             raise AnnotationFileError(_not_json(path, _read(path), error)) from None
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise AnnotationFileError(f"{path}: categories[{position}]: {error}") from None
         if category.id in categories:
             raise AnnotationFileError(
@@ -538,7 +478,8 @@ def categories_by_id(path: Path, document: Document, adjustments: Counter[str]) 
                 "annotations"
             )
         categories[category.id] = category
-    adjustments["whole_numbers"] += decoder.num_converted
+    if adjustments is not None:
+        adjustments["whole_numbers"] += decoder.num_converted
     return categories
 
 
@@ -608,8 +549,12 @@ def _decode_images(
     for position, entry in enumerate(entries):
         try:
             image, _ = decoder.decode(entry)
-        except _UNREADABLE as error:
-            rejects.add("bad_image_entry", f"images[{position}]: {error}", _whole_number_in(entry, "id"))
+        except UNREADABLE as error:
+            rejects.add(
+                "bad_image_entry",
+                f"images[{position}]: {error}",
+                _int64_or_none(whole_number_in(entry, "id")),
+            )
             continue
         if not _image_fits(image):
             message = f"images[{position}] holds a whole number that is out of range"
@@ -705,14 +650,20 @@ def _decode_annotations(
     for position, entry in enumerate(entries):
         try:
             each, _ = decoder.decode(entry)
-        except _UNREADABLE as error:
-            image_id, annotation_id = _whole_number_in(entry, "image_id"), _whole_number_in(entry, "id")
-            code = UNASSIGNED if image_id is None else "bad_annotation_entry"
-            name = f"annotations[{position}]" + (
-                f" (id {annotation_id})" if annotation_id is not None else ""
+        except UNREADABLE as error:
+            image_id, annotation_id = (
+                _int64_or_none(whole_number_in(entry, name)) for name in ("image_id", "id")
             )
-            image = known_images.get(image_id) if image_id is not None else None
-            rejects.add(code, f"{name}: {error}", image or image_id, annotation_id)
+            where = (
+                f"annotations[{position}]"
+                if annotation_id is None
+                else f"annotations[{position}] (id {annotation_id})"
+            )
+            if image_id is None:
+                rejects.add(UNASSIGNED, f"{where}: its image cannot be known: {error}", None, annotation_id)
+            else:
+                image = known_images.get(image_id)
+                rejects.add("bad_annotation_entry", f"{where}: {error}", image or image_id, annotation_id)
             continue
         if not (each.area or 0) > 0 and (area := _area_of(each.segmentation)) is not None:
             each.area = area
@@ -736,23 +687,12 @@ def _decode_annotations(
 def _area_of(segmentation: msgspec.Raw) -> float | None:
     try:
         return segmentation_area(msgspec.json.decode(segmentation))
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 
-def _whole_number_in(entry: msgspec.Raw, name: str) -> int | None:
-    """A field of an entry that does not decode as a whole, if this one does."""
-    try:
-        token = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])[name]
-        converted = _whole_number(token, name)
-        number = msgspec.json.decode(token, type=int) if converted is None else converted
-    except (*_UNREADABLE, KeyError):
-        return None
-    return _int64_or_none(number)
-
-
-def _int64_or_none(value: int) -> int | None:
-    return value if _fits_int64(value) else None
+def _int64_or_none(value: int | None) -> int | None:
+    return value if value is not None and _fits_int64(value) else None
 
 
 def _image_fits(image: ImageEntry) -> bool:

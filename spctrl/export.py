@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import numpy as np
 
-from spctrl.annotations import EntryDecoder, categories_by_id, read_document
+from spctrl.annotations import categories_by_id, read_document
+from spctrl.entry_decoder import UNREADABLE, EntryDecoder
 from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 from spctrl.rendering.heatmaps import keypoint_heatmaps
 
@@ -59,7 +59,7 @@ def record_lines(annotation_path: Path, layout: Layout, image_ids: set[int]) -> 
     are whole numbers.
     """
     document = read_document(annotation_path)
-    categories = categories_by_id(annotation_path, document, Counter())
+    categories = categories_by_id(annotation_path, document)
     orders: dict[int | None, Sequence[int] | None] = {
         key: _order_of(category, layout.dataset) for key, category in categories.items()
     }
@@ -79,7 +79,7 @@ def _readable(entries: list[msgspec.Raw], kind: type[Fields]) -> Iterator[tuple[
     """Some fields of each entry, and the entry; those that do not decode have been rejected by the index."""
     decoder = EntryDecoder(kind)
     for entry in entries:
-        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        with suppress(*UNREADABLE):
             yield decoder.decode(entry)
 
 
@@ -127,7 +127,7 @@ def _record_line(image: _Listed, annotations: list[msgspec.Raw], layout: Layout)
 
 def categories_json(annotation_path: Path, dataset: Dataset) -> bytes:
     """One JSON object, category id -> category, with spaces in the keypoints' names and in the order of the lines."""
-    categories = categories_by_id(annotation_path, read_document(annotation_path), Counter())
+    categories = categories_by_id(annotation_path, read_document(annotation_path))
     return msgspec.json.encode(
         {str(key): _category(each, _order_of(each, dataset)) for key, each in categories.items()}
     )

@@ -41,8 +41,7 @@ class Index:
         rejects: rows of ``REJECT_SCHEMA``.
         images_in_file, annotations_in_file: usable or not.
         num_unassigned: annotations whose image cannot be known.
-        adjustments: how often something was read otherwise than the file states it, by name of
-            ``spctrl.annotations.ADJUSTMENTS``.
+        adjustments: number of cases by name of ``spctrl.annotations.ADJUSTMENTS``.
     """
 
     image_paths: list[str]

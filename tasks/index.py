@@ -160,7 +160,7 @@ class Index(DatasetStage):
 
 
 def adjustment_notes(part: str, adjustments: Mapping[str, int]) -> Iterator[str]:
-    """Sentences on what was read otherwise than an annotation file states it."""
+    """Sentences on what was read in another way than an annotation file states it."""
     from spctrl.annotations import ADJUSTMENTS
 
     for name, count in adjustments.items():

@@ -96,7 +96,7 @@ class Report(StageTask):
 
 
 def adjusted_notes(task: Manifest) -> Iterator[str]:
-    """What the index read otherwise than the annotation file states it."""
+    """What the index read in another way than the annotation file states it."""
     adjustments = task.index_task().finished_run().provenance().get("adjustments", {})
     return adjustment_notes(f"{task.spec.title} {task.split}", adjustments)
 

@@ -9,15 +9,18 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from spctrl.errors import ExpectedError
-from spctrl.images import FORMATS
+from spctrl.images import opened_image
+from spctrl.orientation import without_orientation
+from spctrl.records import RecordError
 
 Pixels = NDArray[np.uint8]
 Images = Path | str | Sequence[Path | str | Pixels | Image.Image] | Pixels
@@ -94,15 +97,57 @@ def read_rgb(image: Path | str | Pixels | Image.Image, size_wh: tuple[int, int] 
 
 
 def _decoded(path: Path) -> Pixels:
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of an image file's stored pixels, from its header.
+
+    Raises:
+        ImageError: see ``read_rgb``.
+    """
+    with _opened(path) as image:
+        return image.size
+
+
+def file_without_orientation(path: Path, copy: Path) -> Path:
+    """A file for readers that apply orientation tags: the given one, or where it has a tag that turns pixels, a copy
+    whose tag is 1.
+
+    Args:
+        path: of an image that ``size_of`` reads.
+        copy: where a copy goes.
+
+    Raises:
+        ImageError: see ``read_rgb``; also a tag that cannot be rewritten.
+    """
+    with _of_file(path):
+        data = path.read_bytes()
+        rewritten = without_orientation(data)
+    if rewritten is data:
+        return path
+    copy.write_bytes(rewritten)
+    return copy
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    with _of_file(path), opened_image(path.read_bytes()) as image:
+        yield image
+
+
+@contextmanager
+def _of_file(path: Path) -> Iterator[None]:
+    """Errors as ``ImageError`` with the file's name."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return np.asarray(image.convert("RGB"))
+        yield
     except FileNotFoundError:
         raise ImageError(f"{path}: expected an image, found no file") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{path}: expected an image ({', '.join(FORMATS)}), found something else") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: the image cannot be decoded: {error}") from error
+    except OSError as error:
+        raise ImageError(f"{path}: the image cannot be read: {error.strerror}") from error
+    except RecordError as error:
+        raise ImageError(f"{path}: {error.message}") from error
 
 
 def in_batches(

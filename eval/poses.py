@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
+from eval.images import size_of
 from eval.instances import NO_ANNOTATION, Floats, GroundTruth, Integers, Poses
 from eval.settings import PoseSettings
 from eval.vitpose.crops import scale_boxes
-from spctrl.images import FORMATS
 from spctrl.records import NUM_KEYPOINTS
 
 if TYPE_CHECKING:
@@ -117,8 +116,7 @@ def detected_boxes(
     )
     boxes, scores, owners = [np.empty((0, 4))], [np.empty(0)], [np.empty(0, np.int64)]
     for image_id, each in zip(ids, found, strict=True):
-        with Image.open(files[image_id], formats=FORMATS) as image:
-            own_wh = image.size
+        own_wh = size_of(files[image_id])
         large = (each.bboxes_xywh[:, 2:] > 0).all(axis=1)
         boxes.append(scale_boxes(each.bboxes_xywh[large], own_wh, sizes_wh[image_id]))
         scores.append(each.scores[large])

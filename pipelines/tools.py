@@ -187,8 +187,9 @@ def infer(
     data = condition.read_bytes() if condition is not None else b""
     if source is not None:
         data = _png(_index_map(source, drawing.dataset))
-    (output / "condition.png").write_bytes(data)
-    drawn = drawing.draw(drawing.requests(data, text, seed=seed, count=images), output)
+    requests = drawing.requests(data, text, seed=seed, count=images)
+    (output / "condition.png").write_bytes(_upright(data))
+    drawn = drawing.draw(requests, output)
     shown = _shown(data, kind, drawing.dataset, resolution)
     _write_sheet(output, [("condition", shown), *((f"image {i}", each) for i, each in enumerate(drawn))])
     _say(text, output)
@@ -482,15 +483,27 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
+def _upright(condition: bytes) -> bytes:
+    """The same for readers that apply orientation tags."""
+    from spctrl.orientation import without_orientation
+    from spctrl.records import RecordError
+
+    try:
+        return without_orientation(condition)
+    except RecordError as error:
+        raise ExpectedError(error.message) from error
+
+
 def _shown(condition: bytes, kind: str, dataset: Dataset, resolution: int) -> Image.Image:
     """A condition as people look at it, in the shape of the images."""
     import numpy as np
     from PIL import Image
 
+    from spctrl.images import opened_image
     from spctrl.inference.sheets import coloured_index_map
 
-    image = Image.open(io.BytesIO(condition))
-    shown = coloured_index_map(np.array(image), dataset.skeleton) if kind == "spctrl" else image
+    with opened_image(condition) as image:
+        shown = coloured_index_map(np.array(image), dataset.skeleton) if kind == "spctrl" else image.copy()
     return shown.resize((resolution, resolution), Image.Resampling.NEAREST)
 
 

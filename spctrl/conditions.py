@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from spctrl.records import Record
 
 _GRAY_MODES = ("1", "L", "LA")
-_COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-"""PIL's, of 8 bits a channel."""
+"""PIL's."""
 
 
 def check_mask(record: Record, data: bytes) -> bytes:
@@ -97,8 +96,6 @@ def _decode_gray(record: Record, data: bytes, what: str) -> NDArray[np.uint8]:
     with opened_image(data, record.size_wh) as image:
         if image.mode in _GRAY_MODES:
             return np.array(image.convert("L"))
-        if image.mode not in _COLOUR_MODES:
-            raise RecordError("bad_image", f"expected an 8-bit {what}, found pixels of the kind {image.mode}")
         pixels = np.asarray(image.convert("RGB"))
     if (pixels[..., 1:] != pixels[..., :1]).any():
         raise RecordError("bad_image", f"expected a {what} of one channel or equal ones, found colours")

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from spctrl.datasets import MAX_IMAGE_FILE_BYTES
+from spctrl.orientation import TURNED, UPRIGHT, orientation_of, without_orientation
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 HASH_SIDE = 8
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Others are not tried: PIL would start a PostScript interpreter for one of them."""
+_MODES = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB"))
+"""PIL's, of at most 8 bits a channel. To make 8 bits of others it cuts off what is above 255."""
+_SAMPLE_FORMAT, _SIGNED, _BITS_PER_SAMPLE, _COMPRESSION, _PLANAR = 339, 2, 258, 259, 284
+"""Tags of TIFF."""
 MAX_SCANS = 500
 """Of a progressive JPEG. Each goes over the whole image and takes a few bytes of the file, so that a small file could
 keep a decoder busy for hours; cameras and tools write about 10."""
@@ -39,28 +44,30 @@ _DRAFT_SIDE = 2 * _THUMBNAIL_SIDE
 
 @contextmanager
 def opened_image(data: bytes, size_wh: tuple[int, int] | None = None) -> Iterator[Image.Image]:
-    """An untrusted image file as a PIL image, of which only the header has been read.
+    """An untrusted image file as a PIL image of its stored pixels, of which only the header has been read.
 
-    The file's faults, those that show when the caller decodes it inside the block too, are the record's.
+    An orientation tag turns nothing, also not in TIFF files, where Pillow turns the pixels itself. The file's faults,
+    those that show when the caller decodes it inside the block too, are the record's.
 
     Args:
         data: the file's bytes.
         size_wh: width and height in pixels that the header must state; nothing is decoded where it does not.
 
     Raises:
-        RecordError: ``bad_image`` or ``image_size``.
+        RecordError: ``bad_image``, ``image_size`` or, of a TIFF file, ``exif_orientation``.
     """
     if len(data) > MAX_IMAGE_FILE_BYTES:
         raise RecordError(
             "bad_image", f"expected at most {MAX_IMAGE_FILE_BYTES:,} bytes, found {len(data):,}"
         )
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _opened(data) as image:
             if size_wh is not None and image.size != size_wh:
+                raise RecordError("image_size", _size_fault(image, data, size_wh))
+            if (kind := _kind_of_pixels(image)) is not None:
                 raise RecordError(
-                    "image_size",
-                    f"expected the annotated {size_wh[0]} x {size_wh[1]} pixels, "
-                    f"found {image.size[0]} x {image.size[1]}",
+                    "bad_image",
+                    f"expected 8 bits a channel, found pixels of the kind {kind}. Convert the image to 8 bits",
                 )
             if image.format in ("JPEG", "MPO") and (scans := data.count(_SCAN)) > MAX_SCANS:
                 raise RecordError(
@@ -73,6 +80,51 @@ def opened_image(data: bytes, size_wh: tuple[int, int] | None = None) -> Iterato
         raise RecordError("bad_image", f"expected an image ({', '.join(FORMATS)}), found none") from None
     except Exception as error:  # PIL lets through whatever a damaged header leads its parsers to
         raise RecordError("bad_image", f"the image cannot be decoded: {error}") from None
+
+
+def _opened(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.format != "TIFF" or orientation_of(image) == UPRIGHT:
+        return image
+    image.close()
+    return Image.open(io.BytesIO(without_orientation(data)), formats=("TIFF",))
+
+
+def _orientation_in(image: Image.Image, data: bytes) -> int:
+    """The tag of the file that ``opened_image`` has opened."""
+    if image.format != "TIFF":
+        return orientation_of(image)
+    with Image.open(io.BytesIO(data), formats=("TIFF",)) as tagged:
+        return orientation_of(tagged)
+
+
+def _size_fault(image: Image.Image, data: bytes, size_wh: tuple[int, int]) -> str:
+    (width, height), found = size_wh, image.size
+    message = f"expected the annotated {width} x {height} pixels, found {found[0]} x {found[1]}"
+    if found == (height, width) and (tag := _orientation_in(image, data)) in TURNED:
+        message += (
+            f", which the file's EXIF orientation tag ({tag}) turns to the annotated size. Rotate the pixels and "
+            "remove the tag, for example with `mogrify -auto-orient`"
+        )
+    return message
+
+
+def _kind_of_pixels(image: Image.Image) -> str | None:
+    """The kind of pixels that PIL does not scale to 8 bits; None where they are right."""
+    if image.mode not in _MODES:
+        return image.mode
+    if image.format != "TIFF":
+        return None
+    tags = image.tag_v2  # type: ignore[attr-defined]  # of TIFF files
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+        return f"{image.mode}, signed"
+    if (
+        max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8
+        and tags.get(_PLANAR) == 2
+        and tags.get(_COMPRESSION, 1) == 1
+    ):
+        return f"{image.mode}, 16 bits in planes"  # which PIL reads as bytes
+    return None
 
 
 def open_rgb(record: Record, data: bytes) -> Image.Image:
@@ -96,21 +148,27 @@ def probe_image(record: Record, data: bytes) -> bytes:
         data: the file's bytes.
 
     Returns:
-        JSON object with ``sha256`` of the file, ``width``, ``height`` and ``phash`` (16 hex digits).
+        JSON object with ``sha256`` of the file, ``width``, ``height``, ``phash`` (16 hex digits) and ``orientation``
+        (the EXIF tag, 1 to 8).
 
     Raises:
-        RecordError: ``bad_image`` or ``image_size``.
+        RecordError: ``bad_image``, ``image_size``, or ``exif_orientation``: an orientation tag that exported copies
+            could not be rid of.
     """
     with opened_image(data, record.size_wh) as image:
         image.draft("L", (_DRAFT_SIDE, _DRAFT_SIDE))
         small = image.convert("L").resize(
             (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0
         )
+        orientation = _orientation_in(image, data)
+    if orientation != UPRIGHT:
+        without_orientation(data)
     facts = {
         "sha256": hashlib.sha256(data).hexdigest(),
         "width": record.size_wh[0],
         "height": record.size_wh[1],
         "phash": perceptual_hash(np.asarray(small)),
+        "orientation": orientation,
     }
     return json.dumps(facts).encode()
 

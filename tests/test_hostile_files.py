@@ -8,10 +8,8 @@ import json
 import os
 import pickle
 import re
-import resource
 import sqlite3
 import struct
-import traceback
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from memory import MIB, memory_of
 from PIL import Image
 
 from spctrl.annotations import MAX_REJECT_CHARACTERS, AnnotationFileError, unsafe_path
@@ -39,31 +38,10 @@ from tasks.store import Store, parquet_bytes
 BYTES_PER_PIXEL = 32
 """Most memory that decoding may take; WebP, the hungriest, was measured at 22."""
 SIDE_WH = (1500, 1000)
-MIB = 2**20
 
 
 def record(size_wh: tuple[int, int] = SIDE_WH) -> Record:
     return Record(1, "1.jpg", size_wh, np.empty((0, 17, 3)), np.empty((0, 4)))
-
-
-def memory_of(work: Callable[[], object]) -> int:
-    """Bytes that a piece of work adds to the memory of a process of its own."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        try:
-            work()
-            grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-            os.write(writer, str(grown).encode())
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as found:
-        return int(found.read())
 
 
 # Images

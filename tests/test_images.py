@@ -83,14 +83,12 @@ def test_a_good_image_gives_its_facts(kind: str, mode: str) -> None:
     assert (found["width"], found["height"]) == SIZE_WH
     assert len(found["phash"]) == 16
     assert int(found["phash"], 16) >= 0
+    assert found["orientation"] == 1
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16"])
-def test_images_with_alpha_or_16_bits_are_fine(mode: str) -> None:
-    image = (
-        Image.fromarray(np.arange(120 * 160, dtype=np.uint16).reshape(120, 160)) if mode == "I;16" else None
-    )
-    assert len(facts(saved(image or noise().convert(mode), "PNG"))["phash"]) == 16
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_images_with_alpha_are_fine(mode: str) -> None:
+    assert len(facts(saved(noise().convert(mode), "PNG"))["phash"]) == 16
 
 
 @pytest.mark.parametrize("kind", FORMATS)

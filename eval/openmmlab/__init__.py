@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
+from eval.images import file_without_orientation, size_of
 from eval.pose_estimator import HEATMAP_WH, PoseEstimates, Protocol, choose_protocol, rows_of_images
 from eval.vitpose.checkpoints import (
     HEAD_WIDTH,
@@ -31,7 +31,6 @@ from eval.vitpose.checkpoints import (
 )
 from eval.vitpose.crops import clip_boxes, scale_boxes
 from spctrl.errors import ExpectedError
-from spctrl.images import FORMATS
 from spctrl.records import NUM_KEYPOINTS
 
 if TYPE_CHECKING:
@@ -122,22 +121,26 @@ class MmposeEstimator:
         """As ``PoseEstimator.predict``, but for image files only.
 
         Raises:
+            ImageError: an image cannot be measured.
             OpenMMLabError: see ``OpenMMLab.run``.
         """
         boxes: list[dict[str, Any]] = []
         factors: list[NDArray[np.float64]] = []
-        for row in rows_of_images(images, bboxes_xywh, annotated_wh):
-            path = Path(cast("Path | str", row.image)).resolve()
-            with Image.open(path, formats=FORMATS) as image:
-                own_wh = image.size
-            annotated = row.annotated_wh or own_wh
-            mapped = row.boxes
-            if row.annotated_wh is not None:
-                mapped = scale_boxes(clip_boxes(mapped, annotated), annotated, own_wh)
-            boxes += [{"image_path": str(path), "bbox_xywh": box} for box in mapped.tolist()]
-            factors += [np.divide(annotated, own_wh)] * len(mapped)
-        with TemporaryDirectory() as folder:
-            found = self._estimate(boxes, keep_heatmaps, Path(folder))
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            for number, row in enumerate(rows_of_images(images, bboxes_xywh, annotated_wh)):
+                path = Path(cast("Path | str", row.image)).resolve()
+                own_wh = size_of(path)
+                annotated = row.annotated_wh or own_wh
+                mapped = row.boxes
+                if row.annotated_wh is not None:
+                    mapped = scale_boxes(clip_boxes(mapped, annotated), annotated, own_wh)
+                path = file_without_orientation(
+                    path, folder / f"image-{number}{path.suffix}"
+                )  # mmcv applies it
+                boxes += [{"image_path": str(path), "bbox_xywh": box} for box in mapped.tolist()]
+                factors += [np.divide(annotated, own_wh)] * len(mapped)
+            found = self._estimate(boxes, keep_heatmaps, folder)
         w, h = HEATMAP_WH
         heatmaps = None
         if keep_heatmaps:
@@ -217,11 +220,16 @@ def detect(
         device: in that environment.
 
     Raises:
+        ImageError: an image cannot be measured.
         OpenMMLabError: see ``OpenMMLab.run``; also an unknown class.
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
-        paths = [str(path.resolve()) for path in images]
+        paths = []
+        for number, path in enumerate(images):
+            size_of(path)  # refuses what other readers of images would refuse
+            copy = folder / f"image-{number}{path.suffix}"
+            paths.append(str(file_without_orientation(path.resolve(), copy)))  # mmcv applies the tag
         pq.write_table(pa.table({"image_path": paths}), folder / "images.parquet")
         request = {
             "config": config,

@@ -31,11 +31,12 @@ from spctrl.configuration import ConfigurationError, read_config
 from spctrl.datasets import AP10K, DATASETS, HUMANART, Dataset
 from spctrl.errors import ExpectedError
 from spctrl.export import categories_json, heatmaps_npy, record_lines
-from spctrl.images import FORMATS, open_rgb, probe_image
+from spctrl.images import FORMATS, open_rgb, opened_image, probe_image
 from spctrl.index import INDEX_SCHEMA, write_index
 from spctrl.inference.methods import Generation
 from spctrl.inference.poses import index_map_of, read_pose
 from spctrl.layout import Layout
+from spctrl.orientation import orientation_of, without_orientation
 from spctrl.prompts import Templates, load_templates, subjects_from_table
 from spctrl.records import Record, RecordError, records_from_table
 from spctrl.rendering.openpose import render_openpose
@@ -328,6 +329,7 @@ def image_seeds() -> list[bytes]:
         (Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), "PNG", {}),
         (image, "WEBP", {}),
         (image, "WEBP", {"lossless": True}),
+        (image, "WEBP", {"lossless": True, "exif": _exif(6)}),
         (image, "WEBP", {"save_all": True, "append_images": [image.rotate(90)]}),
         (mask, "BMP", {}),
         (image.convert("RGB"), "BMP", {}),
@@ -366,11 +368,12 @@ def run_images(data: bytes) -> None:
     try:
         facts = json.loads(probe_image(record, data))
     except RecordError as error:
-        same(error.code in ("bad_image", "image_size") and bool(error.message), True)
+        same(error.code in ("bad_image", "image_size", "exif_orientation") and bool(error.message), True)
         same(" at 0x" in error.message, False)  # reasons are stored, and must be the same every time
         facts = None
     if facts is not None:
         same((facts["width"], facts["height"]), record.size_wh)
+        check_orientation(data, facts["orientation"])
         same(_image_suffix(data) in {"jpg", "mpo", "png", "webp", "bmp", "gif", "tiff"}, True)
         shown = decode(data)  # the report's
         same(shown is None or shown.size <= 3 * MAX_PIXELS, True)
@@ -378,21 +381,30 @@ def run_images(data: bytes) -> None:
         image = open_rgb(record, data)
         same((image.mode, image.size), ("RGB", record.size_wh))
     except RecordError as error:
-        same(error.code in ("bad_image", "image_size"), True)
+        same(error.code in ("bad_image", "image_size", "exif_orientation"), True)
     for check in (check_mask, check_depth):
         try:
             png = check(record, data)
         except RecordError as error:
-            same(error.code in ("bad_image", "image_size", "bad_mask"), True)
+            same(error.code in ("bad_image", "image_size", "bad_mask", "exif_orientation"), True)
         else:
             pixels = decode(png)
             same(pixels is not None and pixels.shape[1::-1] == record.size_wh, True)
 
 
+def check_orientation(data: bytes, orientation: int) -> None:
+    """What an export copies of an image that the images stage lets through."""
+    copy = without_orientation(data)
+    same(copy is data, orientation == 1)
+    same(len(copy), len(data))
+    with Image.open(io.BytesIO(copy), formats=FORMATS) as image:
+        same(orientation_of(image), 1)
+
+
 def record_of(data: bytes) -> Record:
     """A record of the size that the file says it has, where an index would let it through."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with opened_image(data) as image:
             size_wh = image.size
     except Exception:
         size_wh = (64, 48)

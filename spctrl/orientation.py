@@ -1,0 +1,241 @@
+"""EXIF orientation tags: what a file's tag says, and the same file with the tag set to 1.
+
+Here an orientation tag turns nothing: images are their stored pixels. Other readers turn what they read, so copies for
+them must not have a tag that asks for it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import warnings
+import zlib
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from spctrl.records import RecordError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+UPRIGHT: Final = 1
+"""The tag's value for pixels that are shown as they are stored; the meaning of no tag, too."""
+TURNED: Final = frozenset({5, 6, 7, 8})
+"""Values that exchange width and height."""
+_TAG, _XMP_TAG = 0x0112, 700
+_SHORT, _LONG = 3, 4
+_VALUES: Final = {value: value for value in range(1, 9)}
+_XMP_PATTERN = re.compile(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)[0-9]""")
+_EXIF_PREFIX = b"Exif\x00\x00"
+_XMP_PREFIX = b"http://ns.adobe.com/xap/1.0/\x00"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_BY_OPENCV = ("JPEG", "PNG", "WEBP")
+"""Formats whose tag OpenCV can be asked about: in TIFF files libtiff turns the pixels, whatever the flags."""
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation tag of an open image, 1 to 8; 1 where there is none, or none that Pillow can read.
+
+    Of a TIFF file before its pixels are loaded: Pillow turns them then and forgets the tag.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of tags that are damaged
+            return _VALUES.get(image.getexif().get(_TAG, UPRIGHT), UPRIGHT)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow lets through whatever a damaged block leads its parsers to
+        return UPRIGHT
+
+
+def without_orientation(data: bytes) -> bytes:
+    """An image file with its orientation tags set to 1, in EXIF and in XMP; not another byte changes.
+
+    Raises:
+        RecordError: ``exif_orientation``: the tag cannot be rewritten, such as one in a compressed block.
+    """
+    kind = _kind_of(data)
+    if (tag := _tag_in(data, kind)) == UPRIGHT:
+        return data
+    copy = bytearray(data)
+    try:
+        _REWRITERS.get(kind, _rewrite_nothing)(copy)
+        rewritten = bytes(copy)
+        done = _tag_in(rewritten, kind) == UPRIGHT and _is_upright_for_opencv(rewritten, kind)
+    except (struct.error, ValueError, cv2.error):
+        done = False
+    if not done:
+        raise RecordError(
+            "exif_orientation",
+            f"expected an orientation tag that can be set to 1, found {tag} where it cannot be rewritten. Remove the "
+            "tag and leave the pixels as they are, for example with `exiftool -all=`",
+        )
+    return rewritten
+
+
+def _kind_of(data: bytes) -> str:
+    """Pillow's name of the format; empty for those without tags."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(_PNG_START):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    return "TIFF" if data[:2] in (b"II", b"MM") else ""
+
+
+def _tag_in(data: bytes, kind: str) -> int:
+    if not kind:
+        return UPRIGHT
+    try:
+        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+            return orientation_of(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # as in orientation_of
+        raise RecordError("exif_orientation", f"the image cannot be read: {error}") from None
+
+
+def _is_upright_for_opencv(data: bytes, kind: str) -> bool:
+    """Whether OpenCV, which has its own parser of EXIF, turns nothing."""
+    if kind not in _BY_OPENCV:
+        return True
+    array = np.frombuffer(data, np.uint8)
+    shown, stored = (
+        cv2.imdecode(array, cv2.IMREAD_REDUCED_GRAYSCALE_8 | flag)
+        for flag in (0, cv2.IMREAD_IGNORE_ORIENTATION)
+    )
+    return shown is None or (stored is not None and np.array_equal(shown, stored))
+
+
+# Containers
+
+
+class _Block(NamedTuple):
+    """Where in a file metadata lie."""
+
+    start: int
+    end: int
+
+
+def _rewrite_nothing(data: bytearray) -> None:
+    pass
+
+
+def _rewrite_jpeg(data: bytearray) -> None:
+    """All segments APP1 before the first scan; readers look no further."""
+    position = 2
+    while (position := data.find(b"\xff", position)) >= 0:
+        marker = bytes(data[position + 1 : position + 2])
+        if marker == b"\xda" or not marker:
+            return
+        if marker in (b"\x00", b"\x01", b"\xff") or 0xD0 <= marker[0] <= 0xD9:
+            position += 1 if marker == b"\xff" else 2
+            continue
+        (size,) = struct.unpack_from(">H", data, position + 2)
+        block = _Block(position + 4, min(position + 2 + size, len(data)))
+        if marker == b"\xe1" and data.startswith(_EXIF_PREFIX, block.start, block.end):
+            _rewrite_exif(data, block)
+        elif marker == b"\xe1" and data.startswith(_XMP_PREFIX, block.start, block.end):
+            _rewrite_xmp(data, block)
+        position += 2 + max(size, 2)
+
+
+def _rewrite_png(data: bytearray) -> None:
+    """The chunk eXIf and texts that are not compressed.
+
+    Raises:
+        ValueError: chunks do not fit the file; OpenCV would take any amount of memory for them.
+    """
+    for name, block in _chunks(data, len(_PNG_START), len(data), ">I4s", trailer=4):
+        before = data[block.start : block.end]
+        if name == b"eXIf":
+            _rewrite_exif(data, block)
+        elif name in (b"iTXt", b"tEXt"):
+            _rewrite_xmp(data, block)
+        if data[block.start : block.end] != before:
+            struct.pack_into(">I", data, block.end, zlib.crc32(data[block.start - 4 : block.end]))
+        if name == b"IEND":
+            return
+    raise ValueError("expected a chunk IEND, found none")
+
+
+def _rewrite_webp(data: bytearray) -> None:
+    (size,) = struct.unpack_from("<I", data, 4)
+    for name, block in _chunks(data, 12, min(8 + size, len(data)), "<4sI", trailer=0):
+        if name == b"EXIF":
+            _rewrite_exif(data, block)
+        elif name == b"XMP ":
+            _rewrite_xmp(data, block)
+
+
+def _chunks(
+    data: bytearray, start: int, end: int, header: str, *, trailer: int
+) -> Iterator[tuple[bytes, _Block]]:
+    """Names and contents of chunks; where nothing trails them (RIFF), they start at even places.
+
+    Raises:
+        ValueError: a chunk does not fit the file.
+    """
+    while start + 8 <= end:
+        first, second = struct.unpack_from(header, data, start)
+        name, size = (first, second) if isinstance(first, bytes) else (second, first)
+        block = _Block(start + 8, start + 8 + size)
+        if block.end + trailer > end:
+            raise ValueError("a chunk is larger than the file")
+        yield name, block
+        start = block.end + (trailer or size % 2)
+
+
+def _rewrite_tiff(data: bytearray) -> None:
+    _rewrite_exif(data, _Block(0, len(data)))
+
+
+_REWRITERS: Final[dict[str, Callable[[bytearray], None]]] = {
+    "JPEG": _rewrite_jpeg,
+    "PNG": _rewrite_png,
+    "WEBP": _rewrite_webp,
+    "TIFF": _rewrite_tiff,
+}
+
+
+# Blocks
+
+
+def _rewrite_xmp(data: bytearray, block: _Block) -> None:
+    for found in _XMP_PATTERN.finditer(bytes(data[block.start : block.end])):
+        data[block.start + found.end() - 1] = ord("1")
+
+
+def _rewrite_exif(data: bytearray, block: _Block) -> None:
+    """Set the orientation in the first directory of a TIFF structure, which is what EXIF is; that of a thumbnail, in
+    the second, is its own.
+    """
+    start, end = block
+    for _ in range(2):  # some writers repeat it
+        start += len(_EXIF_PREFIX) * data.startswith(_EXIF_PREFIX, start, end)
+    order = {b"II": "<", b"MM": ">"}.get(bytes(data[start : start + 2]))
+    if order is None or start + 16 > end:
+        return
+    is_big = 43 in data[start + 2 : start + 4]  # BigTIFF
+    offset, counted, entry = ("Q", "Q", "HHQQ") if is_big else ("I", "H", "HHII")
+    entry = order + entry
+    (directory,) = struct.unpack_from(order + offset, data, start + (8 if is_big else 4))
+    first = start + directory + struct.calcsize(order + counted)
+    if first > end:
+        return
+    (count,) = struct.unpack_from(order + counted, data, start + directory)
+    size = struct.calcsize(entry)
+    for place in range(first, min(first + size * count, end - size + 1), size):
+        tag, kind, length, value = struct.unpack_from(entry, data, place)
+        if tag == _TAG:
+            kind = _LONG if kind == _LONG else _SHORT
+            struct.pack_into(entry[:-1], data, place, tag, kind, 1)
+            field = struct.pack(order + ("I" if kind == _LONG else "H"), UPRIGHT)
+            width = struct.calcsize(order + offset)
+            data[place + size - width : place + size] = field.ljust(width, b"\x00")
+        elif tag == _XMP_TAG and length <= end - start - value:
+            _rewrite_xmp(data, _Block(start + value, start + value + length))

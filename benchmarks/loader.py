@@ -147,7 +147,7 @@ def _write_dataset(folder: Path, records: list[Record], root: Path) -> Path:
     (rows,) = pq.read_table(folder / "index.parquet", partitioning=None).combine_chunks().to_batches()
     layout = Layout(dataset=AP10K, split="train", split_id="1", names="readme", openpose_style="openpose")
     made = {"latents": {image_id: ConditionFacts(key, "") for image_id, key in keys.items()}}
-    images = {record.image_id: ImageFacts("", "") for record in records}
+    images = {record.image_id: ImageFacts("", "", 1) for record in records}
     batch = manifest_batch(rows, layout, images, made, set(), {"latents": "random"}, {})
     with pq.ParquetWriter(folder / "manifest.parquet", batch.schema) as writer:
         writer.write_batch(batch)

@@ -28,10 +28,11 @@ INSTANCE_MASK_TYPE = pa.struct(
 
 
 class ImageFacts(NamedTuple):
-    """What is known of an image file on disk: SHA-256 and perceptual hash, in hex."""
+    """What is known of a raw image file: SHA-256 and perceptual hash, in hex, and its EXIF orientation tag."""
 
     digest: str
     phash: str
+    orientation: int
 
 
 class ConditionFacts(NamedTuple):
@@ -48,7 +49,9 @@ def manifest_schema(conditions: Sequence[str]) -> pa.Schema:
         f"{condition}_{what}" for condition in conditions for what in ("path", "digest", "key", "weights")
     ]
     masks = [pa.field("mask_instances", pa.list_(INSTANCE_MASK_TYPE))] if "mask" in conditions else []
-    return pa.schema([*RECORD_SCHEMA, *(pa.field(name, pa.string()) for name in texts), *masks])
+    fields = [pa.field(name, pa.string()) for name in texts]
+    fields.insert(texts.index("image_phash") + 1, pa.field("image_orientation", pa.int32()))
+    return pa.schema([*RECORD_SCHEMA, *fields, *masks])
 
 
 def manifest_batch(
@@ -91,6 +94,8 @@ def manifest_batch(
         texts[f"{condition}_key"] = [made[image_id].key for image_id in ids]
         texts[f"{condition}_weights"] = [weights[condition]] * len(ids)
     columns |= {name: pa.array(values, pa.string()) for name, values in texts.items()}
+    orientations = [fact.orientation if fact else None for fact in facts]
+    columns["image_orientation"] = pa.array(orientations, pa.int32())
     if "mask_instances" in schema.names:
         columns["mask_instances"] = pa.array(
             [instance_masks.get(image_id) for image_id in ids], schema.field("mask_instances").type

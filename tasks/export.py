@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 LOCK = f"{LEDGERS}/lock"
 IMAGE, HEATMAPS = "image", "heatmaps"
+REWRITTEN = "rewritten"
+"""An image of which there is a copy with another orientation tag, not a link."""
 FOLDERS = "folders"
 DISPLAY_EVERY = 256
 LINKS_REFUSED = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP})
@@ -150,6 +152,7 @@ class Export(Manifest):
         "spctrl.export:categories_json",
         "spctrl.export:heatmaps_npy",
         "spctrl.export:link_file",
+        "spctrl.orientation:without_orientation",
         "spctrl.shards:SHARD_WRITERS",
         "spctrl.layout:Layout",
         "spctrl.datasets:DATASETS",
@@ -298,13 +301,15 @@ class Export(Manifest):
         link = settings.export().link
         code = digest(json.dumps(self.code_and_parameters()["code"]))
         drawings = self._drawing_digests() if self.has_heatmaps else {}
-        columns = ["image_id", "file_name", "image_path", "image_digest"]
+        rewriting = self._rewriting_code()
+        columns = ["image_id", "file_name", "image_path", "image_digest", "image_orientation"]
         columns += [f"{name}_{what}" for name in self.conditions for what in ("path", "digest")]
         for batch in pq.ParquetFile(source.path(MANIFEST), pre_buffer=False).iter_batches(columns=columns):
             for row in batch.to_pylist():
                 image_id, name = row["image_id"], row["file_name"]
                 if row["image_path"] is not None:
-                    yield Wanted(row["image_path"], f"{link} {row['image_digest']}", IMAGE, image_id, name)
+                    kind, how = (IMAGE, link) if _is_upright(row) else (REWRITTEN, rewriting)
+                    yield Wanted(row["image_path"], f"{how} {row['image_digest']}", kind, image_id, name)
                 for condition in self.conditions:
                     if (path := row[f"{condition}_path"]) is not None:
                         yield Wanted(path, row[f"{condition}_digest"], condition, image_id, name)
@@ -329,8 +334,14 @@ class Export(Manifest):
         for number, first in enumerate(range(0, len(table), size)):
             rows = table.slice(first, size).combine_chunks()
             content = content_digest(parquet_bytes(rows))  # the rows name the files by digest
+            if not all(map(_is_upright, rows.select(["image_orientation"]).to_pylist())):
+                content = digest(content, self._rewriting_code())
             for kind in self.shard_kinds:
                 yield WantedShard(self.layout.shard(kind, number), digest(codes[kind], content), kind, rows)
+
+    def _rewriting_code(self) -> str:
+        """A digest of what sets orientation tags."""
+        return digest(json.dumps(code_of(("spctrl.orientation:without_orientation",), self.store)))
 
     def _drawing_digests(self) -> dict[int, str]:
         import pyarrow.parquet as pq
@@ -363,6 +374,10 @@ class Export(Manifest):
                         "[export] link = symbolic or copy may work here"
                     ) from error
                 ledger.files[each.path] = Entry(each.made_from, each.made_from.split(" ")[1])
+            elif each.kind == REWRITTEN:
+                data = self._without_orientation(each)
+                self._put(each.path, data)
+                ledger.files[each.path] = Entry(each.made_from, content_digest(data))
             elif each.kind != HEATMAPS:
                 found = locations[each.kind][each.image_id]
                 self._put(each.path, self.store.read(each.kind, found))
@@ -370,6 +385,17 @@ class Export(Manifest):
             if count % DISPLAY_EVERY == 0:
                 advance(DISPLAY_EVERY)
         self._write_heatmaps(heatmaps, ledger)
+
+    def _without_orientation(self, wanted: Wanted) -> bytes:
+        from spctrl.orientation import without_orientation
+        from tasks.work import FileSource, read_source
+
+        path = self.root / self.spec.image_path(wanted.file_name)
+        try:
+            data = read_source(self.store, FileSource(str(path), wanted.made_from.split(" ")[1]))
+        except OSError as error:
+            raise _gone(error) from error
+        return without_orientation(data)
 
     def _write_heatmaps(self, wanted: dict[int, Wanted], ledger: Ledger) -> None:
         if not wanted:
@@ -407,11 +433,14 @@ class Export(Manifest):
                 advance(len(each.rows))
 
     def _file_reader(self, rows: pa.Table, locations: dict[str, Artifacts]) -> ReadFiles:
-        """What reads the image and the conditions of one of the rows."""
+        """What reads the image, with its orientation tag set to 1, and the conditions of one of the rows."""
+        from spctrl.orientation import without_orientation
         from tasks.work import ArtifactSource, FileSource, read_source
 
         sources: dict[int, dict[str, Source]] = {}
-        for row in rows.select(["image_id", "file_name", "image_digest"]).to_pylist():
+        turned = set()
+        columns = ["image_id", "file_name", "image_digest", "image_orientation"]
+        for row in rows.select(columns).to_pylist():
             found: dict[str, Source] = {
                 name: ArtifactSource(name, places[row["image_id"]]) for name, places in locations.items()
             }
@@ -419,15 +448,17 @@ class Export(Manifest):
                 path = self.root / self.spec.image_path(row["file_name"])
                 found[IMAGE] = FileSource(str(path), row["image_digest"])
             sources[row["image_id"]] = found
+            if not _is_upright(row):
+                turned.add(row["image_id"])
 
         def read_files(image_id: int) -> dict[str, bytes]:
             try:
-                return {name: read_source(self.store, source) for name, source in sources[image_id].items()}
+                files = {name: read_source(self.store, source) for name, source in sources[image_id].items()}
             except OSError as error:
-                raise InputChangedError(
-                    f"cannot read {error.filename}: {error.strerror}. It was there when the build looked; "
-                    "run again"
-                ) from error
+                raise _gone(error) from error
+            if image_id in turned:
+                files[IMAGE] = without_orientation(files[IMAGE])
+            return files
 
         return read_files
 
@@ -472,6 +503,17 @@ class Export(Manifest):
             self.place.write(path, data)
         except OSError as error:
             raise cannot_write(target, error) from error
+
+
+def _is_upright(row: dict[str, Any]) -> bool:
+    """Whether a manifest's image, if there is one, looks the same to readers that apply orientation tags."""
+    return row["image_orientation"] in (None, 1)
+
+
+def _gone(error: OSError) -> InputChangedError:
+    return InputChangedError(
+        f"cannot read {error.filename}: {error.strerror}. It was there when the build looked; run again"
+    )
 
 
 def damaged_files(ledger: Ledger) -> list[str]:

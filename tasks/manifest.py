@@ -157,4 +157,4 @@ class Manifest(DatasetStage):
         from spctrl.manifest import ImageFacts
 
         probe = json.loads(self.store.read(Images.stage, location_of(artifact)))
-        return ImageFacts(probe["sha256"], probe["phash"])
+        return ImageFacts(probe["sha256"], probe["phash"], probe["orientation"])

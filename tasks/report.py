@@ -83,11 +83,8 @@ class Report(StageTask):
                 splits.append(audit_split(split_tables(task)))
                 advance(1)
             written_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-            notes = [
-                note
-                for task in tasks
-                for note in (*adjusted_notes(task), *weights_notes(task), *truth_notes(task))
-            ]
+            kinds = (adjusted_notes, orientation_notes, weights_notes, truth_notes)
+            notes = [note for task in tasks for notes_of in kinds for note in notes_of(task)]
             title = "Pose dataset report"
             page = render_report(splits, title=title, generated_at=written_at, notes=notes).encode()
         run.write(PAGE, page)
@@ -133,6 +130,22 @@ def truth_notes(task: Manifest) -> Iterator[str]:
         yield (
             f"{task.spec.title} {task.split}, masks by {backend}: mean IoU {mean:.3f} against {truth} "
             f"({len(ious):,} images)"
+        )
+
+
+def orientation_notes(task: Manifest) -> Iterator[str]:
+    """How many images have an EXIF orientation tag that other readers apply."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(
+        task.finished_run().path(MANIFEST), columns=["image_orientation"], partitioning=None
+    )
+    if count := pc.sum(pc.not_equal(table.column(0), 1)).as_py():
+        images = "image has" if count == 1 else "images have"
+        yield (
+            f"{task.spec.title} {task.split}: {count:,} {images} an EXIF orientation tag; spctrl uses the stored "
+            "pixels, as annotated, and exported copies have the tag set to 1"
         )
 
 

@@ -30,7 +30,7 @@ def write_manifest(
         made[stage] = {image_id: ConditionFacts(key, "") for image_id, key in keys.items()}
     layout = Layout(dataset=dataset, split="train", split_id="1", names="readme", openpose_style="openpose")
     ids = index.column("image_id").to_pylist()
-    facts = {image_id: ImageFacts("", "") for image_id in ids} if images else {}
+    facts = {image_id: ImageFacts("", "", 1) for image_id in ids} if images else {}
     (rows,) = index.combine_chunks().to_batches()
     batch = manifest_batch(rows, layout, facts, made, set(), dict.fromkeys(made), {})
     path = folder / "manifest.parquet"

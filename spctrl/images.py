@@ -152,8 +152,8 @@ def probe_image(record: Record, data: bytes) -> bytes:
         (the EXIF tag, 1 to 8).
 
     Raises:
-        RecordError: ``bad_image``, ``image_size``, or ``exif_orientation``: an orientation tag that exported copies
-            could not be rid of.
+        RecordError: ``bad_image``, ``image_size``, or ``exif_orientation``: an orientation tag that cannot be set to
+            1 in exported copies.
     """
     with opened_image(data, record.size_wh) as image:
         image.draft("L", (_DRAFT_SIDE, _DRAFT_SIDE))

@@ -11,6 +11,7 @@ import re
 import struct
 import warnings
 import zlib
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import cv2
@@ -44,6 +45,9 @@ def orientation_of(image: Image.Image) -> int:
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # of tags that are damaged
+            if image.format == "PNG":
+                with suppress(Exception):
+                    image.load()  # a chunk behind the pixels counts more than one before them
             return _VALUES.get(image.getexif().get(_TAG, UPRIGHT), UPRIGHT)
     except MemoryError:
         raise
@@ -52,10 +56,11 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def without_orientation(data: bytes) -> bytes:
-    """An image file with its orientation tags set to 1, in EXIF and in XMP; not another byte changes.
+    """An image file with its orientation tags set to 1, in EXIF and in XMP; its pixels are not encoded again.
 
     Raises:
-        RecordError: ``exif_orientation``: the tag cannot be rewritten, such as one in a compressed block.
+        RecordError: ``exif_orientation``: the tag cannot be rewritten, such as one in a compressed block, or the file
+            cannot be read.
     """
     kind = _kind_of(data)
     if (tag := _tag_in(data, kind)) == UPRIGHT:
@@ -95,8 +100,10 @@ def _tag_in(data: bytes, kind: str) -> int:
             return orientation_of(image)
     except MemoryError:
         raise
-    except Exception as error:  # as in orientation_of
-        raise RecordError("exif_orientation", f"the image cannot be read: {error}") from None
+    except Exception:  # as in orientation_of; the messages of some hold a memory address
+        raise RecordError(
+            "exif_orientation", f"expected a {kind} image, found one that cannot be read"
+        ) from None
 
 
 def _is_upright_for_opencv(data: bytes, kind: str) -> bool:

@@ -136,6 +136,17 @@ def test_a_value_of_any_type_is_rewritten_where_pillow_reads_it(kind: int) -> No
     assert (tag, near(pixels, np.asarray(scene()))) == (1, True)
 
 
+@pytest.mark.parametrize(("before", "behind"), [(6, None), (None, 6), (1, 6), (3, 6)])
+def test_a_tag_behind_the_pixels_of_a_png_counts(before: int | None, behind: int | None) -> None:
+    data = saved(scene(), "PNG")
+    first, last = (png_chunk(b"eXIf", exif(each)) if each else b"" for each in (before, behind))
+    data = data[:33] + first + data[33:-12] + last + data[-12:]
+    assert json.loads(probe_image(record(), data))["orientation"] == 6
+    copy = without_orientation(data)
+    assert by_pillow(copy)[0] == 1
+    assert near(by_opencv(copy), np.asarray(scene()))
+
+
 def compressed_xmp(orientation: int) -> bytes:
     """A PNG whose XMP is compressed."""
     data = saved(scene(), "PNG")

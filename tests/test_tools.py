@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from tagged_images import exif
 
 from spctrl.configuration import ConfigurationError
 from spctrl.datasets import AP10K, HUMANART, Dataset
@@ -26,6 +27,7 @@ from spctrl.inference.poses import (
     write_pose,
 )
 from spctrl.inference.sheets import coloured_index_map, heat_over, sheet
+from spctrl.orientation import orientation_of
 from spctrl.rendering.openpose import palette
 
 SIZE_WH = (96, 64)
@@ -241,13 +243,17 @@ def test_infer_writes_images_and_a_sheet(run: Any, tmp_path: Path) -> None:
         "condition.png",
         "sheet.png",
     ]
-    # The same map and prompt by hand give the same images.
+    # The same map and prompt by hand give the same images, whatever orientation tag the map has.
     prompt = run("prompt", IMAGE_ID).strip()
-    again = ["--map", tmp_path / "one" / "condition.png", "--prompt", prompt]
+    with Image.open(tmp_path / "one" / "condition.png") as image:
+        image.save(tmp_path / "map.png", exif=b"Exif\0\0" + exif(6))
+    again = ["--map", tmp_path / "map.png", "--prompt", prompt]
     run("infer", *again, "--images", 2, *FAST, "-o", tmp_path / "two")
     for name in ("0.jpg", "1.jpg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert (tmp_path / "one" / "0.jpg").read_bytes() != (tmp_path / "one" / "1.jpg").read_bytes()
+    with Image.open(tmp_path / "two" / "condition.png") as image:
+        assert orientation_of(image) == 1
 
 
 @pytest.mark.parametrize(

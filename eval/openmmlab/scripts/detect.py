@@ -4,8 +4,8 @@ The request names ``config``, an mmdet configuration file or the name of one tha
 checkpoint; ``labels``, the class names that count (empty: all); ``score_threshold``; ``device``; ``images`` and
 ``result``, Parquet files.
 
-``images`` has a column ``image_path``. ``result`` has one row an object: ``image_path``, ``bbox_xywh`` in pixels,
-``score`` and ``label``; images without objects have none.
+``images`` has a column ``image_path``, of files without an orientation tag, which mmcv would apply. ``result`` has one
+row an object: ``image_path``, ``bbox_xywh`` in pixels, ``score`` and ``label``; images without objects have none.
 """
 
 import json

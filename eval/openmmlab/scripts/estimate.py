@@ -10,8 +10,9 @@ The request names
 - ``codec``, ``flip_test``, ``shift_heatmap``, ``device``, and whether to give ``heatmaps``;
 - ``boxes`` and ``result``, Parquet files.
 
-``boxes`` has one row a box: ``image_path`` and ``bbox_xywh``. ``result`` has the same rows: ``keypoints`` (2K numbers,
-pixels), ``scores`` (K) and, where asked for, ``heatmaps`` (float32 bytes of (K, 64, 48)).
+``boxes`` has one row a box: ``image_path``, of a file without an orientation tag, which mmcv would apply, and
+``bbox_xywh``. ``result`` has the same rows: ``keypoints`` (2K numbers, pixels), ``scores`` (K) and, where asked for,
+``heatmaps`` (float32 bytes of (K, 64, 48)).
 """
 
 import itertools

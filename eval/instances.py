@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from spctrl.areas import box_areas, segmentation_area
 from spctrl.errors import ExpectedError
@@ -100,16 +100,18 @@ class GroundTruth:
         return np.where((self.image_ids[rows] == image_ids)[:, None], self.sizes_wh[rows], np.nan)
 
 
-def clip_boxes(bboxes_xywh: Floats, sizes_wh: Floats) -> Floats:
-    """(N, 4) boxes with their corners moved into 0..width - 1 and 0..height - 1, mmpose's bounds.
+def clip_boxes(bboxes_xywh: ArrayLike, sizes_wh: ArrayLike, *, smallest_px: float = 0.0) -> Floats:
+    """(N, 4) boxes cut off at the image's border, as mmpose's datasets do: corners lie in [0, side - 1].
 
     Args:
         bboxes_xywh: (N, 4), pixels.
-        sizes_wh: (N, 2) of their images; boxes of images of unknown size (NaN) stay as they are.
+        sizes_wh: (N, 2) of their images, or (2,) of all; boxes of images of unknown size (NaN) stay as they are.
+        smallest_px: width and height that stay of boxes beyond the border.
     """
-    corners = np.stack([bboxes_xywh[:, :2], bboxes_xywh[:, :2] + bboxes_xywh[:, 2:]])
+    boxes, sizes_wh = np.asarray(bboxes_xywh, np.float64).reshape(-1, 4), np.asarray(sizes_wh, np.float64)
+    corners = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
     first, last = np.where(np.isnan(sizes_wh), corners, np.clip(corners, 0, sizes_wh - 1))
-    return np.concatenate([first, last - first], axis=1)
+    return np.concatenate([first, np.maximum(last - first, smallest_px)], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from eval.images import in_batches, read_rgb
+from eval.instances import clip_boxes
 from eval.vitpose.checkpoints import EXPERTS, PoseWeightsError, load_vitpose
 from eval.vitpose.crops import (
     Codec,
     boxes_to_regions,
     cells_to_image,
-    clip_boxes,
     crop,
     scale_boxes,
 )
@@ -323,7 +323,7 @@ def _crops_of_image(row: Row, codec: Codec) -> list[_Crop]:
     annotated_wh = row.annotated_wh or own_wh
     boxes = row.boxes
     if row.annotated_wh is not None:
-        boxes = scale_boxes(clip_boxes(boxes, annotated_wh), annotated_wh, own_wh)
+        boxes = scale_boxes(clip_boxes(boxes, annotated_wh, smallest_px=1), annotated_wh, own_wh)
     to_annotated = np.divide(annotated_wh, own_wh)
     return [
         _Crop(crop(pixels, centre, size, codec=codec), centre, size, to_annotated)

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.vitpose.crops import boxes_to_regions, cells_to_image, clip_boxes, crop_matrix, scale_boxes
+from eval.instances import clip_boxes
+from eval.vitpose.crops import boxes_to_regions, cells_to_image, crop_matrix, scale_boxes
 from spctrl.errors import ExpectedError
 
 torch = pytest.importorskip("torch")
@@ -156,7 +157,7 @@ def test_cells_go_back_to_where_the_crop_took_them_from(codec: Any) -> None:
 
 
 def test_boxes_are_clipped_and_mapped() -> None:
-    clipped = clip_boxes([[-10, -10, 50, 50], [90, 40, 50, 50], [500, 500, 10, 10]], (100, 60))
+    clipped = clip_boxes([[-10, -10, 50, 50], [90, 40, 50, 50], [500, 500, 10, 10]], (100, 60), smallest_px=1)
     assert clipped.tolist() == [[0, 0, 40, 40], [90, 40, 9, 19], [99, 59, 1, 1]]
     assert scale_boxes([[10, 20, 30, 40]], (100, 200), (50, 600)).tolist() == [[5, 60, 15, 120]]
 

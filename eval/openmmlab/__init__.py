@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval.images import file_without_orientation, size_of
+from eval.instances import clip_boxes
 from eval.pose_estimator import HEATMAP_WH, PoseEstimates, Protocol, choose_protocol, rows_of_images
 from eval.vitpose.checkpoints import (
     HEAD_WIDTH,
@@ -29,7 +30,7 @@ from eval.vitpose.checkpoints import (
     from_transformers,
     load_vitpose,
 )
-from eval.vitpose.crops import clip_boxes, scale_boxes
+from eval.vitpose.crops import scale_boxes
 from spctrl.errors import ExpectedError
 from spctrl.records import NUM_KEYPOINTS
 
@@ -134,7 +135,7 @@ class MmposeEstimator:
                 annotated = row.annotated_wh or own_wh
                 mapped = row.boxes
                 if row.annotated_wh is not None:
-                    mapped = scale_boxes(clip_boxes(mapped, annotated), annotated, own_wh)
+                    mapped = scale_boxes(clip_boxes(mapped, annotated, smallest_px=1), annotated, own_wh)
                 path = file_without_orientation(
                     path, folder / f"image-{number}{path.suffix}"
                 )  # mmcv applies it

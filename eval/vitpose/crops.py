@@ -30,18 +30,6 @@ PADDING = 1.25
 INPUT_WH = (192, 256)
 
 
-def clip_boxes(bboxes_xywh: ArrayLike, size_wh: tuple[int, int]) -> NDArray[np.float64]:
-    """(N, 4) boxes cut off at the image's border, the way mmpose's datasets do: corners lie in [0, side - 1].
-
-    Of a box beyond the border a pixel stays.
-    """
-    boxes = np.asarray(bboxes_xywh, np.float64).reshape(-1, 4)
-    last = np.array(size_wh, np.float64) - 1
-    low = np.clip(boxes[:, :2], 0, last)
-    high = np.clip(boxes[:, :2] + boxes[:, 2:], 0, last)
-    return np.concatenate([low, np.maximum(high - low, 1)], axis=1)
-
-
 def scale_boxes(
     bboxes_xywh: ArrayLike, from_wh: tuple[int, int], to_wh: tuple[int, int]
 ) -> NDArray[np.float64]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,124 @@ class StoppedError(Exception):
     pass
 
 
+HANG_S = 900
+"""A killed run that has written no checkpoint by then hangs; a busy machine takes minutes to start it."""
+
+EPOCH_STEPS = 5
+LONG_EPOCH = settings(
+    **SPCTRL,
+    train_batch_size=1,
+    max_train_samples=EPOCH_STEPS,
+    max_train_steps=EPOCH_STEPS + 1,
+    checkpointing_steps=1,
+)
+"""Its checkpoints are at all steps of its epoch."""
+
+Losses = dict[int, dict[str, float]]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads of torch that wait for each other take many times as long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def losses_of(chosen: dict[str, Any], inputs: TrainingInputs, folder: Path, stop_after: int = 0) -> Losses:
+    """Trains, and stops after so many steps; the losses of each step that this process did."""
+    found: Losses = {}
+
+    def keep(report: StepReport) -> None:
+        assert report.losses is not None
+        found[report.step] = report.losses
+        if report.step == report.resumed_at + stop_after:
+            raise StoppedError
+
+    with one_thread(), contextlib.suppress(StoppedError):
+        train(msgspec.convert(chosen, TrainingConfig), inputs, folder, keep)
+    return found
+
+
+def resumed_at_every_step(chosen: dict[str, Any], inputs: TrainingInputs, folder: Path) -> Losses:
+    """Trains as ``losses_of``, but each process is stopped in its second step, and the next one goes on."""
+    steps = chosen["max_train_steps"]
+    found: Losses = {}
+    for step in range(steps):
+        losses = losses_of(chosen, inputs, folder, stop_after=2)
+        assert [*losses] == [step + 1, step + 2][: steps - step]
+        assert all(found.setdefault(each, values) == values for each, values in losses.items()), step
+    return found
+
+
+@pytest.fixture(scope="module")
+def long_epoch(inputs: TrainingInputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Losses]:
+    """An uninterrupted run without loader workers: its folder and losses."""
+    folder = tmp_path_factory.mktemp("long-epoch")
+    return folder, losses_of(LONG_EPOCH, inputs, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumed_at_every_step_ends_with_the_same_bits(
+    inputs: TrainingInputs, long_epoch: tuple[Path, Losses], tmp_path: Path, workers: int
+) -> None:
+    """Within an epoch too, and whether or not workers load the samples."""
+    folder, losses = long_epoch
+    chosen = {**LONG_EPOCH, "dataloader_num_workers": workers}
+    assert resumed_at_every_step(chosen, inputs, tmp_path / "resumed") == losses
+    assert equal(trained(tmp_path / "resumed"), trained(folder))
+    if workers:
+        assert losses_of(chosen, inputs, tmp_path / "uninterrupted") == losses
+        assert equal(trained(tmp_path / "uninterrupted"), trained(folder))
+
+
+@pytest.mark.slow
+def test_a_run_of_several_micro_batches_resumed_at_every_step_ends_with_the_same_bits(
+    inputs: TrainingInputs, tmp_path: Path
+) -> None:
+    chosen = {
+        **LONG_EPOCH,
+        "gradient_accumulation_steps": 2,
+        "max_train_samples": 6,
+        "max_train_steps": 4,
+        "dataloader_num_workers": 2,
+    }
+    losses = losses_of(chosen, inputs, tmp_path / "uninterrupted")
+    assert resumed_at_every_step(chosen, inputs, tmp_path / "resumed") == losses
+    assert equal(trained(tmp_path / "resumed"), trained(tmp_path / "uninterrupted"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_global_generator_alone(
+    inputs: TrainingInputs, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first step after a resume, or of an epoch, would have other dropout than an uninterrupted run's."""
+    from spctrl.training import loop
+
+    states: list[tuple[Tensor, Tensor]] = []
+    batches_of = loop._Loop._batches
+
+    def watch(self: Any, first_step: int) -> Iterator[Any]:
+        batches = batches_of(self, first_step)
+        while True:
+            before = torch.get_rng_state()
+            batch = next(batches, None)
+            states.append((before, torch.get_rng_state()))
+            if batch is None:
+                return
+            yield batch
+
+    monkeypatch.setattr(loop._Loop, "_batches", watch)
+    chosen = {**LONG_EPOCH, "max_train_samples": 2, "max_train_steps": 3, "dataloader_num_workers": workers}
+    losses_of(chosen, inputs, tmp_path)
+    assert len(states) == 3
+    assert all(torch.equal(before, after) for before, after in states)
+
+
 @pytest.mark.parametrize("stop_after", [1, 3, 6])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     inputs: TrainingInputs, undisturbed: Path, tmp_path: Path, stop_after: int
@@ -168,7 +287,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + HANG_S
         while not checkpoints(tmp_path / "out") and process.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
     finally:

@@ -274,6 +274,9 @@ class _Loop:
             self.dataset,
             batch_sampler=self.schedule.batches(first_step, self.accelerator.process_index),
             num_workers=self.config.dataloader_num_workers,
+            # Of its own: each iterator draws a seed for its workers, by default from the global generator, which
+            # dropout reads. Nothing in a worker depends on that seed: a sample is a function of seed, epoch and image.
+            generator=torch.Generator().manual_seed(self.config.seed),
             pin_memory=self.accelerator.device.type == "cuda",
         )
         for batch in loader:
@@ -305,6 +308,7 @@ class _Loop:
         micro_batches = self.schedule.micro_batches
         total: dict[str, torch.Tensor] = {}
         for number in range(micro_batches):
+            batch = next(batches)  # before the seed is set, so that loading cannot change what dropout draws
             seed = step_seed(self.config, step, number, self.accelerator.process_index)
             draws = draw(
                 seed,
@@ -316,7 +320,7 @@ class _Loop:
             # Gradients are gathered from all processes once, with the last of a step's micro-batches.
             waits = number < micro_batches - 1
             with self.accelerator.no_sync(self.objective) if waits else nullcontext():
-                losses = self.objective(next(batches), draws.to(self.accelerator.device))
+                losses = self.objective(batch, draws.to(self.accelerator.device))
                 self.accelerator.backward(losses["loss"] / micro_batches)
             for name, value in losses.items():
                 total[name] = total.get(name, 0.0) + value.detach() / micro_batches

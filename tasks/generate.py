@@ -404,23 +404,23 @@ class GeneratedImages(MethodStage):
             self._write_view(rows, table, run.fingerprint)
         return {"records": len(rows) + len(rejects), "made": len(rows), "rejected": len(rejects)}
 
-    def _poses(self) -> list[dict[str, Any]]:
-        """``image_id``, ``image_name`` and ``prompt`` of each record of the index that has a prompt."""
+    def _image_names(self) -> dict[int, str]:
+        """Image names of all records of the index, by image id."""
         import pyarrow.parquet as pq
 
-        prompts = prompts_of(self.prompts_task().finished_run())
         columns = ["image_id", "file_name"]
         index = pq.read_table(
             self.index_task().finished_run().path(MANIFEST), columns=columns, partitioning=None
         )
+        return {row["image_id"]: self.spec.artifact_stem(row["file_name"]) for row in index.to_pylist()}
+
+    def _poses(self) -> list[dict[str, Any]]:
+        """``image_id``, ``image_name`` and ``prompt`` of each record of the index that has a prompt."""
+        prompts = prompts_of(self.prompts_task().finished_run())
         return [
-            {
-                "image_id": row["image_id"],
-                "image_name": self.spec.artifact_stem(row["file_name"]),
-                "prompt": prompts[row["image_id"]],
-            }
-            for row in index.to_pylist()
-            if row["image_id"] in prompts
+            {"image_id": image_id, "image_name": name, "prompt": prompts[image_id]}
+            for image_id, name in self._image_names().items()
+            if image_id in prompts
         ]
 
     @functools.cached_property
@@ -447,13 +447,21 @@ class GeneratedImages(MethodStage):
         ]
 
     def _external_rows(self, rejects: list[dict[str, object]]) -> list[dict[str, Any]]:
-        from spctrl.inference.folders import find_images, list_images
+        from spctrl.inference.folders import find_images
 
-        paths = set(list_images(self.folder))
+        poses = self._poses()
+        try:
+            found = find_images(
+                self.folder,
+                [pose["image_name"] for pose in poses],
+                self.how.images_per_pose,
+                split_names=self._image_names().values(),
+            )
+        except ExpectedError as error:
+            raise ExpectedError(f"{self.part}: {error}") from error
         rows: list[dict[str, Any]] = []
-        for pose in self._poses():
-            found = find_images(paths, pose["image_name"], self.how.images_per_pose)
-            for index, path in enumerate(found):
+        for pose in poses:
+            for index, path in enumerate(found[pose["image_name"]]):
                 if path is None:
                     message = f"expected image {index} of {pose['image_name']} in {self.folder}, found none"
                     rejects.append(

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from spctrl.configuration import ConfigurationError, read_config
+from spctrl.errors import ExpectedError
 from spctrl.inference.checkpoints import learned_embeds_file, network_folder
 from spctrl.inference.folders import find_images, generated_path, list_images
 from spctrl.inference.methods import Generation, Method, Sampler, image_seed
@@ -92,16 +93,103 @@ def test_sampler_settings_survive_json() -> None:
     assert hash(one) == hash(method(sampler={"steps": 3}))
 
 
+def written(folder: Path, *paths: str) -> Path:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    return folder
+
+
+def found(folder: Path, *image_names: str, count: int = 1, others: tuple[str, ...] = ()) -> list[Any]:
+    """The images of each pose; ``others`` are poses of the split that are not asked for."""
+    images = find_images(folder, image_names, count, split_names=[*image_names, *others])
+    return [images[name] for name in image_names]
+
+
 def test_images_are_found_by_name_and_number(tmp_path: Path) -> None:
-    for name in ("a/b/0.jpg", "a/b/1.PNG", "c.png", "notes.txt", "d/0.webp"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    paths = list_images(tmp_path)
-    assert paths == ["a/b/0.jpg", "a/b/1.PNG", "c.png", "d/0.webp"]
-    assert find_images(paths, "a/b", 1) == [generated_path("a/b", 0)]
-    assert find_images(paths, "c", 2) == ["c.png", None]
-    assert find_images(paths, "real_human/dance/d", 1) == ["d/0.webp"]
-    assert find_images(paths, "e", 1) == [None]
+    written(tmp_path, "a/b/0.jpg", "a/b/1.PNG", "c.png", "notes.txt", "d/0.webp", "0.JPG", "f/0.JpEg")
+    assert list_images(tmp_path) == ["0.JPG", "a/b/0.jpg", "a/b/1.PNG", "c.png", "d/0.webp", "f/0.JpEg"]
+    assert found(tmp_path, "a/b", "c", "real_human/dance/d", "e", "0", "f", count=2) == [
+        [generated_path("a/b", 0), "a/b/1.PNG"],
+        ["c.png", None],
+        ["d/0.webp", None],
+        [None, None],
+        ["0.JPG", None],
+        ["f/0.JpEg", None],
+    ]
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    folder = written(
+        tmp_path / ".mine", "1.jpg", "._1.jpg", ".thumbs/1.jpg", "a/.b/2.jpg", "a/._2.png", ".3.jpg"
+    )
+    assert list_images(folder) == ["1.jpg"]
+    assert found(folder, "1", "x/2", "3") == [["1.jpg"], [None], [None]]
+
+
+@pytest.mark.parametrize("file", ["1.jpg", "1/0.png", "1.PNG"])
+def test_a_file_is_not_taken_for_two_poses(tmp_path: Path, file: str) -> None:
+    written(tmp_path, file)
+    with pytest.raises(ExpectedError) as error:
+        found(tmp_path, "2D/a/1", "real/b/1", "real/b/2")
+    message = str(error.value)
+    assert f"found 1 ambiguous: {file} fits 2D/a/1 and real/b/1. " in message
+    assert "Put each image at <image name>/<i>.jpg, such as 2D/a/1/0.jpg" in message
+    # A pose whose images are not asked for may be the one that the file shows.
+    with pytest.raises(ExpectedError, match=f"{file} fits 2D/a/1 and real/b/1"):
+        found(tmp_path, "2D/a/1", others=("real/b/1",))
+    # Where no namesake is asked for, the file does not matter.
+    assert found(tmp_path, "real/b/2", others=("2D/a/1", "real/b/1")) == [[None]]
+
+
+def test_a_file_at_the_path_of_its_pose_is_that_pose_s(tmp_path: Path) -> None:
+    both = written(tmp_path / "both", "2D/a/1.jpg", "real/b/1/0.jpg", "1.jpg")
+    assert found(both, "2D/a/1", "real/b/1") == [["2D/a/1.jpg"], ["real/b/1/0.jpg"]]
+    # One pose has its own file, and the other must not get what may be the first one's.
+    one = written(tmp_path / "one", "2D/a/1.jpg", "1.jpg")
+    with pytest.raises(ExpectedError, match=r"1\.jpg fits 2D/a/1 and real/b/1"):
+        found(one, "2D/a/1", "real/b/1")
+    # A flat file that is the own path of one pose is no other's.
+    flat = written(tmp_path / "flat", "1.jpg", "2/0.jpg")
+    assert found(flat, "1", "a/1", "2", "b/2") == [["1.jpg"], [None], ["2/0.jpg"], [None]]
+    # Names that contain each other: the numbered file is that of the shorter one.
+    nested = written(tmp_path / "nested", "a/0.jpg")
+    assert found(nested, "a", "a/0") == [["a/0.jpg"], [None]]
+    assert found(written(nested, "a/0/0.jpg"), "a", "a/0") == [["a/0.jpg"], ["a/0/0.jpg"]]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [("1.jpg", "1.png"), ("1/0.jpg", "1.jpg"), ("1.JPG", "1.jpg"), ("1/0.WEBP", "1/0.webp")],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(("pose", "below"), [("1", ""), ("x/1", ""), ("x/1", "x/")])
+def test_two_files_for_one_image_are_refused(
+    tmp_path: Path, files: tuple[str, str], pose: str, below: str
+) -> None:
+    written(tmp_path, *(below + file for file in files))
+    with pytest.raises(ExpectedError) as error:
+        found(tmp_path, pose, "2")
+    first, second = (below + file for file in files)
+    assert f"{first} and {second} fit image 0 of {pose}. " in str(error.value)
+
+
+def test_two_files_for_a_later_image_are_refused(tmp_path: Path) -> None:
+    written(tmp_path, "1/0.jpg", "1/1.jpg", "1/1.jpeg")
+    assert found(tmp_path, "1", count=1) == [["1/0.jpg"]]
+    with pytest.raises(ExpectedError, match=r"1/1\.jpeg and 1/1\.jpg fit image 1 of 1\."):
+        found(tmp_path, "1", count=2)
+
+
+def test_all_ambiguous_files_are_one_error(tmp_path: Path) -> None:
+    written(tmp_path, *(f"{number}.jpg" for number in range(1500)), "real/2000.jpg", "real/2000.png")
+    names = [f"{folder}/{number}" for folder in ("2D", "real") for number in range(1500)]
+    with pytest.raises(ExpectedError) as error:
+        found(tmp_path, *names, "real/2000")
+    message = str(error.value)
+    assert "found 1,501 ambiguous: 0.jpg fits 2D/0 and real/0; 1.jpg fits 2D/1 and real/1; 2.jpg" in message
+    assert "; 1,498 more. Put" in message
+    assert len(message) < 500 and "\n" not in message
 
 
 @pytest.mark.parametrize("inner", ["", "controlnet", "adapter"])

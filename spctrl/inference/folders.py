@@ -8,7 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from spctrl.errors import ExpectedError
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""Of image files, in lower case; upper case counts as well."""
+FIRST_FEW = 3
 
 GENERATED_SCHEMA = pa.schema(
     [
@@ -41,32 +45,78 @@ def generated_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Paths of all image files below a folder, relative to it, sorted."""
+    """Paths of all image files below a folder, relative to it, sorted; without hidden files and folders."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     return sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file()
+        path.as_posix()
+        for path in paths
+        if not any(part.startswith(".") for part in path.parts) and (folder / path).is_file()
     )
 
 
-def find_images(paths: Iterable[str], image_name: str, count: int) -> list[str | None]:
-    """The image files of one pose.
+def find_images(
+    folder: Path, image_names: Iterable[str], count: int, *, split_names: Iterable[str]
+) -> dict[str, list[str | None]]:
+    """The image files of poses in a folder of someone else's.
+
+    Image ``i`` of a pose is ``<image name>/<i>.<suffix>``, image 0 also ``<image name>.<suffix>``. A pose without such
+    a file gets the one that fits the last part of its name alone, where no other pose of the split has that last part.
 
     Args:
-        paths: of all image files below the folder.
-        image_name: of the pose's image. ``<image name>/<i>.<suffix>`` is looked for first, then, as image 0,
-            ``<image name>.<suffix>``; then both by the last part of the name alone.
+        folder: of the images.
+        image_names: of the poses.
         count: images for each pose.
+        split_names: image names of all records of the split.
 
     Returns:
-        A path for each of 0 to ``count - 1``; None where there is none.
+        By image name a path below the folder for each of 0 to ``count - 1``; None where there is none.
+
+    Raises:
+        ExpectedError: a file fits several poses, or several files fit one image of a pose; names them.
     """
-    known = set(paths)
-    names = dict.fromkeys((image_name, PurePosixPath(image_name).name))
+    files: dict[str, list[str]] = {}
+    for path in list_images(folder):
+        files.setdefault(path.rpartition(".")[0], []).append(path)
 
-    def find(index: int) -> str | None:
-        stems = [stem for name in names for stem in (f"{name}/{index}", *([name] if index == 0 else []))]
-        candidates = (f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
-        return next((each for each in candidates if each in known), None)
+    split_names = list(dict.fromkeys(split_names))
+    numbered = {f"{name}/{index}" for name in split_names for index in range(count)}
 
-    return [find(index) for index in range(count)]
+    def files_of(name: str, index: int) -> list[str]:
+        stems = [f"{name}/{index}"]
+        if index == 0 and name not in numbered:
+            stems.append(name)
+        return [path for stem in stems for path in files.get(stem, ())]
+
+    exact = {path for name in split_names for index in range(count) for path in files_of(name, index)}
+    names_by_last_part: dict[str, list[str]] = {}
+    for name in split_names:
+        names_by_last_part.setdefault(PurePosixPath(name).name, []).append(name)
+
+    ambiguous: dict[str, str] = {}
+
+    def find(name: str, index: int) -> str | None:
+        found, names = files_of(name, index), [name]
+        if not found:
+            last_part = PurePosixPath(name).name
+            found = [path for path in files_of(last_part, index) if path not in exact]
+            names = names_by_last_part[last_part]
+        if found and len(names) > 1:
+            ambiguous.setdefault(f"{found[0]} fits {_listed(names)}", name)
+        elif len(found) > 1:
+            ambiguous.setdefault(f"{_listed(found)} fit image {index} of {name}", name)
+        return found[0] if found else None
+
+    images = {name: [find(name, index) for index in range(count)] for name in image_names}
+    if ambiguous:
+        raise ExpectedError(
+            f"expected one file in {folder} for each image of a pose, found {len(ambiguous):,} ambiguous: "
+            f"{_listed(list(ambiguous), '; ')}. Put each image at <image name>/<i>.jpg, such as "
+            f"{generated_path(next(iter(ambiguous.values())), 0)}, and remove other files for it"
+        )
+    return images
+
+
+def _listed(items: Sequence[str], separator: str = " and ") -> str:
+    """The first few, and how many more there are."""
+    more = [f"{len(items) - FIRST_FEW:,} more"] if len(items) > FIRST_FEW else []
+    return separator.join([*items[:FIRST_FEW], *more])

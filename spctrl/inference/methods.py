@@ -72,7 +72,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         checkpoint: entry of configs/weights.yaml or folder of the ControlNet or adapter, or the folder around it
             (``controlnet/`` or ``adapter/``). Keypoint tokens are read from ``learned_embeds.bin`` in it or beside it.
         train: instead of a checkpoint: a file of configs/train/, which is trained first.
-        folder: of an external method: ``<image name>/<i>.jpg``, or ``<image name>.jpg``.
+        folder: of an external method: ``<image name>/<i>.jpg``, or ``<image name>.jpg``; see
+            ``spctrl.inference.folders.find_images``.
         condition: what the ControlNet or adapter was trained on.
         stable_diffusion: Stable Diffusion 1.5: entry of configs/weights.yaml, or folder.
         keypoint_words: whether prompts name the labelled keypoints, as learned ``tokens`` or as plain ``names``.

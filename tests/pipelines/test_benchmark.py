@@ -176,6 +176,47 @@ def test_missing_broken_and_wrongly_sized_images_stop_it_unless_allowed(
     )
 
 
+def test_a_file_that_fits_two_poses_stops_the_evaluation_before_anything_is_measured(
+    measuring: Workspace, fast: dict[str, Any]
+) -> None:
+    theirs, shared = measuring.folder / "theirs", "shared"
+    with measuring.edit_annotations("humanart", "val") as content:
+        first, second, *others = content["images"]
+        for image in (first, second):
+            old = measuring.data / image["file_name"]
+            image["file_name"] = str(Path(image["file_name"]).parent / f"{shared}{old.suffix}")
+            old.rename(measuring.data / image["file_name"])
+    names = [
+        str(Path(image["file_name"]).relative_to("HumanArt/images").with_suffix(""))
+        for image in (first, second, *others)
+    ]
+    theirs.mkdir()
+    for image, name in zip((first, second, *others), names, strict=True):
+        Image.new("RGB", (image["width"], image["height"])).save(theirs / f"{Path(name).name}.PNG")
+
+    def evaluate() -> Build:
+        path = measuring.folder / "theirs.yaml"
+        method = {"name": "theirs", "kind": "external", "folder": str(theirs)}
+        settings = {**fast, "dataset": "humanart", "methods": [method], "allow_missing_images": True}
+        path.write_bytes(msgspec.yaml.encode({"pose": {"weights": "vitpose"}, **settings}))
+        return measuring.run("--config", str(path), family="Evaluate")
+
+    refused = evaluate()
+    assert refused.exit_code == 30
+    (line,) = (line for line in refused.output.splitlines() if line.startswith("ERROR: "))
+    assert f"1 ambiguous: {shared}.PNG fits {names[0]} and {names[1]}. Put each image at" in line
+    assert "humanart-val-theirs" in line and str(theirs) in line
+    assert "Traceback" not in refused.output
+    assert refused.stages == {"index", "prompts"}
+
+    for name in names[:2]:
+        (theirs / name).mkdir(parents=True)
+        shutil.copyfile(theirs / f"{shared}.PNG", theirs / name / "0.PNG")
+    built = evaluate()
+    assert built.exit_code == 0, built.output
+    assert built.counted("generate", "made") == IMAGES
+
+
 def test_images_that_change_while_they_are_measured_are_refused(
     measuring: Workspace, fast: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ help: ## Show this list
 
 demo: $(VENV)/.core ## Build a dataset from drawn sample data, with its report
 	$(BIN)/spctrl sample $(DEMO)/data
-	LUIGI_CONFIG_PATH=configs/sample.cfg $(BIN)/luigi --module pipelines BuildDataset --local-scheduler
+	LUIGI_CONFIG_PATH=configs/sample.cfg $(BIN)/luigi --module pipelines BuildDataset
 	@test -f $(DEMO)/exports/report.html || { echo "No report was written; the messages above say why." >&2; exit 1; }
 	@echo
 	@echo "Report:   $(DEMO)/exports/report.html (open it in a browser)"
@@ -32,11 +32,11 @@ demo: $(VENV)/.core ## Build a dataset from drawn sample data, with its report
 
 smoke: $(VENV)/.dev $(SMOKE)/.inputs ## Train, generate, evaluate and make tables, all in small, with random weights (minutes on a CPU)
 	LUIGI_CONFIG_PATH=configs/smoke.cfg $(BIN)/luigi --module pipelines Benchmark \
-		--config configs/evaluate/smoke.yaml --local-scheduler
+		--config configs/evaluate/smoke.yaml
 
 order: $(VENV)/.dev $(ORDER)/.inputs ## See that the benchmark puts real, noisy and shuffled images in order (trains a small network)
 	LUIGI_CONFIG_PATH=configs/order.cfg $(BIN)/luigi --module pipelines Benchmark \
-		--config configs/evaluate/order.yaml --local-scheduler
+		--config configs/evaluate/order.yaml
 	$(BIN)/python -m eval.controls check $(ORDER)/exports/benchmark-order/table.json
 
 test: $(VENV)/.dev ## Run the tests; options: make test ARGS='-m "not slow" -n 2'

@@ -78,7 +78,6 @@ def build_command(root: Path, store: Path) -> list[str]:
         "--module",
         "pipelines",
         "BuildDataset",
-        "--local-scheduler",
         *arguments,
     ]
 

@@ -237,7 +237,7 @@ def _lost_node(report: Report, cluster: Any, second: Any) -> None:
 def _build(folder: Path, options: list[str]) -> list[str]:
     shutil.rmtree(folder, ignore_errors=True)
     root, _ = ap10k_root()
-    command = [sys.executable, "-m", "luigi", "--module", "pipelines", "BuildDataset", "--local-scheduler"]
+    command = [sys.executable, "-m", "luigi", "--module", "pipelines", "BuildDataset"]
     paths = [
         f"--ap10k-root={root}",
         f"--paths-store={folder / 'store'}",

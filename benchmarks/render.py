@@ -293,7 +293,7 @@ def _luigi(task: str, root: Path, store: Path, workers: int) -> list[str]:
 
 def _settings(root: Path, store: Path, workers: int) -> list[str]:
     paths = [f"--ap10k-root={root}", f"--paths-store={store}", f"--paths-export={store}-exports"]
-    return ["--local-scheduler", *paths, f"--executor-workers={workers}"]
+    return [*paths, f"--executor-workers={workers}"]
 
 
 def _provenances(store: Path) -> list[Json]:

@@ -95,7 +95,7 @@ def _measure(step: Step, root: Path, store: Path) -> Found:
         path.unlink()
     before = {path: path.stat().st_mtime_ns for path in _provenances(store)}
     arguments = [
-        step.task, "--local-scheduler", "--dataset=ap10k", "--split=train",
+        step.task, "--dataset=ap10k", "--split=train",
         f"--ap10k-root={root}", f"--paths-store={store}", f"--executor-workers={WORKERS}",
     ]  # fmt: skip
     if step.task == "Manifest":

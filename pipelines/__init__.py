@@ -16,6 +16,7 @@ from luigi.configuration import LuigiConfigParser
 from luigi.task_register import Register, TaskClassException
 from luigi.worker import TaskException
 
+from pipelines import options, scheduler
 from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
 from spctrl.errors import ExpectedError
@@ -33,7 +34,7 @@ __all__ = ["Benchmark", "BuildDataset", "Evaluate", "Generate", "Train"]
 class BuildDataset(MeetsBadRecords, luigi.WrapperTask):
     """Raw annotations to triplet folders, Parquet manifests and a report; only what changed is done again.
 
-    ``luigi --module pipelines BuildDataset --local-scheduler``
+    ``luigi --module pipelines BuildDataset``
     """
 
     dataset = NamesParameter(
@@ -178,6 +179,9 @@ for _section, _settings in DEFAULTS.items():
     for _name, _value in _settings.items():
         if not luigi.configuration.get_config().has_option(_section, _name):
             luigi.configuration.get_config().set(_section, _name, _value)
+
+options.install()
+scheduler.install()
 
 FILES = "luigi.cfg (or the file that LUIGI_CONFIG_PATH names)"
 

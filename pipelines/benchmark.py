@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Evaluate(MeetsBadRecords, luigi.WrapperTask):
     """The metrics of the methods of a file; what a method lacks of training and images is made first.
 
-    ``luigi --module pipelines Evaluate --config configs/evaluate/ap10k.yaml --local-scheduler``
+    ``luigi --module pipelines Evaluate --config configs/evaluate/ap10k.yaml``
     """
 
     config = luigi.Parameter(description="a file of configs/evaluate/")
@@ -59,7 +59,7 @@ class Evaluate(MeetsBadRecords, luigi.WrapperTask):
 class Benchmark(Evaluate):
     """The paper's table of the methods of a file, and a report; what they lack is made first.
 
-    ``luigi --module pipelines Benchmark --config configs/evaluate/ap10k.yaml --local-scheduler``
+    ``luigi --module pipelines Benchmark --config configs/evaluate/ap10k.yaml``
     """
 
     def report_task(self) -> BenchmarkReport:

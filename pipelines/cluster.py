@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import sys
 import time
 from datetime import timedelta
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import luigi
 import typer
@@ -23,14 +21,13 @@ from luigi.worker import Worker
 from luigi.worker import worker as worker_settings
 
 from pipelines import option_at_fault
+from pipelines.scheduler import LOCAL, fault_at, is_given
 from spctrl.errors import ExpectedError
 from tasks import logs
 from tasks.store import forget_what_was_found
 
 AWAY_TIMES = 10
 """How often in a row luigid may not answer. Each time Luigi asks three times, with half a minute in between."""
-CONNECT_TIMEOUT_S = 5.0
-WEB_PORTS = {"http": 80, "https": 443}
 IDLE = timedelta(minutes=5)
 """How long a worker goes without work before it looks at the store again, whatever luigid believes."""
 
@@ -98,7 +95,7 @@ class _Crew:
 
     def create_remote_scheduler(self, url: str) -> RemoteScheduler:
         self.scheduler = scheduler = RemoteScheduler(url)
-        if (fault := _fault_at(url)) is not None:
+        if (fault := fault_at(url)) is not None:
             _say(f"luigid does not answer at {url}: {fault}. Asking again for some minutes.")
         self.scheduler.is_paused()  # does it answer? Luigi's worker would complain at length
         return scheduler
@@ -121,6 +118,8 @@ def _stay(parser: CmdlineParser) -> int:
     """Work until the target is there, cannot be had, or this worker is sent away; gives the exit code."""
     codes = retcode()
     away = 0
+    # The luigi command defaults to a scheduler of its own; here luigid is the default, at Luigi's default address.
+    scheduler_choice = {} if is_given(LOCAL) else {LOCAL: False}
     while True:
         # Tasks and stores remember what they found, and Luigi remembers tasks.
         forget_what_was_found()
@@ -128,7 +127,7 @@ def _stay(parser: CmdlineParser) -> int:
         task, crew = parser.get_task_obj(), _Crew()
         failures: list[str] = []
         try:
-            luigi.build([task], worker_scheduler_factory=crew)
+            luigi.build([task], worker_scheduler_factory=crew, **scheduler_choice)
             failures = _failures(crew.scheduler, task)
             away = 0
         except RPCError:
@@ -152,19 +151,6 @@ def _stay(parser: CmdlineParser) -> int:
             return int(codes.not_run)
         _say(f"{'luigid does not answer' if away else 'luigid has no work here'}: joining again.")
         time.sleep(worker_settings().wait_interval)
-
-
-def _fault_at(url: str) -> str | None:
-    """Why nothing answers at a web address, where nothing does; Luigi asks again and again before it says so."""
-    parts = urlsplit(url)
-    if parts.scheme not in WEB_PORTS:
-        return None
-    try:
-        address = (parts.hostname, parts.port or WEB_PORTS[parts.scheme])
-        socket.create_connection(address, CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def _failures(scheduler: Any, task: luigi.Task) -> list[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Generate(MeetsBadRecords, luigi.WrapperTask):
     """Images of the poses of a split by the methods of a file; only those that are not there yet are drawn.
 
-    ``luigi --module pipelines Generate --config configs/generate/ap10k.yaml --local-scheduler``
+    ``luigi --module pipelines Generate --config configs/generate/ap10k.yaml``
     """
 
     config = luigi.Parameter(description="a file of configs/generate/")

@@ -452,7 +452,7 @@ def _annotated(image_id: int, dataset: str, split: str) -> Pose:
     if run is None or not run.is_whole():
         raise ExpectedError(
             f"expected an index of {dataset}, {split}, found none. Any build makes it, such as `luigi --module "
-            f"pipelines BuildDataset --local-scheduler --dataset {dataset} --split {split}`"
+            f"pipelines BuildDataset --dataset {dataset} --split {split}`"
         )
     table = pq.read_table(run.path(MANIFEST), partitioning=None)
     row = table.filter(pc.equal(table.column("image_id"), image_id))

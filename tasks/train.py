@@ -41,7 +41,7 @@ MESSAGE_LINES = 30
 class Train(StageTask):
     """Train what a file of configs/train/ describes; a run that was stopped goes on from its last checkpoint.
 
-    ``luigi --module pipelines Train --config configs/train/ap10k_spctrl.yaml --local-scheduler``
+    ``luigi --module pipelines Train --config configs/train/ap10k_spctrl.yaml``
 
     The result is the last checkpoint: ``controlnet/`` or ``adapter/``, and ``learned_embeds.bin`` where keypoint tokens
     were trained. Earlier checkpoints lie below ``training/`` in the store until the run is done.

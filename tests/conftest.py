@@ -162,7 +162,7 @@ class Workspace:
         script = Path(sys.executable).with_name("luigi")
         command = [str(script)] if script.exists() else [sys.executable, "-m", "luigi"]
         return subprocess.Popen(
-            [*command, "--module", "pipelines", family, "--local-scheduler", *arguments],
+            [*command, "--module", "pipelines", family, *arguments],
             cwd=self.folder,
             env=self.environment(),
             stdout=subprocess.PIPE,

@@ -203,7 +203,7 @@ def build(workspace: Workspace, fault: Fault = NEVER, *, clock_s: float = 0) -> 
 
 def start(workspace: Workspace, fault: Fault = NEVER, *, clock_s: float = 0) -> Started:
     """Start a build."""
-    arguments = ["--module", "pipelines", "BuildDataset", "--local-scheduler"]
+    arguments = ["--module", "pipelines", "BuildDataset"]
     return Started(workspace, fault, clock_s, _luigi, arguments)
 
 

@@ -273,6 +273,20 @@ def test_workers_share_the_stages_and_each_is_made_once(cluster: Cluster, expect
 
 
 @pytest.mark.slow
+def test_a_build_by_luigi_shows_up_at_the_luigid_of_its_settings(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    workspace = cluster.workspace
+    workspace.configure("log", format=None)
+    workspace.configure("core", local_scheduler=None)  # a copy of an older cluster.cfg
+    build = workspace.run("--dataset", "ap10k")
+    assert build.succeeded, build.output
+    assert {each["status"] for each in cluster.tasks()} == {"DONE"}
+    assert len(cluster.tasks("BuildDataset")) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_silent_worker_is_replaced_in_time(
     start_cluster: Callable[..., Cluster], expected: Expected, how: int

@@ -357,8 +357,8 @@ def test_workers_outlive_luigid(cluster: Cluster, expected: Expected, how: int) 
     cluster.start_luigid()
     assert [first.ends(), second.ends()] == [0, 0], first.output + second.output
     if how == signal.SIGKILL:  # luigid did not keep what it knew
-        assert "joining again" in first.output
-        assert "joining again" in second.output
+        # The first to ask it again may also register what the other needs.
+        assert "joining again" in first.output + second.output
     expected.check(cluster.workspace)
 
 

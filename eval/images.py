@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from spctrl.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
 from spctrl.images import opened_image
 from spctrl.orientation import without_orientation
@@ -123,7 +124,7 @@ def file_without_orientation(path: Path, copy: Path) -> Path:
         ImageError: see ``read_rgb``; also a tag that cannot be rewritten.
     """
     with _of_file(path):
-        data = path.read_bytes()
+        data = _read(path)
         rewritten = without_orientation(data)
     if rewritten is data:
         return path
@@ -133,8 +134,15 @@ def file_without_orientation(path: Path, copy: Path) -> Path:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    with _of_file(path), opened_image(path.read_bytes()) as image:
+    with _of_file(path), opened_image(_read(path)) as image:
         yield image
+
+
+def _read(path: Path) -> bytes:
+    """A file's bytes, if they are not too many: a sparse file may claim any size."""
+    if (size := path.stat().st_size) > MAX_IMAGE_FILE_BYTES:
+        raise ImageError(f"{path}: expected at most {MAX_IMAGE_FILE_BYTES:,} bytes, found {size:,}")
+    return path.read_bytes()
 
 
 @contextmanager

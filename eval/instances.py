@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 import numpy as np
 import pyarrow as pa
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from spctrl.areas import box_areas, segmentation_area
+from spctrl.boxes import clip_boxes
+from spctrl.entry_decoder import whole_number
 from spctrl.errors import ExpectedError
 from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 from spctrl.records import KEYPOINTS_TYPE, NUM_KEYPOINTS
@@ -44,6 +47,8 @@ PREDICTION_SCHEMA = pa.schema(
 null for a detected one."""
 
 NO_ANNOTATION = -1
+_MAX_AREA = 1e300
+"""Whole numbers of a file may be beyond what arrays hold."""
 
 
 class InstancesError(ExpectedError, ValueError):
@@ -98,20 +103,6 @@ class GroundTruth:
         """(N, 2) sizes of images by id; NaN of those that are not known here."""
         rows = np.searchsorted(self.image_ids, image_ids).clip(max=len(self.image_ids) - 1)
         return np.where((self.image_ids[rows] == image_ids)[:, None], self.sizes_wh[rows], np.nan)
-
-
-def clip_boxes(bboxes_xywh: ArrayLike, sizes_wh: ArrayLike, *, smallest_px: float = 0.0) -> Floats:
-    """(N, 4) boxes cut off at the image's border, as mmpose's datasets do: corners lie in [0, side - 1].
-
-    Args:
-        bboxes_xywh: (N, 4), pixels.
-        sizes_wh: (N, 2) of their images, or (2,) of all; boxes of images of unknown size (NaN) stay as they are.
-        smallest_px: width and height that stay of boxes beyond the border.
-    """
-    boxes, sizes_wh = np.asarray(bboxes_xywh, np.float64).reshape(-1, 4), np.asarray(sizes_wh, np.float64)
-    corners = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
-    first, last = np.where(np.isnan(sizes_wh), corners, np.clip(corners, 0, sizes_wh - 1))
-    return np.concatenate([first, np.maximum(last - first, smallest_px)], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -193,7 +184,7 @@ def read_ground_truth(
             could say otherwise.
 
     Raises:
-        InstancesError: it cannot be read, lacks something, names an image or a category twice, or states other
+        InstancesError: it cannot be read or is incomplete, names an image or a category twice, or states other
             keypoints.
     """
     if isinstance(source, GroundTruth):
@@ -223,37 +214,31 @@ def _ground_truth_of_coco(content: Mapping[str, Any], where: str, dataset: Datas
     listed = np.isin(_column(content["annotations"], "image_id", np.int64, where), image_ids)
     annotations = list(itertools.compress(content["annotations"], listed))
     categories = content.get("categories", ())
-    names = dict(zip(*(_column(categories, name, object, where) for name in ("id", "name")), strict=True))
-    if len(names) < len(categories):
-        raise InstancesError(
-            f"{where}: expected each category id once, found {len(names)} ids of {len(categories)}"
-        )
+    names = _category_names(categories, where)
     keypoints = _keypoint_triplets(annotations, where)
-    used = set(_column(annotations, "category_id", np.int64, where).tolist())
+    category_ids = _column(annotations, "category_id", np.int64, where)
     if dataset is not None:
-        _check_order([each for each in categories if each["id"] in used], dataset, where)
+        used = np.isin(np.array(list(names), np.int64), category_ids).tolist()
+        _check_order(itertools.compress(categories, used), dataset, where)
+    sizes_wh = _sizes_wh(images, where)
+    bboxes_xywh = _boxes(annotations, where)
+    owners = _column(annotations, "image_id", np.int64, where)
+    order = np.argsort(image_ids)
     return _ground_truth(
         where,
-        image_ids=np.sort(image_ids),
-        sizes_wh=np.array(
-            [[image.get(name) or np.nan for name in ("width", "height")] for image in images], np.float64
-        ).reshape(-1, 2),
+        image_ids=image_ids[order],
+        sizes_wh=sizes_wh,
         scenarios=tuple(str(image.get("category") or "") for image in images),
         names=names,
-        instances_image_ids=_column(annotations, "image_id", np.int64, where),
-        instances_category_ids=_column(annotations, "category_id", np.int64, where),
+        instances_image_ids=owners,
+        instances_category_ids=category_ids,
         annotation_ids=_column(annotations, "id", np.int64, where),
         keypoints=keypoints,
-        bboxes_xywh=_boxes(annotations, where),
-        areas=_areas(annotations, where),
-        crowd=np.array([bool(each.get("iscrowd")) for each in annotations], bool),
-        labelled=np.array(
-            [
-                int((points[:, 2] > 0).sum()) if each.get("num_keypoints") is None else each["num_keypoints"]
-                for each, points in zip(annotations, keypoints, strict=True)
-            ],
-            np.int64,
-        ),
+        bboxes_xywh=bboxes_xywh,
+        areas=_areas(annotations, bboxes_xywh, sizes_wh[np.searchsorted(image_ids[order], owners)], where),
+        crowd=_column([{"iscrowd": each.get("iscrowd")} for each in annotations], "iscrowd", np.int64, where)
+        != 0,
+        labelled=_num_labelled(annotations, keypoints, where),
     )
 
 
@@ -463,14 +448,17 @@ def _flat(table: pa.Table, name: str) -> pa.Array:
 def _column(entries: Iterable[Mapping[str, Any]], name: str, dtype: type, where: str) -> NDArray[Any]:
     try:
         values = [each[name] for each in entries]
-        if (
-            dtype is np.int64
-            and (part := next((x for x in values if isinstance(x, float) and x % 1), None)) is not None
-        ):
-            raise ValueError(f"expected whole numbers, found {part}")
+        if dtype is np.int64:
+            values = [_whole(value, name) for value in values]
         return np.array(values, dtype)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         _refuse(name, error, where)
+
+
+def _whole(value: Any, name: str) -> int:
+    if (number := whole_number(value, name)) is None:
+        raise ValueError(f"expected whole numbers, found {value!r}")
+    return number
 
 
 def _boxes(entries: Sequence[Mapping[str, Any]], where: str) -> Floats:
@@ -483,13 +471,44 @@ def _boxes(entries: Sequence[Mapping[str, Any]], where: str) -> Floats:
     return boxes.reshape(-1, 4)
 
 
-def _areas(annotations: Sequence[Mapping[str, Any]], where: str) -> Floats:
-    """(N,) areas, never 0."""
-    areas = box_areas(_boxes(annotations, where))
+def _category_names(categories: Sequence[Mapping[str, Any]], where: str) -> dict[int, str]:
+    """Names by id, in the order of the file."""
+    ids = _column(categories, "id", np.int64, where).tolist()
+    names = _column(categories, "name", object, where).tolist()
+    for what, values in (("id", ids), ("name", names)):
+        if len(set(map(str, values))) < len(values):
+            raise InstancesError(f"{where}: expected each category {what} once, found {values}")
+    return dict(zip(ids, names, strict=True))
+
+
+def _sizes_wh(images: Sequence[Mapping[str, Any]], where: str) -> Floats:
+    """(I, 2), NaN where the file has none."""
+    sizes = [[image.get(name) or math.nan for name in ("width", "height")] for image in images]
+    try:
+        return np.array(sizes, np.float64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError) as error:
+        _refuse("width and height", error, where)
+
+
+def _num_labelled(annotations: Sequence[Mapping[str, Any]], keypoints: Floats, where: str) -> Integers:
+    """(G,) ``num_keypoints``, counted where the file has none."""
+    counted = (keypoints[..., 2] > 0).sum(axis=1).tolist()
+    stated = [each.get("num_keypoints") for each in annotations]
+    values = [count if number is None else number for number, count in zip(stated, counted, strict=True)]
+    return _column([{"num_keypoints": each} for each in values], "num_keypoints", np.int64, where)
+
+
+def _areas(
+    annotations: Sequence[Mapping[str, Any]], bboxes_xywh: Floats, sizes_wh: Floats, where: str
+) -> Floats:
+    """(G,) areas, never 0."""
+    areas = box_areas(bboxes_xywh, sizes_wh)
     for i, each in enumerate(annotations):
         stated = each.get("area")
-        if isinstance(stated, int | float) and not stated <= 0:
-            areas[i] = stated
+        if not (stated is None or type(stated) in (int, float)):
+            _refuse("area", TypeError(f"expected a number, found {stated!r}"), where)
+        if stated is not None and not stated <= 0:
+            areas[i] = stated if stated < _MAX_AREA else math.inf
         elif (found := segmentation_area(each.get("segmentation"))) is not None:
             areas[i] = found
     return areas
@@ -499,6 +518,8 @@ def _check_order(categories: Iterable[Mapping[str, Any]], dataset: Dataset, wher
     skeleton = dataset.skeleton
     for each in categories:
         names = each.get("keypoints") or []
+        if not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
+            raise InstancesError(f"{where}: category {each['id']}: expected a list of names, found {names!r}")
         try:
             is_same = keypoint_order(names, skeleton) == tuple(range(skeleton.num_keypoints))
         except KeypointOrderError as error:

@@ -33,11 +33,11 @@ from eval.instances import (
     Poses,
     Predictions,
     check_predictions,
-    clip_boxes,
     read_ground_truth,
     read_poses,
     read_results,
 )
+from spctrl.boxes import clip_boxes
 from spctrl.datasets import DATASETS, Dataset
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from eval.images import in_batches, read_rgb
-from eval.instances import clip_boxes
 from eval.vitpose.checkpoints import EXPERTS, PoseWeightsError, load_vitpose
 from eval.vitpose.crops import (
     Codec,
@@ -27,6 +26,7 @@ from eval.vitpose.crops import (
     crop,
     scale_boxes,
 )
+from spctrl.boxes import clip_boxes
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device, infer_halving
 from spctrl.records import NUM_KEYPOINTS

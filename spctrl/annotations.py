@@ -57,7 +57,7 @@ UNASSIGNED = "unassigned_annotation"
 ADJUSTMENTS = {
     "whole_numbers": "{:,} entries with ids, sizes or counts written as text, float or boolean: read as whole numbers",
     "areas_of_segmentations": "{:,} annotations without an area: taken from the segmentation",
-    "areas_of_boxes": "{:,} annotations without an area: 0.53 of the box, as in mmpose",
+    "areas_of_boxes": "{:,} annotations without an area: 0.53 of the box inside the image, as in mmpose",
     "counted_keypoints": "{:,} annotations without num_keypoints: counted the labelled keypoints",
     "sorted_keypoints": "{:,} annotations with keypoints in another order, as their categories state: reordered",
     "unnamed_keypoints": "{:,} categories that name no keypoints: read in the order of the dataset's skeleton",
@@ -346,8 +346,8 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
         annotations = _decode_entries(path, document, dataset, max_pixels, rejects)
     _check_categories(path, annotations.categories)
     _sort_keypoints(path, annotations, dataset)
-    _complete_numbers(annotations)
     positions = _image_positions(annotations.images, annotations.image_ids)
+    _complete_numbers(annotations, positions)
     _check_numbers(annotations, positions, rejects)
     _keep_usable(annotations, positions, rejects.image_ids)
     annotations.rejects = rejects.rows
@@ -502,18 +502,26 @@ def _sort_keypoints(path: Path, flat: Annotations, dataset: Dataset) -> None:
     """Bring keypoints that a category lists in another order into the skeleton's.
 
     Raises:
-        AnnotationFileError: a category with annotations names other keypoints than the skeleton.
+        AnnotationFileError: a category with annotations names other keypoints than the skeleton; or 17 keypoints are
+            in another order, and nothing states that of ``keypoints_21``.
     """
-    unchanged = tuple(range(dataset.skeleton.num_keypoints))
-    for category_id in np.unique(flat.category_ids).tolist():
-        category = flat.categories[category_id]
-        order = _order_of(path, category, dataset)
-        if not category.keypoints:
-            flat.adjustments["unnamed_keypoints"] += 1
-        elif order != unchanged:
-            rows = np.flatnonzero(flat.category_ids == category_id)
-            flat.keypoints[rows] = flat.keypoints[rows][:, order]
-            flat.adjustments["sorted_keypoints"] += len(rows)
+    used, category_of = np.unique(flat.category_ids, return_inverse=True)
+    if not len(used):
+        return
+    categories = [flat.categories[key] for key in used.tolist()]
+    orders = np.array([_order_of(path, category, dataset) for category in categories])
+    flat.adjustments["unnamed_keypoints"] += sum(not category.keypoints for category in categories)
+    is_other = (orders != np.arange(orders.shape[1])).any(axis=1)[category_of]
+    if (is_other & flat.has_keypoints_21).any():
+        raise AnnotationFileError(
+            f"{path}: expected keypoints in the order of the skeleton where annotations have keypoints_21 too, found "
+            "another in categories. Nothing states the order of keypoints_21: reorder the file, or remove them"
+        )
+    rows = np.flatnonzero(is_other)
+    flat.keypoints[rows] = np.take_along_axis(
+        flat.keypoints[rows], orders[category_of[rows], :, None], axis=1
+    )
+    flat.adjustments["sorted_keypoints"] += len(rows)
 
 
 def _order_of(path: Path, category: Category, dataset: Dataset) -> tuple[int, ...]:
@@ -526,14 +534,16 @@ def _order_of(path: Path, category: Category, dataset: Dataset) -> tuple[int, ..
         ) from None
 
 
-def _complete_numbers(flat: Annotations) -> None:
-    """Fill in counts and areas that the file lacks; an area of 0 or less is none."""
+def _complete_numbers(flat: Annotations, positions: NDArray[np.int64]) -> None:
+    """Fill in counts and areas that the file does not state; an area of 0 or less counts as none."""
     absent = flat.num_keypoints == _ABSENT
     flat.num_keypoints[absent] = (flat.keypoints[absent, :, 2] > 0).sum(axis=1)
     flat.adjustments["counted_keypoints"] += int(absent.sum())
     absent = ~(flat.areas > 0)
-    flat.areas[absent] = box_areas(flat.bboxes_xywh[absent])
-    flat.adjustments["areas_of_boxes"] += int(absent.sum())
+    if absent.any():
+        sizes_wh = np.array([[image.width, image.height] for image in flat.images], np.float64)
+        flat.areas[absent] = box_areas(flat.bboxes_xywh[absent], sizes_wh[positions[absent]])
+        flat.adjustments["areas_of_boxes"] += int(absent.sum())
 
 
 def _decode_images(
@@ -646,6 +656,7 @@ def _decode_annotations(
     """Decode, check and gather the instances of the images that remain."""
     decoder = EntryDecoder(_SegmentedEntry)
     known_images = {image.id: image for image in images}
+    has_low_ids = min(known_images, default=0) < 1
     rows = _Rows(dataset.skeleton.num_keypoints)
     for position, entry in enumerate(entries):
         try:
@@ -669,6 +680,12 @@ def _decode_annotations(
             each.area = area
             adjustments["areas_of_segmentations"] += 1
         image = known_images.get(each.image_id)
+        if each.image_id < 1 and not has_low_ids:  # some tools write 0 or -1 for none
+            message = (
+                f"annotations[{position}] (id {each.id}): its image cannot be known: found id {each.image_id}"
+            )
+            rejects.add(UNASSIGNED, message, None, _int64_or_none(each.id))
+            continue
         fits = image is not None and each.category_id in categories
         fits &= each.num_keypoints is None or 0 <= each.num_keypoints < 2**31
         try:

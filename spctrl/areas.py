@@ -9,17 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spctrl.boxes import clip_boxes
+
 AREA_PER_BOX = 0.53
 """mmpose's estimate of an instance's share of its box."""
 SMALLEST_AREA_PX = 1.0
 """mmpose's lower bound. An area of 0 would count every prediction as wrong."""
+_MAX_PIXELS = 2**40
 _MAX_DIGITS_PER_COUNT = 12
-"""Of a compressed run length; six make 30 bits, more than any image has pixels."""
+"""Of a compressed run length, 5 bits each."""
 
 
-def box_areas(bboxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N,) estimated areas in square pixels of the instances in (N, 4) boxes, at least 1."""
-    return np.asarray(np.fmax(AREA_PER_BOX * bboxes_xywh[:, 2] * bboxes_xywh[:, 3], SMALLEST_AREA_PX))
+def box_areas(bboxes_xywh: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) estimated areas in square pixels of the instances in (N, 4) boxes, at least 1.
+
+    As in mmpose, of the part of the box inside its image, whose size is a row of (N, 2) ``sizes_wh``; NaN is unknown.
+    """
+    sides = clip_boxes(bboxes_xywh, sizes_wh)[:, 2:]
+    return np.asarray(np.fmax(AREA_PER_BOX * sides[:, 0] * sides[:, 1], SMALLEST_AREA_PX))
 
 
 def segmentation_area(segmentation: Any) -> float | None:
@@ -27,7 +34,7 @@ def segmentation_area(segmentation: Any) -> float | None:
 
     Args:
         segmentation: a decoded JSON value: polygons (lists of x, y, x, y, ...) or run lengths (``size``, ``counts``),
-            plain or compressed. Polygons are parts of one object, whose areas are added, as COCO does.
+            plain or compressed. Polygons are parts of one object, whose areas are added; overlaps count twice.
 
     Returns:
         None where it is nothing of these, or its area is 0 or not finite.
@@ -51,11 +58,14 @@ def _polygon_area(polygon: Sequence[float]) -> float:
 
 def _run_length_area(segmentation: dict[str, Any]) -> float:
     """Runs of background and foreground take turns, beginning with background."""
-    height, width = segmentation["size"]
-    counts = segmentation["counts"]
+    size, counts = segmentation["size"], segmentation["counts"]
     if isinstance(counts, str):
         counts = _decompressed(counts.encode("ascii"))
-    if any(isinstance(count, bool) or count < 0 for count in counts) or sum(counts) > height * width:
+    if len(size) != 2 or not all(
+        type(number) is int and 0 <= number < _MAX_PIXELS for number in (*size, *counts)
+    ):
+        raise ValueError("run lengths that are no whole numbers")
+    if sum(counts) > size[0] * size[1]:
         raise ValueError("run lengths that do not fit the image")
     return float(sum(counts[1::2]))
 

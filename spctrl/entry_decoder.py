@@ -14,7 +14,8 @@ _WHOLE_FIELDS = frozenset(
     {"id", "image_id", "category_id", "num_keypoints", "iscrowd", "width", "height", "background"}
 )
 _WHOLE_TEXT = re.compile(r"\s*([+-]?\d{1,19})(?:\.0*)?\s*", re.ASCII)
-_LARGEST_EXACT_FLOAT = 2.0**53
+_EXACT_FLOATS = 2.0**53
+"""Smaller ones stand for one whole number each."""
 
 Entry = TypeVar("Entry")
 
@@ -51,8 +52,7 @@ def whole_number_in(entry: msgspec.Raw, name: str) -> int | None:
     """The value of a field of an entry that cannot be decoded; None where it is no whole number."""
     try:
         token = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])[name]
-        converted = _whole_number(token, name)
-        return msgspec.json.decode(token, type=int) if converted is None else converted
+        return whole_number(msgspec.json.decode(token), name)
     except (*UNREADABLE, KeyError):
         return None
 
@@ -63,18 +63,25 @@ def _with_whole_numbers(entry: msgspec.Raw) -> msgspec.Raw | None:
         fields = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
         return None
-    converted = {
-        name: msgspec.Raw(b"%d" % number)
-        for name in fields.keys() & _WHOLE_FIELDS
-        if (number := _whole_number(fields[name], name)) is not None
-    }
+    converted = {}
+    for name in fields.keys() & _WHOLE_FIELDS:
+        value = msgspec.json.decode(fields[name])
+        number = whole_number(value, name)
+        if number is not None and type(value) is not int:
+            converted[name] = msgspec.Raw(b"%d" % number)
     return msgspec.Raw(msgspec.json.encode({**fields, **converted})) if converted else None
 
 
-def _whole_number(token: msgspec.Raw, name: str) -> int | None:
-    """The whole number that a text or a float stands for; None for anything else, also for whole numbers."""
-    value = msgspec.json.decode(token)
-    if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT_FLOAT:
+def whole_number(value: object, name: str) -> int | None:
+    """The whole number that a JSON value stands for; None where it is none.
+
+    Args:
+        value: a number, a text of digits (also with a fraction of zeros), or of ``iscrowd`` a boolean or null.
+        name: of the field.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT_FLOATS:
         return int(value)
     if isinstance(value, str) and (match := _WHOLE_TEXT.fullmatch(value)):
         return int(match[1])

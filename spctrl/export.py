@@ -54,9 +54,9 @@ class _Owned(msgspec.Struct):
 def record_lines(annotation_path: Path, layout: Layout, image_ids: set[int]) -> Iterator[tuple[str, bytes]]:
     """File name and JSON line of each wanted image, in file order.
 
-    Annotation objects are unchanged, to the digits of their numbers; only white space between tokens may differ.
-    Loaders rely on two things, so these are as in the index: keypoints are in the skeleton's order, and ids and counts
-    are whole numbers.
+    Annotation objects are unchanged, to the digits of their numbers; only white space between tokens may differ. Two
+    things that loaders rely on are put right: keypoints are in the skeleton's order, and ids and counts written as text
+    or float are whole numbers.
     """
     document = read_document(annotation_path)
     categories = categories_by_id(annotation_path, document)
@@ -107,14 +107,16 @@ def _in_order(annotation: msgspec.Raw, order: Sequence[int] | None) -> msgspec.R
 
 
 def _record_line(image: _Listed, annotations: list[msgspec.Raw], layout: Layout) -> dict[str, Any]:
+    is_ap10k = layout.dataset.name == "ap10k"
     line = {
-        "filename": Path(image.file_name).name,
+        # Of AP-10K the path below data/, since there is no dirname: folders may repeat a name.
+        "filename": image.file_name if is_ap10k else Path(image.file_name).name,
         "image_id": image.id,
         "height": image.height,
         "width": image.width,
         "anns": annotations,
     }
-    if layout.dataset.name == "ap10k":
+    if is_ap10k:
         return {**line, "background": image.background}
     return {
         **line,

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from spctrl.datasets import MAX_IMAGE_FILE_BYTES
-from spctrl.orientation import TURNED, UPRIGHT, orientation_of, without_orientation
+from spctrl.orientation import TURNED, UPRIGHT, orientation_in, orientation_of, without_orientation
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
@@ -90,18 +90,10 @@ def _opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(without_orientation(data)), formats=("TIFF",))
 
 
-def _orientation_in(image: Image.Image, data: bytes) -> int:
-    """The tag of the file that ``opened_image`` has opened."""
-    if image.format != "TIFF":
-        return orientation_of(image)
-    with Image.open(io.BytesIO(data), formats=("TIFF",)) as tagged:
-        return orientation_of(tagged)
-
-
 def _size_fault(image: Image.Image, data: bytes, size_wh: tuple[int, int]) -> str:
     (width, height), found = size_wh, image.size
     message = f"expected the annotated {width} x {height} pixels, found {found[0]} x {found[1]}"
-    if found == (height, width) and (tag := _orientation_in(image, data)) in TURNED:
+    if found == (height, width) and (tag := orientation_in(data)) in TURNED:
         message += (
             f", which the file's EXIF orientation tag ({tag}) turns to the annotated size. Rotate the pixels and "
             "remove the tag, for example with `mogrify -auto-orient`"
@@ -160,15 +152,12 @@ def probe_image(record: Record, data: bytes) -> bytes:
         small = image.convert("L").resize(
             (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0
         )
-        orientation = _orientation_in(image, data)
-    if orientation != UPRIGHT:
-        without_orientation(data)
     facts = {
         "sha256": hashlib.sha256(data).hexdigest(),
         "width": record.size_wh[0],
         "height": record.size_wh[1],
         "phash": perceptual_hash(np.asarray(small)),
-        "orientation": orientation,
+        "orientation": orientation_in(data),
     }
     return json.dumps(facts).encode()
 

@@ -375,7 +375,7 @@ class Export(Manifest):
                     ) from error
                 ledger.files[each.path] = Entry(each.made_from, each.made_from.split(" ")[1])
             elif each.kind == REWRITTEN:
-                data = self._without_orientation(each)
+                data = self._upright_image(each.file_name, each.made_from.split(" ")[1])
                 self._put(each.path, data)
                 ledger.files[each.path] = Entry(each.made_from, content_digest(data))
             elif each.kind != HEATMAPS:
@@ -386,16 +386,23 @@ class Export(Manifest):
                 advance(DISPLAY_EVERY)
         self._write_heatmaps(heatmaps, ledger)
 
-    def _without_orientation(self, wanted: Wanted) -> bytes:
+    def _upright_image(self, file_name: str, image_digest: str) -> bytes:
+        """A source image with its orientation tag set to 1."""
         from spctrl.orientation import without_orientation
-        from tasks.work import FileSource, read_source
+        from tasks.work import FileSource
 
-        path = self.root / self.spec.image_path(wanted.file_name)
+        path = self.root / self.spec.image_path(file_name)
+        return without_orientation(self._read(FileSource(str(path), image_digest)))
+
+    def _read(self, source: Source) -> bytes:
+        from tasks.work import read_source
+
         try:
-            data = read_source(self.store, FileSource(str(path), wanted.made_from.split(" ")[1]))
+            return read_source(self.store, source)
         except OSError as error:
-            raise _gone(error) from error
-        return without_orientation(data)
+            raise InputChangedError(
+                f"cannot read {error.filename}: {error.strerror}. It was there when the build looked; run again"
+            ) from error
 
     def _write_heatmaps(self, wanted: dict[int, Wanted], ledger: Ledger) -> None:
         if not wanted:
@@ -434,30 +441,20 @@ class Export(Manifest):
 
     def _file_reader(self, rows: pa.Table, locations: dict[str, Artifacts]) -> ReadFiles:
         """What reads the image, with its orientation tag set to 1, and the conditions of one of the rows."""
-        from spctrl.orientation import without_orientation
-        from tasks.work import ArtifactSource, FileSource, read_source
+        from tasks.work import ArtifactSource, FileSource
 
-        sources: dict[int, dict[str, Source]] = {}
-        turned = set()
         columns = ["image_id", "file_name", "image_digest", "image_orientation"]
-        for row in rows.select(columns).to_pylist():
-            found: dict[str, Source] = {
-                name: ArtifactSource(name, places[row["image_id"]]) for name, places in locations.items()
-            }
-            if row["image_digest"] is not None:
-                path = self.root / self.spec.image_path(row["file_name"])
-                found[IMAGE] = FileSource(str(path), row["image_digest"])
-            sources[row["image_id"]] = found
-            if not _is_upright(row):
-                turned.add(row["image_id"])
+        listed = {row["image_id"]: row for row in rows.select(columns).to_pylist()}
 
         def read_files(image_id: int) -> dict[str, bytes]:
-            try:
-                files = {name: read_source(self.store, source) for name, source in sources[image_id].items()}
-            except OSError as error:
-                raise _gone(error) from error
-            if image_id in turned:
-                files[IMAGE] = without_orientation(files[IMAGE])
+            row, files = listed[image_id], {}
+            if not _is_upright(row):
+                files[IMAGE] = self._upright_image(row["file_name"], row["image_digest"])
+            elif row["image_digest"] is not None:
+                path = self.root / self.spec.image_path(row["file_name"])
+                files[IMAGE] = self._read(FileSource(str(path), row["image_digest"]))
+            for name, places in locations.items():
+                files[name] = self._read(ArtifactSource(name, places[image_id]))
             return files
 
         return read_files
@@ -508,12 +505,6 @@ class Export(Manifest):
 def _is_upright(row: dict[str, Any]) -> bool:
     """Whether a manifest's image, if there is one, looks the same to readers that apply orientation tags."""
     return row["image_orientation"] in (None, 1)
-
-
-def _gone(error: OSError) -> InputChangedError:
-    return InputChangedError(
-        f"cannot read {error.filename}: {error.strerror}. It was there when the build looked; run again"
-    )
 
 
 def damaged_files(ledger: Ledger) -> list[str]:

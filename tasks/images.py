@@ -126,7 +126,7 @@ class Images(ImageFiles):
 
     stage = "images"
     function = "spctrl.images:probe_image"
-    libraries = ("pillow",)
+    libraries = ("pillow", "opencv-python-headless")
     suffix = ".json"
 
     images = luigi.ChoiceParameter(default="required", choices=["required", "optional"])

@@ -529,7 +529,7 @@ def test_images_whose_annotations_share_an_id_are_all_rejected(tmp_path: Path) -
     }
 
 
-@pytest.mark.parametrize("owner", [7, -1, 2**63, HUGE])
+@pytest.mark.parametrize("owner", [7, 10**6, 2**63, HUGE])
 def test_an_annotation_of_an_unknown_image_is_rejected_alone(tmp_path: Path, owner: int) -> None:
     found = indexed(
         tmp_path, edited(lambda d: d["annotations"].append({**annotation(d), "id": 40, "image_id": owner}))
@@ -923,6 +923,15 @@ def test_an_id_that_is_no_number_is_none(tmp_path: Path, written: object) -> Non
     assert found.index.num_unassigned == 1
 
 
+@pytest.mark.parametrize("none", [0, -1, -1.0, "0", -(2**63), -HUGE])
+def test_an_id_below_all_images_ids_stands_for_none(tmp_path: Path, none: object) -> None:
+    found, _ = adjustments(tmp_path, put(annotation, "image_id", none))
+    assert found.codes == {"unassigned_annotation"}
+    assert found.index.num_unassigned == 1
+    listed = edited(lambda d: (image(d).update(id=0), annotation(d).update(image_id=0)))
+    assert indexed(tmp_path, listed).kept == {0, 1, 3}
+
+
 def test_a_bad_annotation_takes_its_image_along_however_written(tmp_path: Path) -> None:
     def edit(document: Json) -> None:
         document["annotations"].append({**annotation(document), "id": 40, "image_id": "2", "bbox": None})
@@ -947,6 +956,32 @@ def test_keypoints_are_brought_into_the_skeletons_order(tmp_path: Path) -> None:
     assert second_instance(found)["keypoints"] == points
     assert found.rows[1]["instances"][0]["keypoints"] == [[6, 6, 2]] * 17
     assert adjusted == {"sorted_keypoints": 1}
+
+
+def test_keypoints_21_of_an_unknown_order_are_refused(tmp_path: Path) -> None:
+    document = small_document()
+    for each in document["images"]:
+        each["file_name"] = f"HumanArt/images/{each['file_name']}"
+    names = list(HUMANART.skeleton.keypoint_names)
+    document["categories"][0]["keypoints"] = names[::-1]
+    assert isinstance(both_ways(tmp_path, document, HUMANART), Outcome)
+    annotation(document)["keypoints_21"] = [1, 2, 2] * 21
+    error = both_ways(tmp_path, document, HUMANART)
+    assert isinstance(error, str)
+    assert "order of keypoints_21" in error
+    document["categories"][0]["keypoints"] = [*names, "left_finger", "right_finger", "left_toe", "right_toe"]
+    assert isinstance(both_ways(tmp_path, document, HUMANART), Outcome)
+
+
+def test_many_categories_take_time_in_proportion(tmp_path: Path) -> None:
+    count = 20_000
+    document = small_document()
+    names = list(AP10K.skeleton.keypoint_names[::-1])
+    document["categories"] = [{"id": i, "name": str(i), "keypoints": names} for i in range(count)]
+    document["annotations"] = [{**annotation(document), "id": i, "category_id": i} for i in range(count)]
+    started = time.process_time()
+    assert indexed(tmp_path, document).index.adjustments == {"sorted_keypoints": count}
+    assert time.process_time() - started < 4
 
 
 @pytest.mark.parametrize("keypoints", [None, [], "absent"])

@@ -52,7 +52,9 @@ def test_areas_of_run_lengths_are_those_of_pycocotools(seed: int) -> None:
         [[1e300, 0, 0, 1e300, -1e300, 0]], {"size": [5, 5]}, {"counts": [1, 2]}, {"size": [5, 5], "counts": [1, -2]},
         {"size": [5, 5], "counts": [0, 26]}, {"size": [5], "counts": [1, 2]}, {"size": [5, 5], "counts": [True, True]},
         {"size": [5, 5], "counts": "p" * 10**6}, {"size": [5, 5], "counts": "é"}, {"size": [5, 5], "counts": "oo"},
-        {"size": ["5", 5], "counts": "52203"}, {"size": [5, 5], "counts": [25]},
+        {"size": ["5", 5], "counts": "52203"}, {"size": [5, 5], "counts": [25]}, {"size": [5, 5, 5], "counts": [1, 2]},
+        {"size": ["a", 10**10], "counts": [1, 1]}, {"size": [[0], 10**10], "counts": [1, 1]},
+        {"size": [10**4000, 10**4000], "counts": [1, 1]}, {"size": [5.0, 5.0], "counts": [1, 2]},
     ],
 )  # fmt: skip
 def test_what_is_no_segmentation_has_no_area(segmentation: Any) -> None:
@@ -68,5 +70,7 @@ def test_random_texts_never_raise() -> None:
 
 
 def test_an_area_of_a_box_is_mmposes_and_never_zero() -> None:
-    boxes = np.array([[0, 0, 10, 20], [5, 5, 0, 8], [1, 1, 0.1, 0.1]], np.float64)
-    assert box_areas(boxes).tolist() == pytest.approx([106, 1, 1])
+    boxes = np.array([[0, 0, 10, 20], [5, 5, 0, 8], [1, 1, 0.1, 0.1], [150, 150, 400, 400]], np.float64)
+    sizes_wh = np.full((4, 2), 200.0)
+    assert box_areas(boxes, sizes_wh).tolist() == pytest.approx([106, 1, 1, 0.53 * 49 * 49])
+    assert box_areas(boxes, sizes_wh * np.nan)[3] == pytest.approx(0.53 * 400 * 400)

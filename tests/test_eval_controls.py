@@ -46,3 +46,7 @@ def test_the_order_needs_separate_intervals(
     ]
     (tmp_path / "table.json").write_text(json.dumps({"numbers": rows}))
     assert len(order_faults(tmp_path / "table.json")) == faults
+    rows[0] |= {"value": None, "low": None, "high": None}
+    (tmp_path / "table.json").write_text(json.dumps({"numbers": rows}))
+    (fault,) = order_faults(tmp_path / "table.json")
+    assert CONTROLS[0] in fault

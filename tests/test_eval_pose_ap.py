@@ -19,7 +19,6 @@ from eval.instances import (
     GroundTruth,
     InstancesError,
     Poses,
-    clip_boxes,
     poses_table,
     read_ground_truth,
     read_poses,
@@ -27,6 +26,7 @@ from eval.instances import (
 )
 from eval.pck import pck
 from eval.pose_ap import METRICS, evaluate
+from spctrl.boxes import clip_boxes
 from spctrl.datasets import AP10K, HUMANART
 from spctrl.index import write_index
 
@@ -239,7 +239,7 @@ def test_an_area_that_is_not_there_is_never_zero(document: Json, area: object) -
         if area == "absent":
             del each["area"]
     truth = read_ground_truth(document)
-    assert truth.areas == pytest.approx(0.53 * truth.bboxes_xywh[:, 2:].prod(axis=1))
+    assert truth.areas == pytest.approx(0.53 * truth.clipped_bboxes_xywh[:, 2:].prod(axis=1))
     assert evaluate(results, document, "ap10k").scores["AP"] == pytest.approx(expected, abs=0.1)
     document["annotations"][0]["segmentation"] = [[0, 0, 8, 0, 8, 6, 0, 6]]
     assert read_ground_truth(document).areas[0] == 48
@@ -255,6 +255,40 @@ def test_labelled_keypoints_are_counted(document: Json, number: object) -> None:
     assert same(evaluate(results_of(document), document, "ap10k").scores, expected)
 
 
+def test_numbers_may_be_written_as_in_builds(document: Json) -> None:
+    expected = evaluate(results_of(document), document, "ap10k").scores
+    results = results_of(document)
+    for each in document["annotations"]:
+        each |= {"iscrowd": "0", "image_id": str(each["image_id"]), "category_id": float(each["category_id"])}
+    for each in (*document["categories"], *document["images"]):
+        each["id"] = str(each["id"])
+    assert same(evaluate(results, document, "ap10k").scores, expected)
+    document["categories"][0]["keypoints"] = document["categories"][0]["keypoints"][::-1]
+    for each in document["annotations"]:
+        each["category_id"] = document["categories"][0]["id"]
+    with pytest.raises(InstancesError, match="in the order"):
+        evaluate([], document, "ap10k")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("annotations", {"area": "559104"}), ("annotations", {"area": True}), ("annotations", {"area": 10**400}),
+        ("annotations", {"num_keypoints": 2.5}), ("annotations", {"num_keypoints": [1]}),
+        ("annotations", {"num_keypoints": 10**30}), ("annotations", {"image_id": True}),
+        ("annotations", {"iscrowd": "no"}), ("annotations", {"category_id": [1]}), ("images", {"width": "abc"}),
+        ("images", {"height": [1]}), ("categories", {"id": [1]}), ("categories", {"keypoints": 5}),
+        ("categories", {"keypoints": [1] * 17}),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_is_refused(document: Json, section: str, values: Json) -> None:
+    used = document["annotations"][0]["category_id"]
+    entry = next(each for each in document[section] if section != "categories" or each["id"] == used)
+    entry |= values
+    with pytest.raises(InstancesError):
+        evaluate(results_of(document)[1:], document, "ap10k")
+
+
 def test_ids_that_are_no_whole_numbers_are_refused(document: Json) -> None:
     document["annotations"][1]["image_id"] += 0.5
     with pytest.raises(
@@ -263,9 +297,10 @@ def test_ids_that_are_no_whole_numbers_are_refused(document: Json) -> None:
         read_ground_truth(document)
 
 
-def test_a_category_id_that_comes_twice_is_refused(document: Json) -> None:
-    document["categories"].append({**document["categories"][0], "name": "another"})
-    with pytest.raises(InstancesError, match="expected each category id once"):
+@pytest.mark.parametrize("what", ["id", "name"])
+def test_a_category_that_comes_twice_is_refused(document: Json, what: str) -> None:
+    document["categories"].append({"id": 999, "name": "another", what: document["categories"][0][what]})
+    with pytest.raises(InstancesError, match=f"expected each category {what} once"):
         read_ground_truth(document)
 
 

@@ -23,6 +23,7 @@ import pytest
 from memory import MIB, memory_of
 from PIL import Image
 
+from eval.images import ImageError, read_rgb, size_of
 from spctrl.annotations import MAX_REJECT_CHARACTERS, AnnotationFileError, unsafe_path
 from spctrl.conditions import check_depth, check_mask
 from spctrl.datasets import AP10K
@@ -96,6 +97,17 @@ def test_a_file_of_any_size_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("spctrl.images.MAX_IMAGE_FILE_BYTES", 1000)
     with pytest.raises(RecordError, match="expected at most 1,000 bytes, found 1,001"):
         probe_image(record(), bytes(1001))
+
+
+def test_a_sparse_image_to_measure_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "big.jpg"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    for read in (read_rgb, size_of):
+        with pytest.raises(
+            ImageError, match=r"big\.jpg: expected at most 1,073,741,824 bytes, found 1,099,511"
+        ):
+            read(path)
 
 
 def test_the_size_that_is_checked_is_the_size_that_is_decoded() -> None:

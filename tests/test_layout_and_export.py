@@ -185,6 +185,12 @@ def test_lines_are_those_of_the_wanted_images_in_file_order(tmp_path: Path) -> N
     assert [json.loads(line)["image_id"] for _, line in found] == [2, 1]
 
 
+def test_lines_of_ap10k_tell_images_of_one_name_apart(tmp_path: Path) -> None:
+    path = annotation_file(tmp_path, [animal(2, file_name="1.jpg"), animal(1, file_name="more/1.jpg")])
+    lines = [json.loads(line) for _, line in record_lines(path, layout(AP10K), {1, 2})]
+    assert [line["filename"] for line in lines] == ["1.jpg", "more/1.jpg"]
+
+
 def test_a_line_of_ap10k_has_the_documented_fields(tmp_path: Path) -> None:
     path = annotation_file(tmp_path, [animal(2, extra="x"), animal(1, background=None)])
     lines = [json.loads(line) for _, line in record_lines(path, layout(AP10K), {1, 2})]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -122,18 +123,39 @@ def test_every_frame_of_readers_of_mpo_is_upright() -> None:
     assert (tag, near(pixels, np.asarray(scene()))) == (1, True)
 
 
-@pytest.mark.parametrize("kind", [1, SHORT, LONG, 5, 11, 12])
-def test_a_value_of_any_type_is_rewritten_where_pillow_reads_it(kind: int) -> None:
-    """Pillow turns by a rational and a real number too."""
-    values = {1: b"\6", SHORT: b"\6\0", LONG: b"\6\0\0\0"}
+@pytest.mark.parametrize("kind", [1, SHORT, LONG, 5, 7, 11, 12, 99])
+def test_a_value_of_any_type_turns_nothing_in_a_copy(kind: int) -> None:
+    """Pillow turns by a rational and a real number too, OpenCV by a byte and by what has no known type."""
+    values = {1: b"\6", SHORT: b"\6\0", LONG: b"\6\0\0\0", 7: b"\6\0", 99: b"\6\0"}
     values |= {5: struct.pack("<II", 6, 1), 11: struct.pack("<f", 6), 12: struct.pack("<d", 6)}
     value = values[kind]
     block = struct.pack("<2sHIHHHI", b"II", 42, 8, 1, ORIENTATION, kind, 1)
     block += (value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", 26)) + bytes(4)
     block += value if len(value) > 4 else b""
-    copy = without_orientation(saved(scene(), "JPEG", exif=b"Exif\0\0" + block))
-    tag, pixels = by_pillow(copy)
-    assert (tag, near(pixels, np.asarray(scene()))) == (1, True)
+    for data in (
+        saved(scene(), "JPEG", exif=b"Exif\0\0" + block),
+        saved(scene(), "WEBP", lossless=True, exif=b"Exif\0\0" + block),
+        (png := saved(scene(), "PNG"))[:33] + png_chunk(b"eXIf", block) + png[33:],
+    ):
+        copy = without_orientation(data)
+        assert (copy != data) == (by_pillow(data)[0] != 1 or by_opencv(data).shape[:2] != SIZE_WH[::-1])
+        assert (json.loads(probe_image(record(), data))["orientation"] != 1) == (copy != data)
+        tag, pixels = by_pillow(copy)
+        assert (tag, near(pixels, np.asarray(scene()))) == (1, True)
+        assert near(by_opencv(copy), np.asarray(scene()))
+
+
+def test_overlapping_blocks_of_xmp_take_no_time() -> None:
+    """Each of many entries names the same block of 200 kB: together they would be read for minutes."""
+    entries = b"".join(struct.pack("<HHII", 700, 1, 200_000, 8) for _ in range(16_000))
+    first = struct.pack("<HHIHH", ORIENTATION, SHORT, 1, 6, 0)
+    block = struct.pack("<2sHIH", b"II", 42, 8, 16_001) + first + entries + bytes(4 + 200_000)
+    data = saved(scene(), "PNG")
+    data = data[:33] + png_chunk(b"eXIf", block) + data[33:]
+    started = time.process_time()
+    with suppress(RecordError):
+        without_orientation(data)
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(("before", "behind"), [(6, None), (None, 6), (1, 6), (3, 6)])

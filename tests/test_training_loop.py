@@ -224,33 +224,6 @@ def test_a_run_of_several_micro_batches_resumed_at_every_step_ends_with_the_same
     assert equal(trained(tmp_path / "resumed"), trained(tmp_path / "uninterrupted"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loading_leaves_the_global_generator_alone(
-    inputs: TrainingInputs, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else the first step after a resume, or of an epoch, would have other dropout than an uninterrupted run's."""
-    from spctrl.training import loop
-
-    states: list[tuple[Tensor, Tensor]] = []
-    batches_of = loop._Loop._batches
-
-    def watch(self: Any, first_step: int) -> Iterator[Any]:
-        batches = batches_of(self, first_step)
-        while True:
-            before = torch.get_rng_state()
-            batch = next(batches, None)
-            states.append((before, torch.get_rng_state()))
-            if batch is None:
-                return
-            yield batch
-
-    monkeypatch.setattr(loop._Loop, "_batches", watch)
-    chosen = {**LONG_EPOCH, "max_train_samples": 2, "max_train_steps": 3, "dataloader_num_workers": workers}
-    losses_of(chosen, inputs, tmp_path)
-    assert len(states) == 3
-    assert all(torch.equal(before, after) for before, after in states)
-
-
 @pytest.mark.parametrize("stop_after", [1, 3, 6])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     inputs: TrainingInputs, undisturbed: Path, tmp_path: Path, stop_after: int

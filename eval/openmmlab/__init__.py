@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval.images import file_without_orientation, size_of
-from eval.instances import clip_boxes
 from eval.pose_estimator import HEATMAP_WH, PoseEstimates, Protocol, choose_protocol, rows_of_images
 from eval.vitpose.checkpoints import (
     HEAD_WIDTH,
@@ -31,6 +30,7 @@ from eval.vitpose.checkpoints import (
     load_vitpose,
 )
 from eval.vitpose.crops import scale_boxes
+from spctrl.boxes import clip_boxes
 from spctrl.errors import ExpectedError
 from spctrl.records import NUM_KEYPOINTS
 

@@ -274,9 +274,6 @@ class _Loop:
             self.dataset,
             batch_sampler=self.schedule.batches(first_step, self.accelerator.process_index),
             num_workers=self.config.dataloader_num_workers,
-            # Of its own: each iterator draws a seed for its workers, by default from the global generator, which
-            # dropout reads. Nothing in a worker depends on that seed: a sample is a function of seed, epoch and image.
-            generator=torch.Generator().manual_seed(self.config.seed),
             pin_memory=self.accelerator.device.type == "cuda",
         )
         for batch in loader:
@@ -308,7 +305,8 @@ class _Loop:
         micro_batches = self.schedule.micro_batches
         total: dict[str, torch.Tensor] = {}
         for number in range(micro_batches):
-            batch = next(batches)  # before the seed is set, so that loading cannot change what dropout draws
+            # Before the seed is set: starting a loader takes a number from the generator that dropout uses.
+            batch = next(batches)
             seed = step_seed(self.config, step, number, self.accelerator.process_index)
             draws = draw(
                 seed,

@@ -509,7 +509,7 @@ def _areas(
             _refuse("area", TypeError(f"expected a number, found {stated!r}"), where)
         if stated is not None and not stated <= 0:
             areas[i] = stated if stated < _MAX_AREA else math.inf
-        elif (found := segmentation_area(each.get("segmentation"))) is not None:
+        elif (found := segmentation_area(each.get("segmentation"), tuple(sizes_wh[i]))) is not None:
             areas[i] = found
     return areas
 

@@ -159,7 +159,7 @@ def pose_scores(
 def _reasons(truth: GroundTruth) -> dict[str, str]:
     """Why a metric of poses may have no value."""
     if truth.ignored.all():
-        uncounted = f"all {len(truth.ignored):,} instances are crowds or have no labelled keypoint"
+        uncounted = f"all {len(truth.ignored):,} instances are crowds or have num_keypoints = 0"
         return dict.fromkeys((*AP_METRICS, "PCK"), uncounted)
     return {
         "AP-M": "no instance is of medium area",

@@ -51,14 +51,16 @@ _ABSENT = -(2**63)
 _INT32 = range(-(2**31), 2**31)
 FAR_AWAY_IN_SIZES = 1.0
 """How far outside the image a labelled keypoint may lie, in image widths and heights."""
-UNASSIGNED = "unassigned_annotation"
-"""Reject code of an annotation whose image cannot be known."""
+UNASSIGNED, UNKNOWN_IMAGE = "unassigned_annotation", "unknown_image"
+"""Reject codes of annotations of no image of the file: their ``image_id`` cannot be read, or is not listed."""
 
 ADJUSTMENTS = {
+    "unassigned": "{:,} annotations of no image of the file: left out, so that some image may lack an instance",
     "whole_numbers": "{:,} entries with ids, sizes or counts written as text, float or boolean: read as whole numbers",
     "areas_of_segmentations": "{:,} annotations without an area: taken from the segmentation",
     "areas_of_boxes": "{:,} annotations without an area: 0.53 of the box inside the image, as in mmpose",
     "counted_keypoints": "{:,} annotations without num_keypoints: counted the labelled keypoints",
+    "differing_counts": "{:,} annotations whose num_keypoints is not the number of labelled keypoints: used as stated",
     "sorted_keypoints": "{:,} annotations with keypoints in another order, as their categories state: reordered",
     "unnamed_keypoints": "{:,} categories that name no keypoints: read in the order of the dataset's skeleton",
 }
@@ -351,12 +353,21 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
     _check_numbers(annotations, positions, rejects)
     _keep_usable(annotations, positions, rejects.image_ids)
     annotations.rejects = rejects.rows
+    annotations.adjustments["unassigned"] = _num_unassigned(rejects.rows)
     if not annotations.images:
         found = (
             ", ".join(f"{code}: {count}" for code, count in rejects.reasons()) or "an empty list of images"
         )
         raise AnnotationFileError(f"{path}: expected at least one usable image, found none ({found})")
     return annotations
+
+
+def _num_unassigned(rejects: list[dict[str, Any]]) -> int:
+    """Annotations of no image of the file; those of images whose own entries are faulty have been lost with these."""
+    faulty = {row["image_id"] for row in rejects if row["code"] == "bad_image_entry"} - {None}
+    return sum(
+        row["code"] in (UNASSIGNED, UNKNOWN_IMAGE) and row["image_id"] not in faulty for row in rejects
+    )
 
 
 class _Rejects:
@@ -474,8 +485,8 @@ def categories_by_id(
         if category.id in categories:
             raise AnnotationFileError(
                 f"{path}: expected each category id once, found {category.id} for "
-                f"{categories[category.id].name!r} and {category.name!r}. Give one of them another id, also in its "
-                "annotations"
+                f"{categories[category.id].name!r} and {category.name!r}. Remove one, or give it and its annotations "
+                "another id"
             )
         categories[category.id] = category
     if adjustments is not None:
@@ -536,9 +547,11 @@ def _order_of(path: Path, category: Category, dataset: Dataset) -> tuple[int, ..
 
 def _complete_numbers(flat: Annotations, positions: NDArray[np.int64]) -> None:
     """Fill in counts and areas that the file does not state; an area of 0 or less counts as none."""
+    counts = (flat.keypoints[:, :, 2] > 0).sum(axis=1)
     absent = flat.num_keypoints == _ABSENT
-    flat.num_keypoints[absent] = (flat.keypoints[absent, :, 2] > 0).sum(axis=1)
+    flat.num_keypoints[absent] = counts[absent]
     flat.adjustments["counted_keypoints"] += int(absent.sum())
+    flat.adjustments["differing_counts"] += int((flat.num_keypoints != counts).sum())
     absent = ~(flat.areas > 0)
     if absent.any():
         sizes_wh = np.array([[image.width, image.height] for image in flat.images], np.float64)
@@ -656,7 +669,6 @@ def _decode_annotations(
     """Decode, check and gather the instances of the images that remain."""
     decoder = EntryDecoder(_SegmentedEntry)
     known_images = {image.id: image for image in images}
-    has_low_ids = min(known_images, default=0) < 1
     rows = _Rows(dataset.skeleton.num_keypoints)
     for position, entry in enumerate(entries):
         try:
@@ -676,16 +688,10 @@ def _decode_annotations(
                 image = known_images.get(image_id)
                 rejects.add("bad_annotation_entry", f"{where}: {error}", image or image_id, annotation_id)
             continue
-        if not (each.area or 0) > 0 and (area := _area_of(each.segmentation)) is not None:
+        image = known_images.get(each.image_id)
+        if image and not (each.area or 0) > 0 and (area := _area_of(each.segmentation, image)) is not None:
             each.area = area
             adjustments["areas_of_segmentations"] += 1
-        image = known_images.get(each.image_id)
-        if each.image_id < 1 and not has_low_ids:  # some tools write 0 or -1 for none
-            message = (
-                f"annotations[{position}] (id {each.id}): its image cannot be known: found id {each.image_id}"
-            )
-            rejects.add(UNASSIGNED, message, None, _int64_or_none(each.id))
-            continue
         fits = image is not None and each.category_id in categories
         fits &= each.num_keypoints is None or 0 <= each.num_keypoints < 2**31
         try:
@@ -701,9 +707,9 @@ def _decode_annotations(
     return rows.annotations(images, categories)
 
 
-def _area_of(segmentation: msgspec.Raw) -> float | None:
+def _area_of(segmentation: msgspec.Raw, image: ImageEntry) -> float | None:
     try:
-        return segmentation_area(msgspec.json.decode(segmentation))
+        return segmentation_area(msgspec.json.decode(segmentation), (image.width, image.height))
     except UNREADABLE:
         return None
 
@@ -726,7 +732,7 @@ def _annotation_fault(
     """Why an annotation cannot be used, given that it cannot."""
     if image is None:
         return (
-            "unknown_image",
+            UNKNOWN_IMAGE,
             f"annotation {each.id} belongs to image {each.image_id}, which the file does not list or not readably",
         )
     if len(each.keypoints) != numbers:
@@ -746,6 +752,11 @@ def _annotation_fault(
         return (
             "unknown_category",
             f"annotation {each.id} has category {each.category_id}, which the file does not list",
+        )
+    if not 0 <= (each.num_keypoints or 0) < 2**31:
+        return (
+            "bad_annotation_entry",
+            f"expected num_keypoints of 0 or more in annotation {each.id}, found {each.num_keypoints}",
         )
     return "bad_annotation_entry", f"annotation {each.id} holds a whole number that is out of range"
 

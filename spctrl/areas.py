@@ -29,24 +29,28 @@ def box_areas(bboxes_xywh: NDArray[np.float64], sizes_wh: NDArray[np.float64]) -
     return np.asarray(np.fmax(AREA_PER_BOX * sides[:, 0] * sides[:, 1], SMALLEST_AREA_PX))
 
 
-def segmentation_area(segmentation: Any) -> float | None:
+def segmentation_area(segmentation: Any, size_wh: tuple[float, float]) -> float | None:
     """Area of a COCO segmentation in square pixels.
 
     Args:
-        segmentation: a decoded JSON value: polygons (lists of x, y, x, y, ...) or run lengths (``size``, ``counts``),
-            plain or compressed. Polygons are parts of one object, whose areas are added; overlaps count twice.
+        segmentation: a decoded JSON value: polygons (lists of x, y, x, y, ..., or a single one) or run lengths
+            (``size``, ``counts``), plain or compressed. Polygons are parts of one object, whose areas are added;
+            overlaps count twice.
+        size_wh: of the image, which run lengths must have; NaN is unknown.
 
     Returns:
-        None where it is nothing of these, or its area is 0 or not finite.
+        None where it is nothing of these, or its area is below a pixel or not finite.
     """
     try:
         if isinstance(segmentation, dict):
-            area = _run_length_area(segmentation)
+            area = _run_length_area(segmentation, size_wh)
+        elif isinstance(segmentation[0], int | float):
+            area = _polygon_area(segmentation)
         else:
             area = sum(_polygon_area(polygon) for polygon in segmentation)
     except (TypeError, ValueError, LookupError, OverflowError):
         return None
-    return float(area) if math.isfinite(area) and area > 0 else None
+    return float(area) if math.isfinite(area) and area >= SMALLEST_AREA_PX else None
 
 
 def _polygon_area(polygon: Sequence[float]) -> float:
@@ -56,7 +60,7 @@ def _polygon_area(polygon: Sequence[float]) -> float:
         return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 
-def _run_length_area(segmentation: dict[str, Any]) -> float:
+def _run_length_area(segmentation: dict[str, Any], size_wh: tuple[float, float]) -> float:
     """Runs of background and foreground take turns, beginning with background."""
     size, counts = segmentation["size"], segmentation["counts"]
     if isinstance(counts, str):
@@ -65,6 +69,10 @@ def _run_length_area(segmentation: dict[str, Any]) -> float:
         type(number) is int and 0 <= number < _MAX_PIXELS for number in (*size, *counts)
     ):
         raise ValueError("run lengths that are no whole numbers")
+    if any(
+        side != known for side, known in zip(size, reversed(size_wh), strict=True) if not math.isnan(known)
+    ):
+        raise ValueError("run lengths of an image of another size")
     if sum(counts) > size[0] * size[1]:
         raise ValueError("run lengths that do not fit the image")
     return float(sum(counts[1::2]))

@@ -14,11 +14,12 @@ import numpy as np
 
 from spctrl.annotations import categories_by_id, read_document
 from spctrl.entry_decoder import UNREADABLE, EntryDecoder
+from spctrl.errors import ExpectedError
 from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 from spctrl.rendering.heatmaps import keypoint_heatmaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from spctrl.annotations import Category
     from spctrl.datasets import Dataset
@@ -84,20 +85,19 @@ def _readable(entries: list[msgspec.Raw], kind: type[Fields]) -> Iterator[tuple[
 
 
 def _order_of(category: Category, dataset: Dataset) -> Sequence[int] | None:
-    """Where the skeleton's keypoints stand in a category's list, where they stand elsewhere.
+    """Where the skeleton's keypoints stand in a category's list; None for other keypoints.
 
-    The index refuses other keypoints in categories that have annotations; the rest concerns no line.
+    The index refuses those in categories that have annotations; the rest concerns no line.
     """
     try:
-        order = keypoint_order(category.keypoints or (), dataset.skeleton)
+        return keypoint_order(category.keypoints or (), dataset.skeleton)
     except KeypointOrderError:
         return None
-    return None if order == tuple(range(len(order))) else order
 
 
 def _in_order(annotation: msgspec.Raw, order: Sequence[int] | None) -> msgspec.Raw:
     """An annotation with its keypoints in the order of the skeleton."""
-    if order is None:
+    if order is None or order == tuple(range(len(order))):
         return annotation
     fields = msgspec.json.decode(annotation, type=dict[str, msgspec.Raw])
     numbers = msgspec.json.decode(fields["keypoints"], type=list[msgspec.Raw])
@@ -127,27 +127,65 @@ def _record_line(image: _Listed, annotations: list[msgspec.Raw], layout: Layout)
     }
 
 
+class ExportedCategory(msgspec.Struct):
+    """An entry of ``categories.jsonl``; keypoint names have spaces, ``skeleton`` holds 1-based pairs."""
+
+    id: int
+    name: str
+    supercategory: str
+    keypoints: list[str]
+    skeleton: list[list[int]]
+
+
 def categories_json(annotation_path: Path, dataset: Dataset) -> bytes:
-    """One JSON object, category id -> category, with spaces in the keypoints' names and in the order of the lines."""
+    """One JSON object, category id -> category, with keypoints in the order and under the names of the skeleton."""
     categories = categories_by_id(annotation_path, read_document(annotation_path))
-    return msgspec.json.encode(
-        {str(key): _category(each, _order_of(each, dataset)) for key, each in categories.items()}
+    return msgspec.json.encode({str(key): _exported(each, dataset) for key, each in categories.items()})
+
+
+def _exported(category: Category, dataset: Dataset) -> ExportedCategory:
+    names, links = category.keypoints or [], category.skeleton or []
+    if (order := _order_of(category, dataset)) is not None:
+        names = [*dataset.skeleton.keypoint_names, *names[len(order) :]]
+        place = {old + 1: new + 1 for new, old in enumerate(order)}
+        links = [[place.get(end, end) for end in link] for link in links]
+    return ExportedCategory(
+        id=category.id,
+        name=category.name,
+        supercategory=category.supercategory or "",
+        keypoints=[name.replace("_", " ") for name in names],
+        skeleton=links,
     )
 
 
-def _category(category: Category, order: Sequence[int] | None) -> dict[str, Any]:
-    names, links = category.keypoints or [], category.skeleton or []
-    if order is not None:
-        names = [names[i] for i in order]
-        place = {old + 1: new + 1 for new, old in enumerate(order)}
-        links = [[place.get(end, end) for end in link] for link in links]
-    return {
-        "id": category.id,
-        "name": category.name,
-        "supercategory": category.supercategory or "",
-        "keypoints": [name.replace("_", " ") for name in names],
-        "skeleton": links,
-    }
+def merged_categories(parts: Mapping[str, bytes]) -> bytes:
+    """The categories of all splits of a dataset, which share one file.
+
+    Args:
+        parts: ``categories_json`` by split; their order decides nothing, and damaged ones do not count. Where they
+            describe a category in different ways, the description with most keypoints and links is taken.
+
+    Raises:
+        ExpectedError: an id stands for categories of different names.
+    """
+    merged: dict[str, tuple[str, ExportedCategory]] = {}
+    for split in sorted(parts):
+        with suppress(*UNREADABLE):
+            for key, each in msgspec.json.decode(parts[split], type=dict[str, ExportedCategory]).items():
+                first, known = merged.setdefault(key, (split, each))
+                if known.name != each.name:
+                    raise ExpectedError(
+                        f"expected one category for each id in all splits, found {key} for {known.name!r} in {first} "
+                        f"and for {each.name!r} in {split}. Give one of them another id; where both files were "
+                        "changed, run again"
+                    )
+                merged[key] = first, max(known, each, key=_fullness)
+    return msgspec.json.encode({key: each for key, (_, each) in merged.items()})
+
+
+def _fullness(category: ExportedCategory) -> tuple[int, int, bytes]:
+    """A ranking in which no two different descriptions are equal."""
+    return len(category.keypoints), len(category.skeleton), msgspec.json.encode(category)
 
 
 def heatmaps_npy(record: Record) -> bytes:

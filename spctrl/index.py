@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spctrl.annotations import UNASSIGNED, read_annotations
+from spctrl.annotations import read_annotations
 from spctrl.records import INSTANCE_TYPE, KEYPOINTS_TYPE, RECORD_SCHEMA, rejects_table
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ class Index:
         image_paths: of the usable images, below the dataset's root.
         rejects: rows of ``REJECT_SCHEMA``.
         images_in_file, annotations_in_file: usable or not.
-        num_unassigned: annotations whose image cannot be known.
         adjustments: number of cases by name of ``spctrl.annotations.ADJUSTMENTS``.
     """
 
@@ -48,7 +47,6 @@ class Index:
     rejects: pa.Table
     images_in_file: int
     annotations_in_file: int
-    num_unassigned: int
     adjustments: dict[str, int]
 
 
@@ -96,7 +94,6 @@ def _write_index(source: Path, dataset: Dataset, split: str, destination: Path, 
         rejects=rejects_table(annotations.rejects),
         images_in_file=annotations.images_in_file,
         annotations_in_file=annotations.annotations_in_file,
-        num_unassigned=sum(row["code"] == UNASSIGNED for row in annotations.rejects),
         adjustments=dict(+annotations.adjustments),
     )
 

@@ -107,7 +107,7 @@ class MeetsBadRecords(OfSettings):
         max_value=1.0,
         right_op=operator.le,
         config_path={"section": "build", "name": "max_unassigned_share"},
-        description="share of annotations whose image cannot be known, above which the build fails: any image may lack "
+        description="share of annotations of no image of the file, above which the build fails: any image may lack "
         "one of them",
     )
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from tasks.work import Source
 
 LOCK = f"{LEDGERS}/lock"
+CATEGORIES = ".categories"
+"""Suffix of a split's own categories, which lie beside its ledger."""
 IMAGE, HEATMAPS = "image", "heatmaps"
 REWRITTEN = "rewritten"
 """An image of which there is a copy with another orientation tag, not a link."""
@@ -150,6 +152,7 @@ class Export(Manifest):
     function = "spctrl.export:record_lines"
     also_reaches: ClassVar[Sequence[str]] = (
         "spctrl.export:categories_json",
+        "spctrl.export:merged_categories",
         "spctrl.export:heatmaps_npy",
         "spctrl.export:link_file",
         "spctrl.orientation:without_orientation",
@@ -279,7 +282,10 @@ class Export(Manifest):
             )
 
     def _settle_with_other_splits(self, stale: set[str], ledger: Ledger) -> None:
-        """Remove stale files that no other split holds, and have splits look again whose files this one changed."""
+        """Remove stale files that no other split holds, and have splits look again whose files this one changed.
+
+        The categories are those of all splits, whichever wrote them.
+        """
         others = [
             Ledger.read(self.place, name)
             for name in self.place.listing(LEDGERS)
@@ -290,8 +296,11 @@ class Export(Manifest):
             if theirs := {
                 path for path, entry in other.files.items() if ledger.files.get(path, entry) != entry
             }:
-                other.fingerprint = ""
-                other.files |= dict.fromkeys(theirs, UNFINISHED)
+                shared = theirs & {self.layout.categories}
+                other.files |= {path: ledger.files[path] for path in shared}
+                if theirs - shared:
+                    other.fingerprint = ""
+                    other.files |= dict.fromkeys(theirs - shared, UNFINISHED)
                 other.write()
 
     def _wanted(self, source: Run) -> Iterator[Wanted]:
@@ -468,7 +477,7 @@ class Export(Manifest):
             return
         import pyarrow.parquet as pq
 
-        from spctrl.export import categories_json, record_lines
+        from spctrl.export import categories_json, merged_categories, record_lines
 
         layout = self.layout
         annotation_path = AnnotationFile(dataset=self.dataset, split=self.split).path
@@ -483,7 +492,16 @@ class Export(Manifest):
             if self.dataset == "humanart":
                 yield layout.pose(file_name), line
         yield layout.records, b"".join(line + b"\n" for line in lines)
-        yield layout.categories, categories_json(annotation_path, self.spec)
+        self.place.write(
+            f"{LEDGERS}/{layout.split_name}{CATEGORIES}", categories_json(annotation_path, self.spec)
+        )
+        parts = [name for name in self.place.listing(LEDGERS) if name.endswith(CATEGORIES)]
+        yield (
+            layout.categories,
+            merged_categories(
+                {Path(name).name.removesuffix(CATEGORIES): self.place.read(name) for name in parts}
+            ),
+        )
         if self.dataset == "humanart":
             yield f"annotations/{annotation_path.name}", annotation_path.read_bytes()
 

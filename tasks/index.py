@@ -132,16 +132,12 @@ class Index(DatasetStage):
         self._adjustments = index.adjustments
         for sentence in adjustment_notes(self.part, index.adjustments):
             luigi.task.logger.warning("%s", sentence)
-        usable, rejects = len(index.image_paths), index.rejects.num_rows
-        # An annotation of no listed image takes no image along, but is a reject all the same. Those whose image cannot
-        # be known have a limit of their own.
-        rejected = max(index.images_in_file - usable, min(rejects - index.num_unassigned, 1))
         return {
             "records": index.images_in_file,
-            "made": usable,
-            "rejected": rejected,
+            "made": len(index.image_paths),
+            "rejected": index.images_in_file - len(index.image_paths),
             "annotations": index.annotations_in_file,
-            "unassigned": index.num_unassigned,
+            "unassigned": index.adjustments.get("unassigned", 0),
         }
 
     def notes(self) -> dict[str, Any]:
@@ -152,7 +148,7 @@ class Index(DatasetStage):
         allowed = 0.0 if self.on_bad_record == "fail" else self.max_unassigned_share
         if unassigned > allowed * annotations:
             return (
-                f"the image of {unassigned:,} of {annotations:,} annotations cannot be known, so some image may "
+                f"{unassigned:,} of {annotations:,} annotations belong to no image of the file, so that some image may "
                 f"lack an instance; [build] max_unassigned_share = {self.max_unassigned_share:g}, on_bad_record = "
                 f"{self.on_bad_record}"
             )

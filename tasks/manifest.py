@@ -72,7 +72,6 @@ class Manifest(DatasetStage):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from spctrl.annotations import UNASSIGNED
         from spctrl.manifest import ConditionFacts, count_instances, manifest_batch, manifest_schema
         from spctrl.records import REJECT_SCHEMA
 
@@ -116,13 +115,12 @@ class Manifest(DatasetStage):
                 f"{self.part}: expected at least one usable record, found none; see {run.place(REJECTS)}"
             )
         listed = self.index_task().finished_run().provenance()["counts"]["records"]
-        codes = set(rejects.column("code").to_pylist())  # unassigned annotations have a limit of their own
         return {
             "records": listed,
             "made": rows,
             "instances": instances,
             "images_on_disk": images_on_disk,
-            "rejected": max(listed - rows, int(bool(codes - {UNASSIGNED}))),
+            "rejected": listed - rows,
         }
 
     def _gather_rejects(self) -> pa.Table:

@@ -67,6 +67,10 @@ class Outcome:
         return {row["code"] for row in self.rejects}
 
 
+def unassigned(found: Outcome) -> int:
+    return found.index.adjustments.get("unassigned", 0)
+
+
 def indexed(folder: Path, content: Json | str | bytes, dataset: Dataset = AP10K) -> Outcome:
     if isinstance(content, dict):
         content = json.dumps(content)
@@ -529,7 +533,7 @@ def test_images_whose_annotations_share_an_id_are_all_rejected(tmp_path: Path) -
     }
 
 
-@pytest.mark.parametrize("owner", [7, 10**6, 2**63, HUGE])
+@pytest.mark.parametrize("owner", [7, 0, -1, 2**63, HUGE])
 def test_an_annotation_of_an_unknown_image_is_rejected_alone(tmp_path: Path, owner: int) -> None:
     found = indexed(
         tmp_path, edited(lambda d: d["annotations"].append({**annotation(d), "id": 40, "image_id": owner}))
@@ -537,6 +541,7 @@ def test_an_annotation_of_an_unknown_image_is_rejected_alone(tmp_path: Path, own
     assert found.kept == {1, 2, 3}
     (reject,) = found.rejects
     assert (reject["code"], reject["annotation_id"]) == ("unknown_image", 40)
+    assert unassigned(found) == 1
 
 
 @pytest.mark.parametrize("entry", [None, 7, "x", [], {}, {"image_id": None}, {"image_id": [2]}])
@@ -545,7 +550,7 @@ def test_an_annotation_that_names_no_image_is_rejected_alone(tmp_path: Path, ent
     assert found.kept == {1, 2, 3}
     assert [row["code"] for row in found.rejects] == ["unassigned_annotation"]
     assert "annotations[3]" in found.rejects[0]["message"]
-    assert (found.index.num_unassigned, found.index.annotations_in_file) == (1, 4)
+    assert (unassigned(found), found.index.annotations_in_file) == (1, 4)
 
 
 def test_one_bad_instance_takes_its_whole_image_along(tmp_path: Path) -> None:
@@ -619,7 +624,7 @@ def both_ways(folder: Path, content: Json | str | bytes, dataset: Dataset = AP10
         assert repr(whole.rows) == repr(by_entry.rows)
         assert whole.rejects == by_entry.rejects
         assert whole.index.image_paths == by_entry.index.image_paths
-        for count in ("images_in_file", "annotations_in_file", "num_unassigned", "adjustments"):
+        for count in ("images_in_file", "annotations_in_file", "adjustments"):
             assert getattr(whole.index, count) == getattr(by_entry.index, count)
     else:
         assert whole == by_entry
@@ -804,7 +809,8 @@ def test_every_image_of_a_mutated_file_is_indexed_or_rejected(
     # No image is kept that lost one of its instances.
     entries = [each if isinstance(each, dict) else {} for each in written["annotations"]]
     owners = [whole_number(each.get("image_id")) for each in entries]
-    assert found.index.num_unassigned <= owners.count(None)
+    listed = {whole_number(each.get("id")) for each in written["images"] if isinstance(each, dict)}
+    assert unassigned(found) <= sum(owner is None or owner not in listed for owner in owners)
     assert {i: len(row["instances"]) for i, row in found.rows.items()} == {
         i: owners.count(i) for i in found.kept
     }
@@ -906,6 +912,13 @@ def test_labelled_keypoints_are_counted_where_no_number_is(tmp_path: Path, hidde
     assert adjusted == {"counted_keypoints": 1}
 
 
+@pytest.mark.parametrize("stated", [0, 1, 16, 99])
+def test_a_number_of_keypoints_that_differs_is_reported(tmp_path: Path, stated: int) -> None:
+    found, adjusted = adjustments(tmp_path, put(annotation, "num_keypoints", stated))
+    assert second_instance(found)["num_keypoints"] == stated
+    assert adjusted == {"differing_counts": 1}
+
+
 @pytest.mark.parametrize("written", [2.0, "2", "02", " 2", "2.0", 0.2e1])
 def test_numbers_written_otherwise_are_counted(tmp_path: Path, written: object) -> None:
     found, adjusted = adjustments(tmp_path, put(annotation, "image_id", written))
@@ -920,16 +933,7 @@ def test_an_id_that_is_no_number_is_none(tmp_path: Path, written: object) -> Non
     (reject,) = found.rejects
     assert (reject["image_id"], reject["annotation_id"]) == (None, 20)
     assert "annotations[1] (id 20)" in reject["message"]
-    assert found.index.num_unassigned == 1
-
-
-@pytest.mark.parametrize("none", [0, -1, -1.0, "0", -(2**63), -HUGE])
-def test_an_id_below_all_images_ids_stands_for_none(tmp_path: Path, none: object) -> None:
-    found, _ = adjustments(tmp_path, put(annotation, "image_id", none))
-    assert found.codes == {"unassigned_annotation"}
-    assert found.index.num_unassigned == 1
-    listed = edited(lambda d: (image(d).update(id=0), annotation(d).update(image_id=0)))
-    assert indexed(tmp_path, listed).kept == {0, 1, 3}
+    assert unassigned(found) == 1
 
 
 def test_a_bad_annotation_takes_its_image_along_however_written(tmp_path: Path) -> None:
@@ -938,7 +942,10 @@ def test_a_bad_annotation_takes_its_image_along_however_written(tmp_path: Path) 
 
     found, _ = adjustments(tmp_path, edit)
     assert found.kept == {1, 3}
-    assert found.index.num_unassigned == 0
+    assert unassigned(found) == 0
+    found, _ = adjustments(tmp_path, put(image, "file_name", None))
+    assert found.codes == {"bad_image_entry", "unknown_image"}
+    assert unassigned(found) == 0, "its image is known, and rejected"
 
 
 def test_keypoints_are_brought_into_the_skeletons_order(tmp_path: Path) -> None:
@@ -951,11 +958,12 @@ def test_keypoints_are_brought_into_the_skeletons_order(tmp_path: Path) -> None:
         document["categories"].append({"id": 2, "name": "dog", "keypoints": [*names[shift:], *names[:shift]]})
         annotation(document)["category_id"] = 2
         annotation(document)["keypoints"] = np.roll(points, -shift, axis=0).ravel().tolist()
+        del annotation(document)["num_keypoints"]
 
     found, adjusted = adjustments(tmp_path, edit)
     assert second_instance(found)["keypoints"] == points
     assert found.rows[1]["instances"][0]["keypoints"] == [[6, 6, 2]] * 17
-    assert adjusted == {"sorted_keypoints": 1}
+    assert adjusted == {"sorted_keypoints": 1, "counted_keypoints": 1}
 
 
 def test_keypoints_21_of_an_unknown_order_are_refused(tmp_path: Path) -> None:

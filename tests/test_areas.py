@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from typing import Any
 
@@ -12,12 +13,15 @@ from conftest import REAL_DATA
 
 from spctrl.areas import box_areas, segmentation_area
 
+UNKNOWN_WH = (math.nan, math.nan)
+
 
 def test_polygons_have_their_geometric_area() -> None:
     triangle, square = [0, 0, 10, 0, 0, 10], [20, 20, 24, 20, 24, 24, 20, 24]
-    assert segmentation_area([triangle]) == pytest.approx(50)
-    assert segmentation_area([triangle, square]) == pytest.approx(66)
-    assert segmentation_area([list(np.array(square) + 1e9)]) == pytest.approx(16)
+    assert segmentation_area([triangle], UNKNOWN_WH) == pytest.approx(50)
+    assert segmentation_area(triangle, UNKNOWN_WH) == pytest.approx(50)
+    assert segmentation_area([triangle, square], UNKNOWN_WH) == pytest.approx(66)
+    assert segmentation_area([list(np.array(square) + 1e9)], UNKNOWN_WH) == pytest.approx(16)
 
 
 def test_areas_of_polygons_are_those_that_coco_states() -> None:
@@ -27,7 +31,7 @@ def test_areas_of_polygons_are_those_that_coco_states() -> None:
     people = [each for each in json.loads(path.read_bytes())["annotations"] if not each["iscrowd"]]
     assert len(people) > 10
     for each in people:
-        assert segmentation_area(each["segmentation"]) == pytest.approx(each["area"], abs=1e-3)
+        assert segmentation_area(each["segmentation"], UNKNOWN_WH) == pytest.approx(each["area"], abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -38,11 +42,12 @@ def test_areas_of_run_lengths_are_those_of_pycocotools(seed: int) -> None:
     mask[:, : 50 * seed] = seed % 2
     compressed = rle.encode(mask)
     text = {"size": [301, 223], "counts": compressed["counts"].decode()}
-    assert segmentation_area(text) == rle.area(compressed) == mask.sum()
+    assert segmentation_area(text, (223, 301)) == rle.area(compressed) == mask.sum()
+    assert segmentation_area(text, (301, 223)) is None, "of an image of another size"
     flat = mask.flatten(order="F")
     edges = np.flatnonzero(np.diff(flat, prepend=0, append=2))
     runs = np.diff(edges, prepend=0).tolist()
-    assert segmentation_area({"size": [301, 223], "counts": runs}) == mask.sum()
+    assert segmentation_area({"size": [301, 223], "counts": runs}, UNKNOWN_WH) == mask.sum()
 
 
 @pytest.mark.parametrize(
@@ -52,20 +57,21 @@ def test_areas_of_run_lengths_are_those_of_pycocotools(seed: int) -> None:
         [[1e300, 0, 0, 1e300, -1e300, 0]], {"size": [5, 5]}, {"counts": [1, 2]}, {"size": [5, 5], "counts": [1, -2]},
         {"size": [5, 5], "counts": [0, 26]}, {"size": [5], "counts": [1, 2]}, {"size": [5, 5], "counts": [True, True]},
         {"size": [5, 5], "counts": "p" * 10**6}, {"size": [5, 5], "counts": "é"}, {"size": [5, 5], "counts": "oo"},
-        {"size": ["5", 5], "counts": "52203"}, {"size": [5, 5], "counts": [25]}, {"size": [5, 5, 5], "counts": [1, 2]},
+        [[0, 0, 0.5, 0, 0.5, 0.5]], {"size": ["5", 5], "counts": "52203"}, {"size": [5, 5], "counts": [25]},
+        {"size": [5, 5, 5], "counts": [1, 2]},
         {"size": ["a", 10**10], "counts": [1, 1]}, {"size": [[0], 10**10], "counts": [1, 1]},
         {"size": [10**4000, 10**4000], "counts": [1, 1]}, {"size": [5.0, 5.0], "counts": [1, 2]},
     ],
 )  # fmt: skip
 def test_what_is_no_segmentation_has_no_area(segmentation: Any) -> None:
-    assert segmentation_area(segmentation) is None
+    assert segmentation_area(segmentation, UNKNOWN_WH) is None
 
 
 def test_random_texts_never_raise() -> None:
     letters = random.Random(0)
     for _ in range(2000):
         text = "".join(chr(letters.randrange(40, 120)) for _ in range(letters.randrange(30)))
-        area = segmentation_area({"size": [100, 100], "counts": text})
+        area = segmentation_area({"size": [100, 100], "counts": text}, (100, 100))
         assert area is None or 0 < area <= 10_000
 
 

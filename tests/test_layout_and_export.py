@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from spctrl.datasets import AP10K, HUMANART, Dataset
-from spctrl.export import categories_json, link_file, record_lines
+from spctrl.errors import ExpectedError
+from spctrl.export import categories_json, link_file, merged_categories, record_lines
 from spctrl.layout import Layout
 
 ANIMAL = "000000001996.jpg"
@@ -278,9 +279,27 @@ def test_categories_are_one_object_with_spaces_in_keypoint_names(tmp_path: Path)
         "id": 12,
         "name": "polar bear",
         "supercategory": "",
-        "keypoints": [],
+        "keypoints": [name.replace("_", " ") for name in AP10K.skeleton.keypoint_names],
         "skeleton": [],
     }
+
+
+def part(**categories: Json) -> bytes:
+    """A split's categories by key: an id and what differs from a bare one."""
+    bare = {"supercategory": "", "keypoints": [], "skeleton": []}
+    return json.dumps(
+        {key[1:]: {"id": int(key[1:]), "name": key, **bare, **each} for key, each in categories.items()}
+    ).encode()
+
+
+def test_splits_that_describe_a_category_in_other_ways_share_the_fullest() -> None:
+    full, bare = {"keypoints": ["nose", "neck"], "skeleton": [[1, 2]]}, {"keypoints": ["nose"]}
+    parts = {"train": part(c1=bare, c2=full), "val": part(c1=full, c3={}), "test": b"damaged"}
+    merged = merged_categories(parts)
+    assert json.loads(merged) == json.loads(part(c1=full, c2=full, c3={}))
+    assert merged_categories(dict(reversed(parts.items()))) == merged
+    with pytest.raises(ExpectedError, match="found 1 for 'c1' in train and for 'cow' in val"):
+        merged_categories({"train": part(c1=full), "val": part(c1={"name": "cow"})})
 
 
 # Links

@@ -67,7 +67,7 @@ def test_ids_as_text_or_float_lose_no_instance(
     assert "2 entries with ids, sizes or counts written as text, float or boolean" in notes(workspace)
 
 
-@pytest.mark.parametrize("image_id", [None, "first", 3.5, "absent"])
+@pytest.mark.parametrize("image_id", [None, "first", 3.5, "absent", -1, 10**6, 2**70])
 def test_an_annotation_without_an_image_fails_the_build(workspace: Workspace, image_id: object) -> None:
     with workspace.edit_annotations("ap10k", "train") as content:
         instance = an_instance(content)
@@ -77,12 +77,13 @@ def test_an_annotation_without_an_image_fails_the_build(workspace: Workspace, im
         total = len(content["annotations"])
     build = workspace.run()
     assert build.exit_code == 30, build.output
-    assert f"the image of 1 of {total} annotations cannot be known" in build.output
-    assert "max_unassigned_share" in build.output and f"(id {instance['id']})" in build.output
+    assert f"1 of {total} annotations belong to no image of the file" in build.output
+    assert "max_unassigned_share" in build.output and str(instance["id"]) in build.output
     assert "spatext" not in build.stages
     allowed = workspace.run("--max-unassigned-share", "0.5")
     assert allowed.exit_code == 0, allowed.output
-    assert f"(id {instance['id']})" in notes(workspace)
+    for text in (allowed.output, notes(workspace)):
+        assert "1 annotations of no image of the file: left out" in text
 
 
 def test_permuted_keypoints_give_the_same_pictures(workspace: Workspace) -> None:
@@ -107,6 +108,47 @@ def test_permuted_keypoints_give_the_same_pictures(workspace: Workspace) -> None
     found = (workspace.export_folder("ap10k") / "categories.jsonl").read_text()
     assert found.lower() == categories.lower()
     assert f"{count} annotations with keypoints in another order" in notes(workspace)
+
+
+def capitals(category: Json) -> None:
+    category["keypoints"] = [name.title().replace("_", " ") for name in category["keypoints"]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        capitals,
+        lambda category: category.update(keypoints=[]),
+        lambda category: category.update(supercategory="Animal"),
+        lambda category: category.pop("skeleton"),
+    ],
+)
+def test_splits_may_describe_their_categories_in_other_ways(
+    workspace: Workspace, change: Callable[[Json], object]
+) -> None:
+    workspace.configure("build", splits=["train", "val"])
+    built(workspace)
+    expected = json.loads((workspace.export_folder("ap10k") / "categories.jsonl").read_bytes())
+    with workspace.edit_annotations("ap10k", "val") as content:
+        for category in content["categories"]:
+            change(category)
+        content["categories"] = content["categories"][1::-1] + content["categories"][2:]
+    built(workspace)
+    found = json.loads((workspace.export_folder("ap10k") / "categories.jsonl").read_bytes())
+    assert found.keys() == expected.keys()
+    names = [{key: each["keypoints"] for key, each in categories.items()} for categories in (found, expected)]
+    assert names[0] == names[1]
+    assert built(workspace).committed == {}
+    assert workspace.spctrl("verify").returncode == 0
+
+
+def test_one_id_for_two_species_in_two_splits_is_refused(workspace: Workspace) -> None:
+    workspace.configure("build", splits=["train", "val"])
+    with workspace.edit_annotations("ap10k", "val") as content:
+        content["categories"][0]["name"] = "unicorn"
+    build = workspace.run()
+    assert build.exit_code == 30, build.output
+    assert "for 'unicorn' in val_split1" in build.output and "Traceback" not in build.output
 
 
 def test_other_keypoints_stop_the_build_with_both_lists(workspace: Workspace) -> None:
@@ -204,7 +246,7 @@ class TestMeasured:
                 each["iscrowd"] = 1
             total = len(content["annotations"])
         table = self.table(scored)
-        reason = f"not computed: all {total} instances are crowds or have no labelled keypoint"
+        reason = f"not computed: all {total} instances are crowds or have num_keypoints = 0"
         assert table.count(reason) == 7, "AP and its relatives, and PCK"
         assert "0.00" not in table
         page = (scored.exports / "benchmark-real" / "report.html").read_text()

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class GroundTruth:
         sizes_wh: (I, 2) float64, width and height; NaN where they are not known.
         scenarios: (I,) names of the images' own categories (HumanArt's scenarios; empty where there is none).
         category_ids: (C,) int64, ascending; those of the file, also without instances.
-        category_names: C names.
+        category_names: C names, all different: those of several categories have the id behind them.
         image_of: (G,) int64, position in ``image_ids``.
         category_of: (G,) int64, position in ``category_ids``.
         annotation_ids: (G,) int64.
@@ -184,7 +185,7 @@ def read_ground_truth(
             could say otherwise.
 
     Raises:
-        InstancesError: it cannot be read or is incomplete, names an image or a category twice, or states other
+        InstancesError: it cannot be read or is incomplete, names an image or a category id twice, or states other
             keypoints.
     """
     if isinstance(source, GroundTruth):
@@ -299,7 +300,7 @@ def _ground_truth(
         sizes_wh=sizes_wh,
         scenarios=scenarios,
         category_ids=category_ids,
-        category_names=tuple(names.get(each, str(each)) for each in category_ids.tolist()),
+        category_names=_told_apart(names, category_ids.tolist()),
         image_of=np.searchsorted(image_ids, instances_image_ids),
         category_of=np.searchsorted(category_ids, instances_category_ids),
         annotation_ids=annotation_ids,
@@ -308,6 +309,16 @@ def _ground_truth(
         areas=areas,
         crowd=crowd,
         ignored=crowd | (labelled == 0),
+    )
+
+
+def _told_apart(names: Mapping[int, str], category_ids: Sequence[int]) -> tuple[str, ...]:
+    """A name for each category, with its id where it has none of its own."""
+    named = [names.get(each, str(each)) for each in category_ids]
+    counts = Counter(named)
+    return tuple(
+        f"{name} ({each})" if counts[name] > 1 else name
+        for name, each in zip(named, category_ids, strict=True)
     )
 
 
@@ -475,9 +486,8 @@ def _category_names(categories: Sequence[Mapping[str, Any]], where: str) -> dict
     """Names by id, in the order of the file."""
     ids = _column(categories, "id", np.int64, where).tolist()
     names = _column(categories, "name", object, where).tolist()
-    for what, values in (("id", ids), ("name", names)):
-        if len(set(map(str, values))) < len(values):
-            raise InstancesError(f"{where}: expected each category {what} once, found {values}")
+    if len(set(ids)) < len(ids):
+        raise InstancesError(f"{where}: expected each category id once, found {ids}")
     return dict(zip(ids, names, strict=True))
 
 

@@ -62,6 +62,7 @@ ADJUSTMENTS = {
     "counted_keypoints": "{:,} annotations without num_keypoints: counted the labelled keypoints",
     "differing_counts": "{:,} annotations whose num_keypoints is not the number of labelled keypoints: used as stated",
     "sorted_keypoints": "{:,} annotations with keypoints in another order, as their categories state: reordered",
+    "shared_names": "{:,} categories that share a name: kept apart by id, also in tables",
     "unnamed_keypoints": "{:,} categories that name no keypoints: read in the order of the dataset's skeleton",
 }
 """What may be read in another way than the file states it: sentences to format with the number of cases."""
@@ -346,7 +347,8 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
         document = _cut(path, data)
         del data
         annotations = _decode_entries(path, document, dataset, max_pixels, rejects)
-    _check_categories(path, annotations.categories)
+    names = Counter(category.name for category in annotations.categories.values())
+    annotations.adjustments["shared_names"] = sum(count for count in names.values() if count > 1)
     _sort_keypoints(path, annotations, dataset)
     positions = _image_positions(annotations.images, annotations.image_ids)
     _complete_numbers(annotations, positions)
@@ -492,21 +494,6 @@ def categories_by_id(
     if adjustments is not None:
         adjustments["whole_numbers"] += decoder.num_converted
     return categories
-
-
-def _check_categories(path: Path, categories: dict[int, Category]) -> None:
-    """
-    Raises:
-        AnnotationFileError: two categories share a name: prompts and tables could not tell them apart.
-    """
-    ids: dict[str, int] = {}
-    for category_id, category in categories.items():
-        if category.name in ids:
-            raise AnnotationFileError(
-                f"{path}: expected each category name once, found {category.name!r} for the ids {ids[category.name]} "
-                f"and {category_id}. Rename one, or give the annotations of both one id"
-            )
-        ids[category.name] = category_id
 
 
 def _sort_keypoints(path: Path, flat: Annotations, dataset: Dataset) -> None:

@@ -55,7 +55,8 @@ def test_output_in_training_mode_has_the_same_dropout(golden: dict[str, Any]) ->
     module = embedding(golden).train()
     torch.manual_seed(4321)
     found = module(golden["input_int"].float())
-    torch.testing.assert_close(found, golden["output_train_seed4321"], rtol=0, atol=OUTPUT_TOLERANCE)
+    # Dropout scales up what it keeps, and with it the rounding of other processors: 1.01e-6 without AVX-512.
+    torch.testing.assert_close(found, golden["output_train_seed4321"], rtol=0, atol=2 * OUTPUT_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", HALF_PRECISION)

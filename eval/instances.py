@@ -517,7 +517,7 @@ def _areas(
         stated = each.get("area")
         if not (stated is None or type(stated) in (int, float)):
             _refuse("area", TypeError(f"expected a number, found {stated!r}"), where)
-        if stated is not None and not stated <= 0:
+        if stated is not None and stated > 0:
             areas[i] = stated if stated < _MAX_AREA else math.inf
         elif (found := segmentation_area(each.get("segmentation"), tuple(sizes_wh[i]))) is not None:
             areas[i] = found

@@ -82,6 +82,19 @@ class OfSettings(settings.SaysWhatIsWrong):
         self.task_id = f"{self.task_id}_{settings.settings_digest()}"
 
 
+def _share(name: str, default: float, description: str) -> Any:
+    """A setting of [build] from 0 to 1."""
+    return luigi.NumericalParameter(
+        default=default,
+        var_type=float,
+        min_value=0.0,
+        max_value=1.0,
+        right_op=operator.le,
+        config_path={"section": "build", "name": name},
+        description=description,
+    )
+
+
 class MeetsBadRecords(OfSettings):
     """A task that says what becomes of records that cannot be used."""
 
@@ -91,24 +104,11 @@ class MeetsBadRecords(OfSettings):
         config_path={"section": "build", "name": "on_bad_record"},
         description="quarantine: set bad records aside; fail: stop the build",
     )
-    max_reject_share = luigi.NumericalParameter(
-        default=0.05,
-        var_type=float,
-        min_value=0.0,
-        max_value=1.0,
-        right_op=operator.le,
-        config_path={"section": "build", "name": "max_reject_share"},
-        description="share of bad records above which the build fails",
-    )
-    max_unassigned_share = luigi.NumericalParameter(
-        default=0.0,
-        var_type=float,
-        min_value=0.0,
-        max_value=1.0,
-        right_op=operator.le,
-        config_path={"section": "build", "name": "max_unassigned_share"},
-        description="share of annotations of no image of the file, above which the build fails: any image may lack "
-        "one of them",
+    max_reject_share = _share("max_reject_share", 0.05, "share of bad records above which the build fails")
+    max_unassigned_share = _share(
+        "max_unassigned_share",
+        0.0,
+        "share of annotations of no image of the file, above which the build fails: any image may lack one of them",
     )
 
 

@@ -227,7 +227,7 @@ def test_incomplete_files_are_refused(document: Json, tmp_path: Path) -> None:
 # What a file does not state
 
 
-@pytest.mark.parametrize("area", ["absent", None, 0, -3.0])
+@pytest.mark.parametrize("area", ["absent", None, 0, -3.0, float("nan")])
 def test_an_area_that_is_not_there_is_never_zero(document: Json, area: object) -> None:
     results = results_of(document)
     for each in results:

@@ -194,7 +194,7 @@ class TestMeasured:
 
     @pytest.fixture
     def scored(self, workspace: Workspace, tmp_path: Path) -> Workspace:
-        """The validation split's own images, as somebody's method, with tiny weights."""
+        """The validation split's own images, as an external method, with tiny weights."""
         for package in ("torch", "transformers", "matplotlib"):
             pytest.importorskip(package, reason="the eval extra is not installed")
         import eval.vitpose.tiny

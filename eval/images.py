@@ -112,12 +112,13 @@ def size_of(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def file_without_orientation(path: Path, copy: Path) -> Path:
-    """A file for readers that apply orientation tags: the given one, or where it has a tag that turns pixels, a copy
-    whose tag is 1.
+def file_without_orientation(path: Path, copy: Path) -> tuple[Path, tuple[int, int]]:
+    """A file for readers that apply orientation tags, and the width and height of its stored pixels.
+
+    The file is the given one, or where it has a tag that turns pixels, a copy whose tag is 1.
 
     Args:
-        path: of an image that ``size_of`` reads.
+        path: of an image.
         copy: where a copy goes.
 
     Raises:
@@ -125,11 +126,13 @@ def file_without_orientation(path: Path, copy: Path) -> Path:
     """
     with _of_file(path):
         data = _read(path)
+        with opened_image(data) as image:
+            size_wh = image.size
         rewritten = without_orientation(data)
     if rewritten is data:
-        return path
+        return path, size_wh
     copy.write_bytes(rewritten)
-    return copy
+    return copy, size_wh
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval.images import file_without_orientation, size_of
+from eval.images import file_without_orientation
 from eval.pose_estimator import HEATMAP_WH, PoseEstimates, Protocol, choose_protocol, rows_of_images
 from eval.vitpose.checkpoints import (
     HEAD_WIDTH,
@@ -131,14 +131,12 @@ class MmposeEstimator:
             folder = Path(name)
             for number, row in enumerate(rows_of_images(images, bboxes_xywh, annotated_wh)):
                 path = Path(cast("Path | str", row.image)).resolve()
-                own_wh = size_of(path)
+                # mmcv applies orientation tags.
+                path, own_wh = file_without_orientation(path, folder / f"image-{number}{path.suffix}")
                 annotated = row.annotated_wh or own_wh
                 mapped = row.boxes
                 if row.annotated_wh is not None:
                     mapped = scale_boxes(clip_boxes(mapped, annotated, smallest_px=1), annotated, own_wh)
-                path = file_without_orientation(
-                    path, folder / f"image-{number}{path.suffix}"
-                )  # mmcv applies it
                 boxes += [{"image_path": str(path), "bbox_xywh": box} for box in mapped.tolist()]
                 factors += [np.divide(annotated, own_wh)] * len(mapped)
             found = self._estimate(boxes, keep_heatmaps, folder)
@@ -228,9 +226,9 @@ def detect(
         folder = Path(name)
         paths = []
         for number, path in enumerate(images):
-            size_of(path)  # refuses what other readers of images would refuse
             copy = folder / f"image-{number}{path.suffix}"
-            paths.append(str(file_without_orientation(path.resolve(), copy)))  # mmcv applies the tag
+            upright, _ = file_without_orientation(path.resolve(), copy)  # mmcv applies orientation tags
+            paths.append(str(upright))
         pq.write_table(pa.table({"image_path": paths}), folder / "images.parquet")
         request = {
             "config": config,

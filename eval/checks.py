@@ -37,7 +37,7 @@ def check_images(
 
     Args:
         generated: rows with ``image_id``, ``index``, ``path`` (below the folder) and ``prompt``.
-        image_ids: of all annotated images.
+        image_ids: of all poses that images were to be made of.
         folder: of the images.
         count: images that each annotated one must have.
         size_wh: width and height that each must have; None where any will do.

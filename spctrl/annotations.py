@@ -10,6 +10,7 @@ Legend: R images, M annotations of the whole file, K keypoints (17).
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import math
 import re
@@ -24,11 +25,14 @@ import msgspec
 import numpy as np
 
 from spctrl.areas import box_areas, segmentation_area
+from spctrl.boxes import keypoint_boxes
 from spctrl.entry_decoder import UNREADABLE, EntryDecoder, whole_number_in
 from spctrl.errors import ExpectedError
 from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from spctrl.datasets import Dataset
@@ -46,6 +50,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
 _PLAIN_PATH = re.compile(r"(?:[\w-][\w -]{0,99}/){0,4}[\w-][\w. -]{0,99}", re.ASCII)
 """What nearly all paths look like, and no rule of ``unsafe_path`` forbids: one look instead of seven."""
 _STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
+_DECODED_AT_ONCE = 2**20
 _ABSENT = -(2**63)
 """Stands for ``num_keypoints`` where an annotation has none."""
 _INT32 = range(-(2**31), 2**31)
@@ -59,9 +64,12 @@ ADJUSTMENTS = {
     "whole_numbers": "{:,} entries with ids, sizes or counts written as text, float or boolean: read as whole numbers",
     "areas_of_segmentations": "{:,} annotations without an area: taken from the segmentation",
     "areas_of_boxes": "{:,} annotations without an area: 0.53 of the box inside the image, as in mmpose",
+    "boxes_of_keypoints": "{:,} annotations without a bbox: the extent of their labelled keypoints",
     "counted_keypoints": "{:,} annotations without num_keypoints: counted the labelled keypoints",
     "differing_counts": "{:,} annotations whose num_keypoints is not the number of labelled keypoints: used as stated",
     "sorted_keypoints": "{:,} annotations with keypoints in another order, as their categories state: reordered",
+    "unannotated_images": "{:,} images without an annotation: left out, since they show no pose",
+    "blank_maps": "{:,} images whose annotations have no labelled keypoint: their index maps are blank",
     "shared_names": "{:,} categories that share a name: kept apart by id, also in tables",
     "unnamed_keypoints": "{:,} categories that name no keypoints: read in the order of the dataset's skeleton",
 }
@@ -69,7 +77,15 @@ ADJUSTMENTS = {
 
 
 class AnnotationFileError(ExpectedError, ValueError):
-    """An annotation file that cannot be used at all."""
+    """An annotation file that cannot be used at all.
+
+    Attributes:
+        rejects: rows of ``REJECT_SCHEMA`` on the entries that were found faulty before.
+    """
+
+    def __init__(self, message: str, rejects: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.rejects = list(rejects)
 
 
 class Category(msgspec.Struct):
@@ -99,14 +115,14 @@ class ImageEntry(msgspec.Struct, gc=False):
 class AnnotationEntry(msgspec.Struct, gc=False):
     """An entry of ``annotations``; bbox is x, y, width, height in pixels; keypoints are flat x, y, v triples.
 
-    ``area`` and ``num_keypoints`` are None where the file has none.
+    ``bbox``, ``area`` and ``num_keypoints`` are None where the file has none.
     """
 
     id: int
     image_id: int
     category_id: int
-    bbox: list[float]
     keypoints: list[float]
+    bbox: list[float] | None = None
     area: float | None = None
     iscrowd: int = 0
     num_keypoints: int | None = None
@@ -145,6 +161,7 @@ class _PackedDocument(msgspec.Struct):
 
 
 _GONE: list[float] = []
+_NO_BBOX = (math.nan,) * 4
 
 
 @dataclass(kw_only=True)
@@ -208,12 +225,13 @@ class _Rows:
         Raises:
             struct.error: a list of the wrong length or a whole number beyond 64 bits; nothing is added.
         """
+        bbox = each.bbox or _NO_BBOX
         row = self._pack(
             each.id, each.image_id, each.category_id,
             _ABSENT if each.num_keypoints is None else each.num_keypoints, each.iscrowd,
-            math.nan if each.area is None else each.area, *each.bbox, *each.keypoints,
+            math.nan if each.area is None else each.area, *bbox, *each.keypoints,
         )  # fmt: skip
-        if len(each.bbox) != 4:
+        if len(bbox) != 4:
             raise struct.error("numbers that are too many in one list and lack in the other")
         if each.keypoints_21 is not None:
             self._rows_21 += self._pack_21(*each.keypoints_21)
@@ -258,9 +276,44 @@ def read_document(path: Path) -> Document:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise AnnotationFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    # msgspec looks at the text of known fields alone, and exports copy the others.
+    if (position := _invalid_utf8(data)) is not None:
+        raise AnnotationFileError(
+            f"{path}: expected JSON in UTF-8, found other bytes at {_location(data, position)}. Convert the file, "
+            f"such as by iconv -f {_likely_encoding(data)} -t UTF-8"
+        )
+    return data
+
+
+def _invalid_utf8(data: bytes) -> int | None:
+    """Position of the first byte that is no UTF-8."""
+    if data.isascii():
+        return None
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(
+        0, len(data), _DECODED_AT_ONCE
+    ):  # the text of a whole file may take four times its bytes
+        pending = len(decoder.getstate()[0])
+        stop = start + _DECODED_AT_ONCE
+        try:
+            decoder.decode(data[start:stop], final=stop >= len(data))
+        except UnicodeDecodeError as error:
+            return start - pending + error.start
+    return None
+
+
+def _likely_encoding(data: bytes) -> str:
+    return (
+        "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:4] else "LATIN1"
+    )
+
+
+def _location(data: bytes, position: int) -> str:
+    line = data.count(b"\n", 0, position) + 1
+    return f"line {line}, byte {position}, near {data[max(0, position - 20) : position + 20]!r}"
 
 
 def _cut(path: Path, data: bytes) -> Document:
@@ -303,27 +356,13 @@ def _wrong_section(path: Path, error: Exception) -> str:
 def _not_json(path: Path, data: bytes, error: Exception) -> str:
     message = str(error)
     place = f"after its last byte ({len(data):,} bytes)"
-    position = None
     if isinstance(error, RecursionError):
         place = "(too many brackets inside each other)"
-    elif isinstance(error, UnicodeDecodeError):
-        position = _first_bad_byte(data)
     elif "(byte " in message:
-        position = int(message.rsplit("(byte ", 1)[1].rstrip(")"))
-    if position is not None:
-        line = data.count(b"\n", 0, position) + 1
-        place = f"line {line}, byte {position}, near {data[max(0, position - 20) : position + 20]!r}"
+        place = _location(data, int(message.rsplit("(byte ", 1)[1].rstrip(")")))
     return (
         f"{path}: expected JSON, found a fault {place}: {message}. Was the file copied or downloaded whole?"
     )
-
-
-def _first_bad_byte(data: bytes) -> int | None:
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    return None
 
 
 def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annotations:
@@ -335,9 +374,18 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
         max_pixels: largest width x height of an image that is accepted.
 
     Raises:
-        AnnotationFileError: the file is not JSON, lacks a section or has no usable image.
+        AnnotationFileError: the file is not JSON in UTF-8, lacks a section, or has no usable image or pose. Its
+            ``rejects`` are those found until then.
     """
     rejects = _Rejects(path)
+    try:
+        return _read_annotations(path, dataset, max_pixels, rejects)
+    except AnnotationFileError as error:
+        error.rejects = rejects.rows
+        raise
+
+
+def _read_annotations(path: Path, dataset: Dataset, max_pixels: int, rejects: _Rejects) -> Annotations:
     data = _read(path)
     annotations = _decode_whole(data, dataset)
     if annotations is not None:
@@ -356,12 +404,24 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
     _keep_usable(annotations, positions, rejects.image_ids)
     annotations.rejects = rejects.rows
     annotations.adjustments["unassigned"] = _num_unassigned(rejects.rows)
-    if not annotations.images:
-        found = (
-            ", ".join(f"{code}: {count}" for code, count in rejects.reasons()) or "an empty list of images"
-        )
-        raise AnnotationFileError(f"{path}: expected at least one usable image, found none ({found})")
+    _check_some_pose(path, annotations, rejects)
     return annotations
+
+
+def _check_some_pose(path: Path, annotations: Annotations, rejects: _Rejects) -> None:
+    num_images, unannotated = len(annotations.images), annotations.adjustments["unannotated_images"]
+    if not num_images:
+        found = [f"{code}: {count:,}" for code, count in rejects.reasons()]
+        found += [f"images without an annotation: {unannotated:,}"] if unannotated else []
+        raise AnnotationFileError(
+            f"{path}: expected at least one usable image, found none "
+            f"({', '.join(found) or 'an empty list of images'})"
+        )
+    if annotations.adjustments["blank_maps"] == num_images:
+        raise AnnotationFileError(
+            f"{path}: expected keypoints with a visibility of 1 or 2, found 0 in all annotations of {num_images:,} "
+            "images, which means not labelled. Was the visibility lost when the file was converted?"
+        )
 
 
 def _num_unassigned(rejects: list[dict[str, Any]]) -> int:
@@ -480,8 +540,6 @@ def categories_by_id(
     for position, entry in enumerate(document.categories):
         try:
             category, _ = decoder.decode(entry)
-        except UnicodeDecodeError as error:
-            raise AnnotationFileError(_not_json(path, _read(path), error)) from None
         except UNREADABLE as error:
             raise AnnotationFileError(f"{path}: categories[{position}]: {error}") from None
         if category.id in categories:
@@ -533,12 +591,15 @@ def _order_of(path: Path, category: Category, dataset: Dataset) -> tuple[int, ..
 
 
 def _complete_numbers(flat: Annotations, positions: NDArray[np.int64]) -> None:
-    """Fill in counts and areas that the file does not state; an area of 0 or less counts as none."""
+    """Fill in counts, boxes and areas that the file does not state; an area of 0 or less counts as none."""
     counts = (flat.keypoints[:, :, 2] > 0).sum(axis=1)
     absent = flat.num_keypoints == _ABSENT
     flat.num_keypoints[absent] = counts[absent]
     flat.adjustments["counted_keypoints"] += int(absent.sum())
     flat.adjustments["differing_counts"] += int((flat.num_keypoints != counts).sum())
+    absent = np.isnan(flat.bboxes_xywh).all(axis=1) & (counts > 0)
+    flat.bboxes_xywh[absent] = keypoint_boxes(flat.keypoints[absent])
+    flat.adjustments["boxes_of_keypoints"] += int(absent.sum())
     absent = ~(flat.areas > 0)
     if absent.any():
         sizes_wh = np.array([[image.width, image.height] for image in flat.images], np.float64)
@@ -733,7 +794,7 @@ def _annotation_fault(
             f"expected {3 * KEYPOINTS_21} numbers in keypoints_21 of annotation {each.id}, "
             f"found {len(each.keypoints_21)}",
         )
-    if len(each.bbox) != 4:
+    if each.bbox and len(each.bbox) != 4:
         return "bad_bbox", f"expected x, y, width, height in bbox of annotation {each.id}, found {each.bbox}"
     if each.category_id not in categories:
         return (
@@ -785,7 +846,7 @@ def _check_numbers(flat: Annotations, positions: NDArray[np.int64], rejects: _Re
         (
             "bad_bbox",
             ~(_whole_rows(np.isfinite(flat.bboxes_xywh)) & _whole_rows(flat.bboxes_xywh[:, 2:] >= 0)),
-            "expected finite numbers and no negative size in bbox of annotation",
+            "expected finite numbers and no negative size in bbox, or without bbox labelled keypoints, of annotation",
         ),
     )
     for code, wrong, message in checks:
@@ -802,8 +863,14 @@ def _whole_rows(good: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _keep_usable(flat: Annotations, positions: NDArray[np.int64], rejected_image_ids: set[int]) -> None:
-    """Drop whole images: a map that lacks one of its instances would be silently wrong."""
+    """Drop whole images: those with a fault, whose maps would be silently wrong, and those that show no pose."""
     usable = np.array([image.id not in rejected_image_ids for image in flat.images], bool)
+    is_annotated, has_pose = np.zeros((2, len(usable)), bool)
+    is_annotated[positions] = True
+    has_pose[positions[(flat.keypoints[:, :, 2] > 0).any(axis=1)]] = True
+    flat.adjustments["unannotated_images"] += int((usable & ~is_annotated).sum())
+    flat.adjustments["blank_maps"] += int((usable & is_annotated & ~has_pose).sum())
+    usable &= is_annotated
     flat.images = list(itertools.compress(flat.images, usable))
     image_of = np.where(usable, np.cumsum(usable) - 1, -1)[positions]
     order = np.argsort(image_of, kind="stable")

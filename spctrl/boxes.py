@@ -1,6 +1,6 @@
-"""Boxes of instances: the part inside the image.
+"""Boxes of instances: the part inside the image, and the extent of keypoints.
 
-Legend: N boxes, as x, y, width, height in pixels.
+Legend: N boxes, K keypoints; boxes as x, y, width, height in pixels.
 """
 
 from __future__ import annotations
@@ -23,3 +23,12 @@ def clip_boxes(
     corners = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
     first, last = np.where(np.isnan(sizes_wh), corners, np.clip(corners, 0, sizes_wh - 1))
     return np.concatenate([first, np.maximum(last - first, smallest_px)], axis=1)
+
+
+def keypoint_boxes(keypoints: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, 4) extents of the labelled ones (v > 0) of (N, K, 3) keypoints x, y, v; NaN where none is labelled."""
+    xy, is_labelled = keypoints[..., :2], keypoints[..., 2:] > 0
+    first = np.where(is_labelled, xy, np.inf).min(axis=1)
+    last = np.where(is_labelled, xy, -np.inf).max(axis=1)
+    boxes = np.concatenate([first, last - first], axis=1)
+    return np.where(is_labelled.any(axis=1), boxes, np.nan)

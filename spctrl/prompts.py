@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "prompts"
 CONTEXT_TOKENS = 77
+_ROWS_AT_ONCE = 4096
 
 KeypointWords = Literal["tokens", "names"]
 """Keypoints in a prompt: learned placeholder tokens (``<left-eye>``), or plain names (``left eye``)."""
@@ -114,9 +115,9 @@ def subjects_from_table(
     return [
         Subject(
             image_id=record.image_id,
-            categories=tuple(name.replace("_", " ") for name in dict.fromkeys(categories)),
+            categories=tuple(name.replace("_", " ") for name in dict.fromkeys(categories) if name.strip()),
             background=background,
-            caption=next(iter(captions or ()), None) or (scenario and scenario.replace("_", " ")),
+            caption=_caption(captions or (), scenario),
             labelled=(record.keypoints[..., 2] > 0).any(axis=0),
         )
         for record, categories, background, captions, scenario in zip(
@@ -126,6 +127,11 @@ def subjects_from_table(
             strict=True,
         )
     ]
+
+
+def _caption(captions: Sequence[str], scenario: str | None) -> str | None:
+    candidates = (next(iter(captions), None), scenario and scenario.replace("_", " "))
+    return next((each for each in candidates if each and each.strip()), None)
 
 
 # Templates
@@ -186,8 +192,23 @@ def usable(templates: Sequence[str], subject: Subject) -> list[str]:
     if not found:
         raise ExpectedError(
             f"image {subject.image_id}: expected a prompt template without {' or '.join(sorted(missing))}, which this "
-            f"image does not have; found none among {len(templates)}. Add one to the file in configs/prompts/"
+            f"image does not have; found none among {len(templates)}. One at the end of the list in the file of "
+            "templates would do; in training it would be sampled for other images too"
         )
+    return found
+
+
+def rows_without_prompt(
+    templates: Sequence[str], table: pa.Table | pa.RecordBatch
+) -> dict[int, ExpectedError]:
+    """Rows of an index or manifest that no template fits, with the reasons."""
+    found = {}
+    for first in range(0, table.num_rows, _ROWS_AT_ONCE):
+        for row, subject in enumerate(subjects_from_table(table.slice(first, _ROWS_AT_ONCE)), first):
+            try:
+                usable(templates, subject)
+            except ExpectedError as error:
+                found[row] = error
     return found
 
 

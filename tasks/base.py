@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import json
+import math
 import operator
 import os
 import platform
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,6 +35,8 @@ from tasks.store import Run, Store, digest
 
 MANIFEST = "manifest.parquet"
 REJECTS = "rejects.parquet"
+MAX_REASONS, MIN_EXAMPLES, MAX_EXAMPLE_CHARACTERS = 5, 3, 400
+"""Of rejects, in an error message."""
 
 
 class TooManyRejectsError(ExpectedError):
@@ -223,7 +228,7 @@ class StageTask(MeetsBadRecords):
         try:
             counts = self.make(run)
             if (fault := self.reject_fault(counts)) is not None:
-                raise TooManyRejectsError(f"{self.stage} for {self.part}: {fault}{_reasons(run)}")
+                raise TooManyRejectsError(f"{self.stage} for {self.part}: {fault}{reject_examples(run)}")
             self.commit(run, counts, started)
         except OSError as error:
             raise StoreError(
@@ -292,14 +297,27 @@ class StageTask(MeetsBadRecords):
         return None
 
 
-def _reasons(run: Run) -> str:
+def reject_examples(run: Run) -> str:
+    """The commonest reasons among a run's rejects, with examples, as an addition to an error message."""
     import pyarrow.parquet as pq
 
     rows = pq.read_table(run.path(REJECTS), partitioning=None).to_pylist()
-    examples = {row["code"]: row["message"] for row in reversed(rows)}
-    counts = Counter(row["code"] for row in rows).most_common(5)
-    lines = [f"\n  {code} ({count:,}): {examples[code]}" for code, count in counts]
-    return f". Reasons, with one example each:{''.join(lines)}\nAll of them: {run.place(REJECTS)}"
+    if not rows:
+        return ""
+    counts = Counter(row["code"] for row in rows).most_common(MAX_REASONS)
+    each = math.ceil(MIN_EXAMPLES / len(counts))
+    lines = []
+    for code, count in counts:
+        lines.append(f"\n  {code} ({count:,}):")
+        examples = itertools.islice((row for row in rows if row["code"] == code), each)
+        lines += [f"\n    {_described(row)}" for row in examples]
+    return f". Rejected, with examples:{''.join(lines)}\nAll of them: {run.place(REJECTS)}"
+
+
+def _described(reject: Mapping[str, Any]) -> str:
+    image_id, file_name = reject["image_id"], reject["file_name"]
+    of_image = "" if image_id is None else f"image {image_id}{f' ({file_name})' if file_name else ''}: "
+    return f"{of_image}{textwrap.shorten(reject['message'], MAX_EXAMPLE_CHARACTERS, placeholder=' ...')}"
 
 
 def code_of(functions: Sequence[str], store: Store) -> dict[str, str]:

@@ -17,7 +17,7 @@ from spctrl.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
-from tasks.generate import IMAGES, GeneratedImages, MethodStage
+from tasks.generate import IMAGES, GeneratedImages, MethodStage, prompts_of
 from tasks.images import HASHED_BETWEEN_LINES, READ_AT_ONCE_BYTES
 from tasks.index import DatasetStage
 from tasks.inputs import MISSING
@@ -98,30 +98,35 @@ class EvaluatedImages(OfEvaluation, MethodStage):
         from eval.checks import IMAGES_SCHEMA, check_images
         from spctrl.records import rejects_table
 
-        index = self.index_task().finished_run()
-        image_ids = pq.read_table(index.path(MANIFEST), columns=["image_id"], partitioning=None)
+        prompts = self.prompts_task().finished_run()
         generated = pq.read_table(self.generated_task().finished_run().path(IMAGES), partitioning=None)
         checked = check_images(
             generated.to_pylist(),
-            image_ids.column("image_id").to_pylist(),
+            list(prompts_of(prompts)),
             self.folder,
             count=self.how.images_per_pose,
             size_wh=self.how_measured.expected_size_wh(self.how),
         )
         run.write(IMAGES, parquet_bytes(pa.Table.from_pylist(checked.rows, schema=IMAGES_SCHEMA)))
-        run.write(REJECTS, parquet_bytes(rejects_table(checked.rejects)))
+        without_prompt = pq.read_table(prompts.path(REJECTS), partitioning=None)
+        rejects = pa.concat_tables([rejects_table(checked.rejects), without_prompt])
+        run.write(REJECTS, parquet_bytes(rejects))
         return {
             "records": len(checked.rows) + len(checked.rejects),
             "made": len(checked.rows),
             "rejected": len(checked.rejects),
             "poses": sum(row["index"] == 0 for row in checked.rows),
-            "annotated": index.provenance()["counts"]["records"],
+            "without_prompt": len(without_prompt),
+            "annotated": self.index_task().finished_run().provenance()["counts"]["records"],
         }
 
     def reject_fault(self, counts: Mapping[str, int]) -> str | None:
         rejected = counts.get("rejected", 0)
         if not counts.get("poses"):
             return f"expected images of {self.how.name}, found none that can be measured"
+        prompts = {"records": counts["annotated"], "rejected": counts.get("without_prompt", 0)}
+        if fault := super().reject_fault(prompts):
+            return fault
         if not rejected or self.how_measured.allow_missing_images:
             return None
         return (

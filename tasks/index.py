@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 from tasks import settings
-from tasks.base import MANIFEST, REJECTS, OfSettings, StageTask, digest_cache
+from tasks.base import MANIFEST, REJECTS, OfSettings, StageTask, digest_cache, reject_examples
 from tasks.executor import warm_up
 from tasks.files import file_digest
 from tasks.inputs import MISSING, InputChangedError
@@ -19,6 +19,7 @@ from tasks.store import Run, parquet_bytes
 
 if TYPE_CHECKING:
     from spctrl.datasets import Dataset
+    from spctrl.index import Index as WrittenIndex
 
 IMAGE_PATHS = "images.txt"
 """Lists the images of the index, for stages that ask after their files without loading Parquet."""
@@ -116,14 +117,10 @@ class Index(DatasetStage):
     def make(self, run: Run) -> dict[str, int]:
         if settings.executor().kind == "local":
             warm_up(settings.executor().workers)
-        from spctrl.index import write_index
-
         path = self._file().path
         with progress(f"{self.stage} {self.part}", 1, self.set_progress_percentage) as advance:
             with run.create(MANIFEST) as destination:
-                index = write_index(
-                    path, self.spec, self.split, destination, max_pixels=settings.index().max_pixels
-                )
+                index = self._write_index(run, path, destination)
             run.write(REJECTS, parquet_bytes(index.rejects))
             run.write(IMAGE_PATHS, "".join(f"{each}\n" for each in index.image_paths).encode())
             advance(1)
@@ -132,13 +129,29 @@ class Index(DatasetStage):
         self._adjustments = index.adjustments
         for sentence in adjustment_notes(self.part, index.adjustments):
             luigi.task.logger.warning("%s", sentence)
+        annotated = index.images_in_file - index.adjustments.get("unannotated_images", 0)
         return {
-            "records": index.images_in_file,
+            "records": annotated,
             "made": len(index.image_paths),
-            "rejected": index.images_in_file - len(index.image_paths),
+            "rejected": annotated - len(index.image_paths),
             "annotations": index.annotations_in_file,
             "unassigned": index.adjustments.get("unassigned", 0),
         }
+
+    def _write_index(self, run: Run, path: Path, destination: Path) -> WrittenIndex:
+        from spctrl.annotations import AnnotationFileError
+        from spctrl.index import write_index
+        from spctrl.records import rejects_table
+
+        try:
+            return write_index(
+                path, self.spec, self.split, destination, max_pixels=settings.index().max_pixels
+            )
+        except AnnotationFileError as error:
+            if not error.rejects:
+                raise
+            run.write(REJECTS, parquet_bytes(rejects_table(error.rejects)))
+            raise AnnotationFileError(f"{error}{reject_examples(run)}", error.rejects) from None
 
     def notes(self) -> dict[str, Any]:
         return {"adjustments": self._adjustments}

@@ -121,9 +121,83 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     assert indexed(tmp_path, b"\xef\xbb\xbf" + json.dumps(small_document()).encode()).kept == {1, 2, 3}
 
 
-def test_a_file_without_any_annotation_has_images_without_instances(tmp_path: Path) -> None:
-    found = indexed(tmp_path, edited(put(lambda d: d, "annotations", [])))
-    assert [len(row["instances"]) for row in found.rows.values()] == [0, 0, 0]
+# Images that show no pose
+
+
+@pytest.mark.parametrize("lost", [{1}, {3}, {1, 2}, {2, 3}])
+@pytest.mark.parametrize("beside", ["nothing", "a number as text", "a fault"])
+def test_images_without_an_annotation_are_left_out_and_counted(
+    tmp_path: Path, lost: set[int], beside: str
+) -> None:
+    """Whether the file is decoded as a whole or entry by entry."""
+    document = small_document()
+    document["annotations"] = [each for each in document["annotations"] if each["image_id"] not in lost]
+    if beside == "a number as text":
+        document["images"][0]["width"] = "64"
+    if beside == "a fault":
+        document["images"].append({**image(document), "id": 4, "file_name": "4.jpg", "width": 0})
+    found = indexed(tmp_path, document)
+    assert found.kept == {1, 2, 3} - lost
+    assert found.codes == ({"bad_size"} if beside == "a fault" else set())
+    assert found.index.adjustments["unannotated_images"] == len(lost)
+    assert found.index.images_in_file == len(document["images"])
+
+
+def test_an_image_whose_only_annotation_is_faulty_is_rejected_not_left_out(tmp_path: Path) -> None:
+    found = indexed(tmp_path, edited(put(annotation, "category_id", 7)))
+    assert found.kept == {1, 3}
+    assert "unannotated_images" not in found.index.adjustments
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_images_without_a_labelled_keypoint_are_kept_and_counted(tmp_path: Path, kept: int) -> None:
+    document = small_document()
+    for each in document["annotations"][kept:]:
+        each["keypoints"] = [5, 6, 0] * 17
+    found = indexed(tmp_path, document)
+    assert found.kept == {1, 2, 3}
+    assert found.index.adjustments["blank_maps"] == 3 - kept
+
+
+# Boxes that the file does not state
+
+
+@pytest.mark.parametrize("stated", ["absent", None, []])
+@pytest.mark.parametrize(
+    "points", [{0: (5, 6), 3: (25.5, 46)}, {7: (-3, 2), 8: (2, 8), 16: (0, 12)}, {4: (9, 9)}]
+)
+def test_a_box_that_is_absent_is_the_extent_of_the_labelled_keypoints(
+    tmp_path: Path, stated: object, points: dict[int, tuple[float, float]]
+) -> None:
+    document = small_document()
+    instance = annotation(document)
+    instance["keypoints"] = [
+        number for k in range(17) for number in (*points.get(k, (60, 1)), 1 if k in points else 0)
+    ]
+    del instance["area"], instance["num_keypoints"]
+    if stated == "absent":
+        del instance["bbox"]
+    else:
+        instance["bbox"] = stated
+    found = indexed(tmp_path, document)
+    x, y = zip(*points.values(), strict=True)
+    assert found.rejects == []
+    assert found.rows[2]["instances"][0]["bbox_xywh"] == [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+    assert found.rows[1]["instances"][0]["bbox_xywh"] == [1, 2, 30, 40]
+    assert found.index.adjustments["boxes_of_keypoints"] == 1
+
+
+@pytest.mark.parametrize("stated", ["absent", None, []])
+def test_an_instance_with_neither_box_nor_labelled_keypoint_is_rejected(
+    tmp_path: Path, stated: object
+) -> None:
+    document = edited(put(annotation, "keypoints", [5, 6, 0] * 17))
+    annotation(document)["bbox"] = stated
+    if stated == "absent":
+        del annotation(document)["bbox"]
+    found = indexed(tmp_path, document)
+    assert found.kept == {1, 3}
+    assert found.codes == {"bad_bbox"}
 
 
 # Files that cannot be used at all
@@ -135,8 +209,29 @@ NOT_USABLE: dict[str, tuple[str | bytes, str]] = {
     "not JSON": ("\x00\x01 hello", "line 1, byte 0"),
     "HTML": ("<!DOCTYPE html><title>404</title>", "line 1, byte 0.*DOCTYPE"),
     "not JSON on line 3": ('{"images": [],\n"annotations": [],\n"categories": [oops]}', "line 3, byte.*oops"),
-    "UTF-16": (TEXT.encode("utf-16"), "expected JSON"),
-    "Latin-1": (TEXT.replace("fox", "f\xf6x").encode("latin-1"), r"line \d+, byte \d+, near .*f\\xf6x"),
+    "UTF-16": (TEXT.encode("utf-16"), "line 1, byte 0, near .*iconv -f UTF-16"),
+    "UTF-16 without a mark": (TEXT.replace("fox", "f\xf6x").encode("utf-16-be"), "iconv -f UTF-16"),
+    "Latin-1": (
+        TEXT.replace("fox", "f\xf6x").encode("latin-1"),
+        r"line \d+, byte \d+, near .*f\\xf6x.*iconv -f LATIN1",
+    ),
+    "Latin-1 in an unused field": (
+        TEXT.replace('"id": 10,', '"id": 10, "note": "caf\xe9",').encode("latin-1"),
+        r"line \d+, byte \d+, near .*caf\\xe9.*iconv -f LATIN1",
+    ),
+    "Latin-1 in an unused section": (
+        b'{"info": "Caf\xe9",' + TEXT[1:].encode(),
+        r"line 1, byte 13, near .*Caf\\xe9",
+    ),
+    "half a character": (TEXT.encode()[:-1] + b'"\xe2\x82', "expected JSON in UTF-8"),
+    "no annotation": (
+        json.dumps(edited(put(lambda d: d, "annotations", []))),
+        r"expected at least one usable image, found none \(images without an annotation: 3\)",
+    ),
+    "no labelled keypoint": (
+        json.dumps(edited(lambda d: [each.update(keypoints=[5, 6, 0] * 17) for each in d["annotations"]])),
+        "expected keypoints with a visibility of 1 or 2, found 0 in all annotations of 3 images",
+    ),
     "two documents": (TEXT + TEXT, f"line {TEXT.count(chr(10)) + 1}, byte {len(TEXT) + 1}"),
     "deep list": ("[" * 100_000, "expected an object"),
     "deep section": ('{"images": ' + "[" * 100_000, "brackets"),
@@ -378,7 +473,7 @@ REJECTED: dict[str, tuple[Edit, str]] = {
     "visibility NaN": (keypoint(2, float("nan")), "bad_annotation_entry"),
     "bbox of three": (put(annotation, "bbox", [1, 2, 3]), "bad_bbox"),
     "bbox of five": (put(annotation, "bbox", [1, 2, 3, 4, 5]), "bad_bbox"),
-    "bbox empty": (put(annotation, "bbox", []), "bad_bbox"),
+    "bbox of nulls": (put(annotation, "bbox", [None] * 4), "bad_annotation_entry"),
     "bbox negative width": (put(annotation, "bbox", [1, 2, -3, 4]), "bad_bbox"),
     "bbox negative height": (put(annotation, "bbox", [1, 2, 3, -0.1]), "bad_bbox"),
     "bbox NaN": (put(annotation, "bbox", [1, 2, 3, float("nan")]), "bad_annotation_entry"),
@@ -412,7 +507,7 @@ def test_a_record_with_a_fault_is_rejected_and_all_others_stay(tmp_path: Path, e
 def test_the_reject_of_an_unreadable_entry_says_whose_it_is(tmp_path: Path) -> None:
     def damage(document: Json) -> None:
         image(document)["file_name"] = None
-        document["annotations"][2]["bbox"] = None
+        document["annotations"][2]["bbox"] = "none"
 
     found = indexed(tmp_path, edited(damage))
     rejects = {(row["code"], row["image_id"], row["annotation_id"]) for row in found.rejects}
@@ -521,6 +616,7 @@ def test_images_whose_conditions_would_share_a_file_are_all_rejected(tmp_path: P
 
 def test_images_of_one_name_in_two_folders_are_kept(tmp_path: Path) -> None:
     document = edited(lambda d: d["images"].append({**image(d), "id": 4, "file_name": "other/2.jpg"}))
+    document["annotations"].append({**annotation(document), "id": 40, "image_id": 4})
     assert indexed(tmp_path, document).kept == {1, 2, 3, 4}
 
 
@@ -801,11 +897,15 @@ def test_every_image_of_a_mutated_file_is_indexed_or_rejected(
     written = json.loads(text)
     rejected = {row["image_id"] for row in found.rejects}
     messages = " ".join(row["message"] for row in found.rejects)
+    unannotated = 0
     assert found.index.images_in_file == len(written["images"])
     assert found.kept.isdisjoint(rejected)
     for position, entry in enumerate(written["images"]):
         image_id = whole_number(entry.get("id")) if isinstance(entry, dict) else None
-        assert image_id in found.kept | rejected - {None} or f"images[{position}]" in messages
+        known = image_id in found.kept | rejected - {None} or f"images[{position}]" in messages
+        unannotated += not known
+    assert found.index.adjustments.get("unannotated_images", 0) == unannotated
+    assert all(row["instances"] for row in found.rows.values())
     # No image is kept that lost one of its instances.
     entries = [each if isinstance(each, dict) else {} for each in written["annotations"]]
     owners = [whole_number(each.get("image_id")) for each in entries]
@@ -909,7 +1009,7 @@ def test_labelled_keypoints_are_counted_where_no_number_is(tmp_path: Path, hidde
 
     found, adjusted = adjustments(tmp_path, edit)
     assert second_instance(found)["num_keypoints"] == 17 - hidden
-    assert adjusted == {"counted_keypoints": 1}
+    assert adjusted == {"counted_keypoints": 1} | ({"blank_maps": 1} if hidden == 17 else {})
 
 
 @pytest.mark.parametrize("stated", [0, 1, 16, 99])
@@ -938,7 +1038,7 @@ def test_an_id_that_is_no_number_is_none(tmp_path: Path, written: object) -> Non
 
 def test_a_bad_annotation_takes_its_image_along_however_written(tmp_path: Path) -> None:
     def edit(document: Json) -> None:
-        document["annotations"].append({**annotation(document), "id": 40, "image_id": "2", "bbox": None})
+        document["annotations"].append({**annotation(document), "id": 40, "image_id": "2", "bbox": [1]})
 
     found, _ = adjustments(tmp_path, edit)
     assert found.kept == {1, 3}

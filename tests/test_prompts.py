@@ -22,8 +22,10 @@ from spctrl.prompts import (
     fields_of,
     keypoint_words,
     load_templates,
+    rows_without_prompt,
     subjects_from_table,
     tokenize,
+    usable,
 )
 from spctrl.records import RECORD_SCHEMA
 
@@ -222,7 +224,25 @@ def test_subjects_come_from_records_in_annotation_order() -> None:
 
 def test_a_picture_without_a_caption_has_its_scenario_for_one() -> None:
     assert subjects_from_table(table(captions=["a dance"], category="oil_painting"))[1].caption == "a dance"
-    assert subjects_from_table(table(captions=[], category="oil_painting"))[1].caption == "oil painting"
+    for captions in ([], [""], [" \n"]):
+        found = subjects_from_table(table(captions=captions, category="oil_painting"))[1]
+        assert found.caption == "oil painting"
+    assert subjects_from_table(table(captions=[" "], category=" "))[1].caption is None
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_a_blank_category_counts_as_none(name: str) -> None:
+    instances = [{"category": name, "keypoints": [[1.0, 2.0, 2.0]] * K, "bbox_xywh": [0.0, 0.0, 1.0, 1.0]}]
+    found = subjects_from_table(table(instances=instances))[1]
+    assert found.categories == ()
+    with pytest.raises(ExpectedError, match="template without caption or category"):
+        usable(only("a photo of {category} {keypoints}").training, found)
+
+
+def test_rows_without_prompt_are_those_that_no_template_fits() -> None:
+    assert set(rows_without_prompt(["a photo of {category} {keypoints}"], table())) == {0}
+    assert rows_without_prompt(["a photo {keypoints}"], table()) == {}
+    assert set(rows_without_prompt(["{caption} {keypoints}"], table())) == {0, 1}
 
 
 # Tokens

@@ -591,11 +591,30 @@ def test_whole_heatmaps_need_a_class_token(made: dict[str, Made], tokenizer: Any
         made["humanart"].open(tokenizer, heatmap_type="whole")
 
 
-def test_records_that_no_prompt_fits_are_refused(animals: Made, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [{0}, {2, 5, 7}])
+def test_images_that_no_prompt_fits_are_left_out_with_a_warning(
+    animals: Made, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: set[int]
+) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("training: ['{category} {keypoints} {background}']\nevaluation: ['{keypoints}']")
-    animals.open(tokenizer, templates=path)
-    rewrite(animals, background_name=[None, *["dark"] * 7])
+    whole = animals.open(tokenizer, templates=path)
+    assert len(whole) == 8 and not caplog.records
+    rewrite(animals, background_name=[None if i in lost else "dark" for i in range(8)])
+    dataset = animals.open(tokenizer, templates=path)
+    kept = [i for i in range(8) if i not in lost]
+    assert [sample["image_id"] for sample in map(dataset.__getitem__, range(len(dataset)))] == [
+        whole[i]["image_id"] for i in kept
+    ]
+    for i, j in enumerate(kept):
+        assert torch.equal(dataset[i]["conditioning_image"], whole[j]["conditioning_image"])
+    (warning,) = caplog.messages
+    assert f"{len(lost)} of 8 images are left out" in warning and "template without background" in warning
+
+
+def test_a_dataset_that_no_prompt_fits_is_refused(animals: Made, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("training: ['{category} {keypoints} {background}']\nevaluation: ['{keypoints}']")
+    rewrite(animals, background_name=[None] * 8)
     with pytest.raises(ExpectedError, match="prompt template without background"):
         animals.open(tokenizer, templates=path)
 

@@ -6,6 +6,7 @@ Legend: R side of the crop in pixels, K keypoints (17), T tokens of a prompt (77
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +32,9 @@ from spctrl.prompts import (
     fields_of,
     keypoint_words,
     load_templates,
+    rows_without_prompt,
     subjects_from_table,
     tokenize,
-    usable,
 )
 from spctrl.records import Record, RecordError, records_from_table
 from spctrl.rendering.openpose import drawn_links, palette
@@ -43,6 +44,8 @@ from spctrl.training.heatmaps import HeatmapType, heatmap_targets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+_logger = logging.getLogger(__name__)
 
 ConditioningMode = Literal["spatext", "openpose", "keypoint", "sam_hq_mask", "zeo_depth_masked"]
 HeatmapTarget = Literal["released", "soft"]
@@ -64,7 +67,6 @@ _COLUMNS = (
 _INSTANCE_FIELDS = ("category", "bbox_xywh", "keypoints")
 _LATENT_CHANNELS = 8
 """Mean and log-variance of four."""
-_ROWS_AT_ONCE = 4096
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _LARGE_PX = 2**16
 """Images of fewer pixels than this are resized by PIL, which takes no time worth saving."""
@@ -73,8 +75,9 @@ _LARGE_PX = 2**16
 class SpCtrlDataset(Dataset[dict[str, Any]]):
     """The images of a manifest as training samples (REFERENCE sections 6, 8 and 10).
 
-    Index maps and renders are drawn and heatmaps computed on the fly; both equal the stored ones. Files are opened when
-    a sample is asked for, and closed again. What is random in a sample depends on seed, epoch and image alone.
+    Images that no prompt template fits are left out, with a warning. Index maps and renders are drawn and heatmaps
+    computed on the fly; both equal the stored ones. Files are opened when a sample is asked for, and closed again. What
+    is random in a sample depends on seed, epoch and image alone.
 
     A sample is a dict:
 
@@ -171,6 +174,7 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         self.templates = load_templates(templates, self.dataset)
         self._check_images(needed=not latents)
         self._check_prompts()
+        self._leave_out_rows_without_prompt()
         found = {
             name: _find_artifacts(stage, self._rows, manifest, store) if stage else None
             for name, stage in stages.items()
@@ -313,9 +317,21 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
                 "expected {category} in all training prompts, since heatmap_type = whole needs a token of the class; "
                 f"found {unnamed[0]!r}. Add it to configs/prompts/{self.dataset}.yaml, or use heatmap_type = partition"
             )
-        for first in range(0, len(self), _ROWS_AT_ONCE):
-            for subject in subjects_from_table(self._rows.slice(first, _ROWS_AT_ONCE)):
-                usable(self.templates.training, subject)
+
+    def _leave_out_rows_without_prompt(self) -> None:
+        found = rows_without_prompt(self.templates.training, self._rows)
+        if not found:
+            return
+        example = next(iter(found.values()))
+        if len(found) == len(self):
+            raise example
+        _logger.warning(
+            "%s of %s images are left out, since no prompt template fits them, such as %s",
+            f"{len(found):,}", f"{len(self):,}", example,
+        )  # fmt: skip
+        fits = np.ones(len(self), np.bool_)
+        fits[list(found)] = False
+        self._rows = self._rows.filter(pa.array(fits))
 
     def _check_latents(self) -> None:
         if self._latents is None:

@@ -52,11 +52,22 @@ def measuring(workspace: Workspace, weights: Path) -> Workspace:
     return workspace
 
 
-def benchmark(workspace: Workspace, methods: tuple[str, ...] = ("real", "noise"), **settings: Any) -> Build:
+def benchmark(
+    workspace: Workspace,
+    methods: tuple[str, ...] = ("real", "noise"),
+    method_settings: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Build:
     content: dict[str, Any] = {
         "dataset": "ap10k",
         "methods": [
-            {"name": name, "kind": "external", "folder": str(workspace.folder / name)} for name in methods
+            {
+                "name": name,
+                "kind": "external",
+                "folder": str(workspace.folder / name),
+                **(method_settings or {}),
+            }
+            for name in methods
         ],
         "pose": {"weights": "vitpose"},
         "kid": {"subsets": 5, "subset_size": 4},
@@ -215,6 +226,29 @@ def test_a_file_that_fits_two_poses_stops_the_evaluation_before_anything_is_meas
     built = evaluate()
     assert built.exit_code == 0, built.output
     assert built.counted("generate", "made") == IMAGES
+
+
+def test_images_without_a_prompt_are_set_aside_as_other_bad_records_are(
+    measuring: Workspace, fast: dict[str, Any]
+) -> None:
+    """The templates need the background, which one image does not have."""
+    templates = measuring.folder / "prompts.yaml"
+    template = "{category} {keypoints} in the {background}"
+    templates.write_text(json.dumps({"training": [template], "evaluation": [template]}))
+    with measuring.edit_annotations("ap10k", "val") as content:
+        for position, image in enumerate(content["images"]):
+            image["background"] = 1 if position else None
+    refused = benchmark(measuring, **fast, method_settings={"templates": str(templates)})
+    assert not refused.succeeded
+    (error,) = refused.errors
+    assert f"1 of {IMAGES} records cannot be used, more than max_reject_share" in error
+    assert "template without background" in error and "found none in" not in error
+
+    measuring.configure("build", max_reject_share=0.5)
+    allowed = benchmark(measuring, **fast, method_settings={"templates": str(templates)})
+    assert allowed.succeeded, allowed.errors
+    (row,) = rows(measuring, metric="AP", source="measured", kind="")
+    assert row["images"] == IMAGES - 1 and f"{IMAGES - 1} of 995 images" in row["note"]
 
 
 def test_images_that_change_while_they_are_measured_are_refused(

@@ -158,6 +158,23 @@ def test_images_of_someone_else_are_listed_with_our_prompts(drawing: Workspace) 
     assert "GRPose: expected a folder of images at" in error and str(theirs / "nowhere") in error
 
 
+def test_poses_that_no_prompt_fits_are_set_aside_within_the_limit(drawing: Workspace) -> None:
+    templates = drawing.folder / "prompts.yaml"
+    templates.write_text("training: ['{keypoints}']\nevaluation: ['{category} {keypoints} in {background}']")
+    with drawing.edit_annotations("ap10k", "val") as content:
+        for position, image in enumerate(content["images"]):
+            image["background"] = 1 if position > 1 else None
+    method = {**METHOD, "templates": str(templates)}
+    refused = generate(drawing, method)
+    assert not refused.succeeded and "samples" not in refused.stages
+    (error,) = refused.errors
+    assert f"2 of {POSES} records cannot be used" in error and "template without background" in error
+    drawing.configure("build", max_reject_share=0.25)
+    built = generate(drawing, method)
+    assert built.succeeded, built.errors
+    assert len(listing(drawing)) == POSES - 2
+
+
 def test_missing_weights_are_named(drawing: Workspace, tmp_path: Path) -> None:
     drawing.configure("paths", weights=tmp_path / "nowhere")
     done = drawing.run("--config", str(config(drawing, METHOD)), family="Generate")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from spctrl.skeletons import AP10K, HUMANART
@@ -247,3 +248,51 @@ class TestMeasured:
         assert "0.00" not in table
         page = (scored.exports / "benchmark-real" / "report.html").read_text()
         assert page.count(reason) == 7
+
+
+# Images without annotations, and files without a usable image
+
+
+def test_images_without_an_annotation_are_left_out_of_a_build(workspace: Workspace) -> None:
+    built(workspace)
+    expected = workspace.exported()
+    with workspace.edit_annotations("ap10k", "train") as content:
+        for image_id, name in ((10**6, "nobody.jpg"), (10**6 + 1, "nothing/there.jpg")):
+            content["images"].append({**content["images"][0], "id": image_id, "file_name": name})
+    # More of them than max_reject_share allows of bad records: they are none.
+    build = workspace.run("--max-reject-share", "0")
+    assert build.exit_code == 0, build.output
+    assert conditions(workspace) == {path: expected[path] for path in expected if path.endswith(".png")}
+    for text in (build.output, notes(workspace)):
+        assert "2 images without an annotation: left out" in text
+
+
+@pytest.mark.parametrize("damage", [{"iscrowd": "maybe"}, {"bbox": "wide"}, {"keypoints": [1, 2]}])
+def test_a_file_without_a_usable_image_shows_examples_and_leaves_the_rejects(
+    workspace: Workspace, damage: Json
+) -> None:
+    with workspace.edit_annotations("ap10k", "train") as content:
+        for each in content["annotations"]:
+            each.update(damage)
+        images = len({each["image_id"] for each in content["annotations"]})
+        last = content["annotations"][-1]
+    build = workspace.run("--max-reject-share", "1")
+    assert build.exit_code == 30, build.output
+    assert "expected at least one usable image, found none" in build.output
+    assert "Traceback" not in build.output
+    examples = [line for line in build.output.splitlines() if line.startswith("    image ")]
+    assert len(examples) == 3 and all(next(iter(damage)) in line for line in examples)
+    (rejects,) = workspace.store.glob("**/index/**/rejects.parquet")
+    assert str(rejects) in build.output
+    rows = pq.read_table(rejects, partitioning=None).to_pylist()
+    assert len({row["image_id"] for row in rows}) == images
+    assert rows[-1]["annotation_id"] == last["id"]
+
+
+def test_a_file_without_annotations_fails_the_build_in_a_line(workspace: Workspace) -> None:
+    with workspace.edit_annotations("ap10k", "train") as content:
+        images, content["annotations"] = len(content["images"]), []
+    build = workspace.run()
+    assert build.exit_code == 30, build.output
+    assert f"found none (images without an annotation: {images})" in build.output
+    assert "Traceback" not in build.output and "spatext" not in build.stages

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spctrl.images import opened_image
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     """Files of an image id by name; what the record lacks is not there."""
 
 IMAGE = "image"
+_IMAGE_MEMBER = "jpg"
+"""Suffix of the image in a tar, whatever its format. Loaders take a member's suffix for a column's name, which all
+samples must share; they open images by content, and all versions of them know this suffix for one of images."""
+_ABSENT_TEXT, _ABSENT_NUMBER = "", -1
 ROWS_PER_GROUP = 100
 """Of a Parquet file, and held in memory at a time; viewers and loaders read whole groups of rows."""
 _IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -32,12 +37,40 @@ def shard_columns(schema: pa.Schema) -> list[str]:
     return [name for name in schema.names if not name.endswith("_path")]
 
 
-def write_webdataset(path: Path, rows: pa.Table, names: Sequence[str], read_files: ReadFiles) -> None:
-    """Write a tar that WebDataset loaders read; equal input gives equal bytes.
+def shard_rows(rows: pa.Table, kind: str, size: int) -> Iterator[pa.Table]:
+    """The rows of each shard of a split, at most ``size``.
 
-    A sample's members are ``<key>.jpg`` (or what the image's bytes are), ``<key>.<condition>.png`` and
+    Loaders of tars take the columns of all samples from the first few, so no tar mixes samples with and without an
+    image; those without come last. Parquet files state their columns and keep the manifest's order.
+
+    Args:
+        rows: of a manifest.
+        kind: ``webdataset`` or ``parquet``.
+        size: in rows, above 0.
+    """
+    for part in _by_image(rows) if kind == "webdataset" else [rows]:
+        for first in range(0, len(part), size):
+            yield part.slice(first, size).combine_chunks()
+
+
+def _by_image(rows: pa.Table) -> list[pa.Table]:
+    """The rows that have an image, and those that have none."""
+    digests = rows.column("image_digest")
+    if not digests.null_count:  # nearly always: filters copy
+        return [rows]
+    has_image = pc.is_valid(digests)
+    return [rows.filter(has_image), rows.filter(pc.invert(has_image))]
+
+
+def write_webdataset(path: Path, rows: pa.Table, names: Sequence[str], read_files: ReadFiles) -> None:
+    """Write a tar that ``webdataset`` and ``datasets.load_dataset("webdataset", ...)`` read; equal input gives equal
+    bytes.
+
+    A sample's members are ``<key>.jpg`` (the image, whatever its format), ``<key>.<condition>.png`` and
     ``<key>.json``. The key is made from the image id: loaders split names at the first dot, and names of
-    annotation files may hold anything.
+    annotation files may hold anything. The JSON object holds the row in types that are the same in all samples, since
+    ``datasets`` infers them from the first few: an absent text is ``""``, an absent whole number -1, and a list, empty
+    or not, is JSON text.
 
     Args:
         path: of the tar.
@@ -48,7 +81,10 @@ def write_webdataset(path: Path, rows: pa.Table, names: Sequence[str], read_file
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for batch in _batches(rows):
             for row in batch.to_pylist():
-                for name, data in _members(row, names, read_files(row["image_id"])):
+                fields = {
+                    name: _field_value(value, rows.schema.field(name).type) for name, value in row.items()
+                }
+                for name, data in _members(fields, names, read_files(row["image_id"])):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -85,22 +121,29 @@ def _batches(rows: pa.Table) -> list[pa.RecordBatch]:
 
 
 def _members(
-    row: dict[str, Any], names: Sequence[str], files: Mapping[str, bytes]
+    fields: dict[str, Any], names: Sequence[str], files: Mapping[str, bytes]
 ) -> Iterator[tuple[str, bytes]]:
+    key = _key(fields["image_id"])
     for name in names:
         if name in files:
-            yield _file_name(row["image_id"], name, files[name]), files[name]
-    yield f"{_key(row['image_id'])}.json", msgspec.json.encode(row)
+            yield f"{key}.{_IMAGE_MEMBER if name == IMAGE else f'{name}.png'}", files[name]
+    yield f"{key}.json", msgspec.json.encode(fields)
+
+
+def _field_value(value: Any, kind: pa.DataType) -> str | int:
+    """A value of a manifest's column in a JSON type that depends on the column alone."""
+    if pa.types.is_string(kind):
+        return _ABSENT_TEXT if value is None else str(value)
+    if pa.types.is_integer(kind):
+        return _ABSENT_NUMBER if value is None else int(value)
+    return msgspec.json.encode(value).decode()
 
 
 def _image_value(image_id: int, name: str, files: Mapping[str, bytes]) -> dict[str, Any] | None:
     if name not in files:
         return None
-    return {"bytes": files[name], "path": _file_name(image_id, name, files[name])}
-
-
-def _file_name(image_id: int, name: str, data: bytes) -> str:
-    return f"{_key(image_id)}.{_image_suffix(data) if name == IMAGE else f'{name}.png'}"
+    suffix = _image_suffix(files[name]) if name == IMAGE else f"{name}.png"
+    return {"bytes": files[name], "path": f"{_key(image_id)}.{suffix}"}
 
 
 def _key(image_id: int) -> str:
@@ -108,7 +151,10 @@ def _key(image_id: int) -> str:
 
 
 def _image_suffix(data: bytes) -> str:
-    """By content: the annotated name may have none, or a wrong one."""
+    """By content: the annotated name may have none, or a wrong one.
+
+    MPO, which many phones write, is a JPEG with more images behind the first; readers know it by JPEG's suffix.
+    """
     with opened_image(data) as image:  # reads the header only
-        found = str(image.format).lower()
-    return "jpg" if found == "jpeg" else found
+        found = str(image.format)
+    return "jpg" if found in ("JPEG", "MPO") else found.lower()

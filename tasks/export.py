@@ -157,6 +157,8 @@ class Export(Manifest):
         "spctrl.export:link_file",
         "spctrl.orientation:without_orientation",
         "spctrl.shards:SHARD_WRITERS",
+        "spctrl.shards:shard_columns",
+        "spctrl.shards:shard_rows",
         "spctrl.layout:Layout",
         "spctrl.datasets:DATASETS",
     )
@@ -327,26 +329,22 @@ class Export(Manifest):
                     yield Wanted(self.layout.heatmaps(name), made_from, HEATMAPS, image_id, name)
 
     def _wanted_shards(self, source: Run) -> Iterator[WantedShard]:
-        """Stretches of the manifest, each of which becomes a file."""
+        """Rows of the manifest, each group of which becomes a file."""
         if not self.shard_kinds:
             return
         import pyarrow.parquet as pq
 
-        from spctrl.shards import shard_columns
+        from spctrl.shards import shard_columns, shard_rows
 
         path, size = source.path(MANIFEST), settings.export().shard_images
         table = pq.read_table(path, columns=shard_columns(pq.read_schema(path)), partitioning=None)
-        codes = {
-            kind: digest(json.dumps(code_of((f"spctrl.shards:write_{kind}",), self.store)))
-            for kind in self.shard_kinds
-        }
-        for number, first in enumerate(range(0, len(table), size)):
-            rows = table.slice(first, size).combine_chunks()
-            content = content_digest(parquet_bytes(rows))  # the rows name the files by digest
-            if not all(map(_is_upright, rows.select(["image_orientation"]).to_pylist())):
-                content = digest(content, self._rewriting_code())
-            for kind in self.shard_kinds:
-                yield WantedShard(self.layout.shard(kind, number), digest(codes[kind], content), kind, rows)
+        for kind in self.shard_kinds:
+            code = digest(json.dumps(code_of((f"spctrl.shards:write_{kind}",), self.store)))
+            for number, rows in enumerate(shard_rows(table, kind, size)):
+                content = content_digest(parquet_bytes(rows))  # the rows name the files by digest
+                if not all(map(_is_upright, rows.select(["image_orientation"]).to_pylist())):
+                    content = digest(content, self._rewriting_code())
+                yield WantedShard(self.layout.shard(kind, number), digest(code, content), kind, rows)
 
     def _rewriting_code(self) -> str:
         """A digest of what sets orientation tags."""

@@ -374,7 +374,7 @@ def run_images(data: bytes) -> None:
     if facts is not None:
         same((facts["width"], facts["height"]), record.size_wh)
         check_orientation(data, facts["orientation"])
-        same(_image_suffix(data) in {"jpg", "mpo", "png", "webp", "bmp", "gif", "tiff"}, True)
+        same(_image_suffix(data) in {"jpg", "png", "webp", "bmp", "gif", "tiff"}, True)
         shown = decode(data)  # the report's
         same(shown is None or shown.size <= 3 * MAX_PIXELS, True)
     try:

@@ -153,6 +153,7 @@ def test_captions_are_data_wherever_they_go(workspace: Workspace) -> None:
         samples = [json.load(member) for member in members if member is not None]
     parquet = pq.read_table(folder / "parquet/train_split1-000000.parquet", partitioning=None).to_pylist()
     lines = (folder / "train_split1.jsonl").read_bytes().split(b"\n")[:-1]
+    samples = [{**sample, "captions": json.loads(sample["captions"])} for sample in samples]
     assert captions(samples, "captions") == expected
     assert captions(parquet, "captions") == expected
     assert captions([json.loads(line) for line in lines], "caption") == expected

@@ -93,9 +93,12 @@ def test_a_tar_holds_each_sample_whole_and_in_a_row(workspace: Workspace) -> Non
         assert sample["jpg"] == (folder / row["image_path"]).read_bytes()
         for condition in CONDITIONS:
             assert sample[f"{condition}.png"] == (folder / row[f"{condition}_path"]).read_bytes()
-        assert json.loads(sample["json"]) == {
-            name: value for name, value in row.items() if not name.endswith("_path")
+        fields = json.loads(sample["json"])
+        assert list(fields) == [name for name in row if not name.endswith("_path")]
+        assert {name: fields[name] for name in ("image_id", "file_name", "width", "height")} == {
+            name: row[name] for name in ("image_id", "file_name", "width", "height")
         }
+        assert json.loads(fields["instances"]) == row["instances"]
 
 
 def test_tars_hold_nothing_of_when_and_by_whom_they_were_made(workspace: Workspace) -> None:
@@ -167,7 +170,16 @@ def test_records_without_an_image_have_none(workspace: Workspace, tmp_path: Path
     gone = workspace.data / "AP-10K/data/000000000002.jpg"
     gone.unlink()
     built(workspace)
-    assert set(samples(folder)["000000000002"]) == {"spatext.png", "json"}
+    found = samples(folder)
+    assert list(found) == [
+        f"{image_id:012d}" for image_id in (1, 3, 4, 5, 6, 7, 8, 2)
+    ]  # of tars without image last
+    assert set(found["000000000002"]) == {"spatext.png", "json"}
+    assert files(folder) == {MANIFEST, *TARS[:2], PARQUETS[0]}
+    tars = datasets.load_dataset(
+        "webdataset", data_files=[str(folder / tar) for tar in TARS[:2]], split="train", streaming=True
+    )
+    assert [int(row["__key__"]) for row in tars if row["jpg"] is None] == [2]
     loaded = datasets.load_dataset(
         "parquet",
         data_files=str(folder / PARQUETS[0]),
@@ -196,11 +208,12 @@ def test_members_are_named_after_ids_and_contents_whatever_the_annotated_name(wo
     assert list(found) == [f"{image_id:012d}" for image_id in range(1, IMAGES + 1)]
     used = {image_id: json.loads(found[f"{image_id:012d}"]["json"])["file_name"] for image_id in names}
     assert used == names
-    assert {key for key, sample in found.items() if "png" in sample} == {"000000000005"}
-    table = pq.read_table(folder / PARQUETS[0], partitioning=None)
-    assert [row["path"] for row in table.column("image").to_pylist()] == [
-        f"{image_id:012d}.jpg" for image_id in table.column("image_id").to_pylist()
-    ]
+    assert {tuple(sample) for sample in found.values()} == {("jpg", "spatext.png", "json")}
+    assert found["000000000005"]["jpg"] == (raw / names[5]).read_bytes()
+    rows = [row for path in PARQUETS for row in pq.read_table(folder / path, partitioning=None).to_pylist()]
+    assert {row["image"]["path"] for row in rows} == {
+        f"{image_id:012d}.{'png' if image_id == 5 else 'jpg'}" for image_id in range(1, IMAGES + 1)
+    }
 
 
 # What is done again
@@ -320,6 +333,40 @@ def test_deleted_shards_are_written_again(workspace: Workspace) -> None:
         (folder / name).unlink()
     assert built(workspace).counted("export", "made") == SHARDS
     assert workspace.exported() == exported
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("now", "before"),
+    [
+        ('_IMAGE_MEMBER = "jpg"', '_IMAGE_MEMBER = "jpeg"'),
+        ('_by_image(rows) if kind == "webdataset" else [rows]', "[rows]"),
+    ],
+)
+def test_tars_of_an_earlier_layout_are_written_again_and_no_other_files(
+    workspace: Workspace, tmp_path: Path, now: str, before: str
+) -> None:
+    folder = sharded(workspace, "webdataset", "parquet")
+    workspace.configure("build", images="optional", conditions=["spatext"])
+    (workspace.data / "AP-10K/data/000000000002.jpg").unlink()
+    workspace.code = shutil.copytree(workspace.code, tmp_path / "earlier")
+    path = workspace.code / "spctrl/shards.py"
+    assert now in path.read_text()
+    path.write_text(path.read_text().replace(now, before))
+    assert workspace.run().exit_code == 0
+    (folder / "webdataset/notes.txt").write_text("mine")
+    earlier = stamps(folder)
+    assert built(workspace).stages == {"export"}
+    after = stamps(folder)
+    assert {name for name, stamp in after.items() if earlier.get(name) != stamp} == {
+        *TARS,
+        "webdataset/train_split1-000003.tar",  # of the sample without an image
+    }
+    assert earlier.keys() <= after.keys()
+    assert {tuple(sample) for sample in samples(folder).values()} == {
+        ("jpg", "spatext.png", "json"),
+        ("spatext.png", "json"),
+    }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Luigi's, of config_path

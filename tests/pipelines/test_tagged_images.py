@@ -179,7 +179,7 @@ def test_loaders_read_stored_pixels_from_tars(
     with tarfile.open(tar) as opened:
         for member in opened:
             key, _, kind = member.name.partition(".")
-            if kind in ("jpg", "png", "webp", "tiff"):
+            if kind == "jpg":
                 content = opened.extractfile(member)
                 assert content is not None
                 images[int(key)] = content.read()
@@ -188,15 +188,10 @@ def test_loaders_read_stored_pixels_from_tars(
         for found in seen(data):
             check(found, expected[image_id])
     assert images[8] == raw_path(workspace, 8).read_bytes()
-    jpegs = tmp_path / "jpegs.tar"  # a loader wants the same names in all samples
-    with tarfile.open(tar) as opened, tarfile.open(jpegs, "w") as only:
-        for member in opened:
-            if int(member.name.partition(".")[0]) not in FORMATS:
-                only.addfile(member, opened.extractfile(member))
     loaded = datasets.load_dataset(
-        "webdataset", data_files=[str(jpegs)], split="train", cache_dir=str(tmp_path / "cache")
+        "webdataset", data_files=[str(tar)], split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert len(loaded) == 5
+    assert len(loaded) == len(expected)
     for row in loaded:
         image = np.asarray(row["jpg"].convert("RGB"))
         check(image, expected[int(row["__key__"])], np.asarray(row["spatext.png"]))

@@ -242,12 +242,12 @@ class PoseEstimator:
 
         with torch.inference_mode():
             heatmaps = self._heatmaps(batch)
-            keypoints, scores = decode(heatmaps, self.protocol.codec)
-            if not scores.isfinite().all():
+            if not heatmaps.isfinite().all():
                 raise PoseWeightsError(
                     "expected finite heatmaps, found others: the weights are broken"
                     + (", or too large for half precision: use half=False" if self.half else "")
                 )
+            keypoints, scores = decode(heatmaps, self.protocol.codec)
         return list(zip(keypoints, scores, heatmaps, strict=True))
 
     def _heatmaps(self, crops: Sequence[NDArray[np.uint8]]) -> torch.Tensor:

@@ -193,6 +193,16 @@ def test_a_heatmap_without_a_positive_value_has_no_keypoint(codec: Any) -> None:
     assert scores[:, 0].tolist() == [0, -0.5]
 
 
+@pytest.mark.parametrize("codec", ["msra", "udp"])
+def test_a_heatmap_of_zeros_has_no_keypoint_among_others(codec: Any) -> None:
+    """Also where the map before it, whose end is next to it in memory, has values there."""
+    heatmaps = gaussians(np.full((1, 17, 2), (47.0, 63.0)))
+    heatmaps[:, [0, 5]] = 0
+    keypoints, _ = decode(heatmaps, codec)
+    assert (keypoints[:, [0, 5]] == -1).all()
+    assert (keypoints[:, 1:5] > 46).all()
+
+
 def test_flipped_heatmaps_come_back_mirrored_exchanged_and_shifted() -> None:
     straight = torch.zeros(1, 2, 1, 4)
     flipped = torch.tensor([[[[1.0, 2, 3, 4]], [[5.0, 6, 7, 8]]]])
@@ -341,13 +351,14 @@ def test_weights_that_cannot_be_used(weights: dict[str, Path], tmp_path: Path) -
         load_vitpose(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_heatmaps_that_are_not_finite(
-    weights: dict[str, Path], images: list[NDArray[np.uint8]], tmp_path: Path
+    weights: dict[str, Path], images: list[NDArray[np.uint8]], tmp_path: Path, bad: float
 ) -> None:
     content = torch.load(weights["vitpose_humanart"], weights_only=True)
-    content["state_dict"]["head.final_layer.bias"][3] = float("nan")
-    torch.save(content, tmp_path / "nan.pth")
-    broken = PoseEstimator.from_weights(tmp_path / "nan.pth", device="cpu")
+    content["state_dict"]["head.final_layer.bias"][3] = bad
+    torch.save(content, tmp_path / "bad.pth")
+    broken = PoseEstimator.from_weights(tmp_path / "bad.pth", device="cpu")
     with pytest.raises(ExpectedError, match="finite heatmaps"):
         broken.predict(images, BOXES)
 

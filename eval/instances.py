@@ -380,7 +380,7 @@ def read_results(source: Path | str | Sequence[Mapping[str, Any]] | Predictions)
     """Scored predictions from a COCO results list (``image_id, category_id, keypoints, score``) or its JSON file.
 
     Areas are those of the results' boxes where the first one has a ``bbox``, and else of the keypoints' extent, as
-    pycocotools' ``loadRes`` takes them.
+    pycocotools' ``loadRes`` takes them; it would also take those of a ``segmentation``, which poses do not have.
 
     Raises:
         InstancesError: it cannot be read or lacks something.
@@ -397,7 +397,7 @@ def read_results(source: Path | str | Sequence[Mapping[str, Any]] | Predictions)
     if results and results[0].get("bbox"):
         areas = _boxes(results, where)[:, 2:].prod(axis=1)
     else:
-        areas = np.ptp(keypoints, axis=1).prod(axis=-1)
+        areas = keypoint_areas(keypoints)
     return Predictions(
         image_ids=_column(results, "image_id", np.int64, where),
         category_ids=_column(results, "category_id", np.int64, where),
@@ -405,6 +405,11 @@ def read_results(source: Path | str | Sequence[Mapping[str, Any]] | Predictions)
         scores=_column(results, "score", np.float64, where),
         areas=areas,
     )
+
+
+def keypoint_areas(keypoints: Floats) -> Floats:
+    """(D,) areas of the smallest boxes around keypoints (D, K, 2), all of them, whatever their scores."""
+    return np.asarray(np.ptp(keypoints, axis=1).prod(axis=-1))
 
 
 def check_predictions(predictions: Predictions, truth: GroundTruth) -> None:

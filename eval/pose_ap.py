@@ -6,7 +6,11 @@ bootstrap resample is a weighting (how often an image was drawn), and so is a su
 faster-coco-eval only evaluate lists of images, which takes them a second or two for AP-10K each time. The tests compare
 with pycocotools.
 
-One thing differs: an annotation whose id is 0 can be matched like any other. pycocotools counts it as missed.
+From pycocotools differs what it mistakes or stops at: an annotation whose id is 0 can be matched like any other, where
+pycocotools counts it as missed; annotations of one id all count, where pycocotools takes the last for each; a category
+that the file does not list counts too; an area that is absent or not positive is estimated (``read_ground_truth``); and
+an empty list of predictions scores 0. xtcocotools, which mmpose's ``CocoMetric`` uses, counts an instance's labelled
+keypoints itself, where pycocotools and this module believe the file's ``num_keypoints``; they agree on AP-10K.
 
 Legend: I images, G annotated instances, D predictions, K keypoints, P pairs of a prediction and an instance of the same
 image and category, T OKS thresholds, A area ranges, C categories, L entries of all precision-recall curves.
@@ -18,7 +22,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -33,10 +37,12 @@ from eval.instances import (
     Poses,
     Predictions,
     check_predictions,
+    keypoint_areas,
     read_ground_truth,
     read_poses,
     read_results,
 )
+from eval.settings import DetectionArea
 from spctrl.boxes import clip_boxes
 from spctrl.datasets import DATASETS, Dataset
 
@@ -119,6 +125,8 @@ def evaluate(
     predictions: Path | str | Sequence[Mapping[str, Any]] | pa.Table | Poses | Predictions,
     annotations: Path | str | Mapping[str, Any] | pa.Table | GroundTruth,
     dataset: str | Dataset,
+    *,
+    detection_area: DetectionArea = "bbox",
 ) -> PoseAp:
     """Pose AP of predictions.
 
@@ -129,14 +137,20 @@ def evaluate(
         annotations: a COCO keypoint file or its content, with the dataset's keypoints in its order; a table of records;
             or ``GroundTruth``.
         dataset: ``ap10k`` or ``humanart``, for its OKS sigmas.
+        detection_area: by which a prediction that matches nothing counts against AP-M or AP-L: its own (``bbox``; see
+            ``score_poses`` and ``read_results``), or that of the smallest box around its keypoints (``keypoints``).
 
     Raises:
         InstancesError: something cannot be read, is not finite, or does not belong together.
-        ValueError: no such dataset.
+        ValueError: no such dataset or detection area.
     """
+    if detection_area not in get_args(DetectionArea):
+        raise ValueError(f"expected a detection_area among bbox, keypoints, found {detection_area!r}")
     sigmas = oks_sigmas(dataset)
     truth = read_ground_truth(annotations, DATASETS[dataset] if isinstance(dataset, str) else dataset)
     scored = _scored(predictions, sigmas, truth)
+    if detection_area == "keypoints":
+        scored = replace(scored, areas=keypoint_areas(scored.keypoints))
     check_predictions(scored, truth)
     matches = match(truth, scored, sigmas)
     scores = matches.curves.at(np.ones(len(truth.image_ids)))
@@ -199,12 +213,15 @@ def score_poses(poses: Poses, sigmas: Floats) -> Predictions:
 
     A prediction's score is its box's times the mean of its keypoints' scores above ``KEYPOINT_SCORE_THRESHOLD`` (0
     where there is none). Of predictions in one image whose OKS exceeds ``NMS_THRESHOLD``, the one that scores highest
-    is kept, whatever their categories. Annotated boxes are those that the estimator saw, clipped to the image.
+    is kept, whatever their categories; of equal scores the first, which mmpose leaves to numpy's unstable sort. Those
+    without a keypoint of positive score are then left out, as xtcocotools does. Annotated boxes are those that the
+    estimator saw, clipped to the image; their areas are those of the predictions, as in mmpose from 1.2 on.
     """
     used = poses.keypoint_scores > KEYPOINT_SCORE_THRESHOLD
     means = np.where(used, poses.keypoint_scores, 0).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
     scores = poses.bbox_scores * means
     keep = oks_nms(poses.image_ids, poses.keypoints, scores, padded_areas(poses.bboxes_xywh), sigmas)
+    keep = keep[(poses.keypoint_scores[keep] > 0).any(axis=1)]
     return Predictions(
         image_ids=poses.image_ids[keep],
         category_ids=poses.category_ids[keep],

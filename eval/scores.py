@@ -28,7 +28,7 @@ from eval.openmmlab import people_counting_error
 from eval.pck import pck
 from eval.pose_ap import METRICS as AP_METRICS
 from eval.pose_ap import THRESHOLDS, evaluate, scenario_weights
-from eval.settings import Intervals
+from eval.settings import DetectionArea, Intervals
 from spctrl.errors import ExpectedError
 
 Floats = NDArray[np.float64]
@@ -113,7 +113,13 @@ def _scores(
 
 
 def pose_scores(
-    poses: Poses, truth: GroundTruth, dataset: str, intervals: Intervals, *, pck_threshold: float
+    poses: Poses,
+    truth: GroundTruth,
+    dataset: str,
+    intervals: Intervals,
+    *,
+    pck_threshold: float,
+    detection_area: DetectionArea = "bbox",
 ) -> tuple[Scores, Floats]:
     """Pose AP with its relatives, of all images and by species, scenario and OKS threshold, and PCK by keypoint.
 
@@ -122,7 +128,7 @@ def pose_scores(
     Returns:
         The scores, and (G,) each annotated instance's OKS.
     """
-    result = evaluate(poses, truth, dataset)
+    result = evaluate(poses, truth, dataset, detection_area=detection_area)
     curves = result.matches.curves
     inside = list(scenario_weights(truth).items())
     present = [i for i, name in enumerate(truth.category_names) if name in result.per_category]

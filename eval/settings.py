@@ -8,6 +8,7 @@ import msgspec
 
 from spctrl.inference.methods import Method
 
+DetectionArea = Literal["bbox", "keypoints"]
 MetricGroup = Literal["pose_ap", "fid", "kid", "clip_score", "diversity"]
 
 
@@ -61,9 +62,12 @@ class PoseApSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         pck_threshold: of the longer side of the annotated box, within which a keypoint is correct.
+        detection_area: of a detection that matches nothing, which decides whether it counts against AP-M or AP-L: that
+            of its box (``bbox``), or of the smallest box around its keypoints (``keypoints``).
     """
 
     pck_threshold: float = 0.05
+    detection_area: DetectionArea = "bbox"
 
     def __post_init__(self) -> None:
         _check(self.pck_threshold > 0, "pck_threshold above 0", self.pck_threshold)

@@ -1,8 +1,9 @@
 """The paper's tables: measured beside reported numbers, in CSV, Markdown, LaTeX, JSON and Parquet.
 
 A number that cannot be taken at face value is marked wherever it is printed: ``R`` for random weights, ``P`` for a part
-of the split, ``D`` for a reported number that is doubtful. Random and doubtful ones are never best. A note ``N`` is of
-all measured numbers: how many images a split has whose whole size is not known here.
+of the split, ``A`` for another area of unmatched detections, ``D`` for a reported number that is doubtful. Random and
+doubtful ones are never best. A note ``N`` is of all measured numbers: how many images a split has whose whole size is
+not known here.
 
 Legend: values are in the printed scale, AP times 100 and KID times 1,000.
 """
@@ -24,6 +25,7 @@ import pyarrow as pa
 
 from eval.kid import PRINTED_SCALE
 from eval.scores import Difference, Score
+from eval.settings import DetectionArea
 
 Source = Literal["measured", "reported"]
 SOURCES: tuple[Source, ...] = ("measured", "reported")
@@ -88,6 +90,8 @@ REPORTED_SPLIT = "val"
 
 DOUBTFUL = {("humanart", "SP-Ctrl")}
 """Rows that look misprinted where they were published."""
+AREA_METRICS = ("AP-M", "AP-L")
+AREA_NOTE = "detections that match nothing count by the area of their keypoints' extent, not of their box"
 DOUBTFUL_NOTE = "as published in the README of SP-Ctrl, where this row looks misprinted"
 
 SPLIT_IMAGES = {("ap10k", "train"): 7023, ("ap10k", "val"): 995, ("ap10k", "test"): 1997}
@@ -105,6 +109,7 @@ class MethodScores:
         random: by metric, what had random weights: names of the method, the estimator or the network.
         num_images: images of the method that were measured.
         num_annotated: annotated images.
+        detection_area: see ``eval.settings.PoseApSettings``.
     """
 
     method: str
@@ -113,6 +118,7 @@ class MethodScores:
     random: Mapping[str, Sequence[str]]
     num_images: int
     num_annotated: int
+    detection_area: DetectionArea = "bbox"
 
 
 class Number(NamedTuple):
@@ -264,6 +270,7 @@ def _renamed(scores: MethodScores, method: str) -> MethodScores:
 
 def _number(score: Score, of: MethodScores, dataset: str, split: str) -> Number:
     marks = "R" * bool(of.random.get(score.metric)) + "P" * is_partial(of, dataset, split)
+    marks += "A" * (score.metric in AREA_METRICS and of.detection_area == "keypoints")
     scale = METRIC[score.metric].scale
     low, high = scale * score.low, scale * score.high
     return Number(scale * score.value, low, high, marks, of.provenance[score.metric], score.reason)
@@ -295,9 +302,9 @@ def _notes(
         # A cut annotation file looks like a whole one then.
         annotated = ", ".join(f"{count:,}" for count in sorted({each.num_annotated for each in measured}))
         notes["N"] = f"the annotations have {annotated} images; see that these are the whole split"
-    if any("D" in cell.marks for cell in cells.values()):
-        notes["D"] = DOUBTFUL_NOTE
-    return notes
+    of_cells = {"A": AREA_NOTE, "D": DOUBTFUL_NOTE}
+    used = {mark for cell in cells.values() for mark in cell.marks}
+    return notes | {mark: note for mark, note in of_cells.items() if mark in used}
 
 
 # Printing

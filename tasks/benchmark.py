@@ -181,6 +181,7 @@ class Tables(OfMethods):
             random=random,
             num_images=counts["poses"],
             num_annotated=counts["annotated"],
+            detection_area=self.how_measured.pose_ap.detection_area,
         )
 
 

@@ -495,7 +495,12 @@ class PoseAp(MetricStage):
         return [self.index_task(), self.poses_task()]
 
     def parameters(self) -> dict[str, Any]:
-        return {**self.settings_of("intervals", "pose_ap"), "dataset": self.dataset}
+        from eval.settings import PoseApSettings
+
+        found = self.settings_of("intervals", "pose_ap")
+        if found["pose_ap"]["detection_area"] == PoseApSettings().detection_area:
+            del found["pose_ap"]["detection_area"]  # results from before there was a choice stay valid
+        return {**found, "dataset": self.dataset}
 
     def make(self, run: Run) -> dict[str, int]:
         import pyarrow as pa
@@ -512,6 +517,7 @@ class PoseAp(MetricStage):
             self.dataset,
             self.how_measured.intervals,
             pck_threshold=self.how_measured.pose_ap.pck_threshold,
+            detection_area=self.how_measured.pose_ap.detection_area,
         )
         counted = ~truth.ignored
         instances = {

@@ -25,10 +25,15 @@ from eval.instances import (
     read_results,
 )
 from eval.pck import pck
-from eval.pose_ap import METRICS, evaluate
+from eval.pose_ap import METRICS, evaluate, oks_sigmas, score_poses
+from eval.settings import Evaluation, PoseApSettings
 from spctrl.boxes import clip_boxes
 from spctrl.datasets import AP10K, HUMANART
 from spctrl.index import write_index
+from spctrl.inference.methods import Method
+from tasks.evaluate import PoseAp as PoseApTask
+from tasks.evaluate import evaluation_json
+from tasks.generate import method_json
 
 Json = dict[str, Any]
 
@@ -108,6 +113,53 @@ def test_poses_survive_a_parquet_file(document: Json, tmp_path: Path) -> None:
 def test_no_predictions_score_zero(document: Json) -> None:
     assert evaluate([], document, "ap10k").scores["AP"] == 0
     assert evaluate(PREDICTION_SCHEMA.empty_table(), document, "ap10k").scores["AR"] == 0
+
+
+def test_an_unknown_detection_area_is_refused(document: Json) -> None:
+    with pytest.raises(ValueError, match="detection_area among bbox, keypoints, found 'box'"):
+        evaluate(results_of(document), document, "ap10k", detection_area="box")  # type: ignore[arg-type]
+
+
+def test_the_detection_area_decides_by_which_range_a_wrong_prediction_counts(document: Json) -> None:
+    """One wrong prediction before all right ones: of a tiny box, but with keypoints that are far apart."""
+    for each in document["annotations"]:
+        each["area"] = 100.0**2
+    results = [{**each, "bbox": [0.0, 0.0, 100.0, 100.0]} for each in results_of(document)]
+    far = np.c_[np.linspace(0, 5000, 17), np.linspace(0, 5000, 17), np.ones(17)].reshape(-1).tolist()
+    results.append({**results[0], "keypoints": far, "score": 1.0, "bbox": [0.0, 0.0, 5.0, 5.0]})
+    of_boxes = evaluate(results, document, "ap10k").scores
+    of_keypoints = evaluate(results, document, "ap10k", detection_area="keypoints").scores
+    assert of_boxes["AP-L"] == 1
+    assert of_keypoints["AP-L"] == of_keypoints["AP"] == of_boxes["AP"] < 1
+
+
+def test_the_detection_area_names_results_only_where_it_is_not_the_default() -> None:
+    """So that results from before there was a choice stay valid."""
+
+    def parameters(**options: Any) -> Json:
+        how = Evaluation(
+            dataset="ap10k",
+            methods=[Method(name="real", kind="external", folder="images")],
+            pose_ap=PoseApSettings(**options),
+        )
+        task = PoseApTask(
+            dataset="ap10k", split="val", method=method_json(how.methods[0]), evaluation=evaluation_json(how)
+        )
+        return task.parameters()["pose_ap"]
+
+    assert parameters() == parameters(detection_area="bbox") == {"pck_threshold": 0.05}
+    assert parameters(detection_area="keypoints") == {"pck_threshold": 0.05, "detection_area": "keypoints"}
+
+
+def test_poses_without_a_positive_keypoint_score_are_left_out(document: Json) -> None:
+    truth = read_ground_truth(document)
+    poses = poses_of(truth)
+    poses.keypoint_scores[0] = -0.5
+    poses.keypoint_scores[1] = 0
+    poses.keypoint_scores[2] = 0.1  # below the threshold, so that the score is 0
+    found = score_poses(poses, oks_sigmas("ap10k"))
+    assert len(found) == len(poses) - 2
+    assert (found.scores == 0).sum() == 1
 
 
 def test_an_annotation_of_id_zero_can_be_matched(document: Json) -> None:

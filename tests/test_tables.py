@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,23 @@ def test_random_weights_are_marked_everywhere_and_never_best() -> None:
     assert {row["weights"] for row in rows if (row["method"], row["metric"]) == ("x", "AP")} == {"random"}
     assert {row["weights"] for row in rows if row["method"] == "y"} == {"real"}
     assert "5.00" in row_of(markdown, "x") and "5.00<sup>R" not in markdown, "FID had no random weights"
+
+
+def test_another_area_of_detections_is_marked_where_it_matters() -> None:
+    def scored(method: str, **options: Any) -> MethodScores:
+        of_areas = [Score(name, "", "", 0.5, 0.4, 0.6) for name in ("AP-M", "AP-L")]
+        found = measured(method, 0.5, 20)
+        provenance = {**found.provenance, "AP-M": "m.json", "AP-L": "l.json"}
+        return replace(found, scores=[*found.scores, *of_areas], provenance=provenance, **options)
+
+    table = make(scored("SP-Ctrl", detection_area="keypoints"))
+    marks = {metric: cell.marks for (_, metric, source), cell in table.cells.items() if source == "measured"}
+    assert marks == {"AP": "", "FID": "", "AP-M": "A", "AP-L": "A"}
+    assert "keypoints' extent" in table.notes["A"]
+    assert "keypoints' extent" in to_markdown(table)
+    notes = {row["metric"]: row["note"] for row in to_arrow(table).to_pylist() if row["source"] == "measured"}
+    assert notes["AP-L"] == table.notes["A"] and notes["AP"] is None
+    assert "A" not in make(scored("SP-Ctrl")).notes
 
 
 def test_a_part_of_the_split_is_marked_even_where_the_annotations_are_cut() -> None:

@@ -48,10 +48,13 @@ def pycocotools_eval(document: Json, results: Results, dataset: Dataset) -> Any:
     return evaluation
 
 
-def assert_same(document: Json, results: Results, dataset: Dataset = AP10K) -> dict[str, float]:
+def assert_same(
+    document: Json, results: Results, dataset: Dataset = AP10K, detection_area: Any = "bbox"
+) -> dict[str, float]:
     """All metrics, and the precision and recall of each threshold, area range and category, are pycocotools'."""
-    theirs = pycocotools_eval(document, results, dataset)
-    ours = evaluate(results, document, dataset)
+    given = results if detection_area == "bbox" else without_boxes(results)
+    theirs = pycocotools_eval(document, given, dataset)
+    ours = evaluate(results, document, dataset, detection_area=detection_area)
     expected = np.where(theirs.stats[list(PLACES)] < 0, np.nan, theirs.stats[list(PLACES)])
     np.testing.assert_allclose([ours.scores[name] for name in METRICS], expected, rtol=0, atol=EXACT)
     found = ours.matches.curves.at(np.ones(len(ours.image_ids)))
@@ -65,6 +68,10 @@ def assert_same(document: Json, results: Results, dataset: Dataset = AP10K) -> d
 @pytest.fixture(scope="module")
 def validation() -> Json:
     return json.loads(VALIDATION.read_bytes())
+
+
+def without_boxes(results: Results) -> Results:
+    return [{name: value for name, value in each.items() if name != "bbox"} for each in results]
 
 
 def as_results(document: Json, scores: np.ndarray | None = None) -> Results:
@@ -202,6 +209,35 @@ def test_random_cases_score_as_in_pycocotools(seed: int) -> None:
     assert_same(document, results)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_both_areas_of_detections_score_as_in_pycocotools(seed: int) -> None:
+    """With boxes and keypoint extents in all area ranges and at their limits, apart from the instances too."""
+    document, results = random_case(seed)
+    rng = np.random.default_rng(seed)
+    sides = [1, 16, 31, 32, 33, 95, 96, 97, 400, 1e5, 1.1e5]
+    for each in results:
+        each["bbox"] = [0.0, 0.0, *rng.choice(sides, 2).tolist()]
+        if rng.random() < 0.3:
+            each["keypoints"] = np.c_[rng.choice(sides, (17, 2)), np.ones(17)].reshape(-1).tolist()
+    of_boxes = assert_same(document, results)
+    of_keypoints = assert_same(document, results, detection_area="keypoints")
+    assert of_boxes["AP-M"] != of_keypoints["AP-M"] or of_boxes["AP-L"] != of_keypoints["AP-L"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_crowded_cells_with_ties_score_as_in_pycocotools(seed: int) -> None:
+    """Up to 60 predictions of one image and category, where 20 count, with three different scores."""
+    document, results = random_case(seed)
+    rng = np.random.default_rng(seed)
+    for each in document["annotations"] + results:
+        each["image_id"], each["category_id"] = int(rng.choice([3, 5])), int(rng.choice([1, 2]))
+    for each in results:
+        each["score"] = float(rng.choice([-1.0, 0.0, 1e9]))
+    for number, each in enumerate(document["annotations"]):
+        each["id"] = int(rng.choice([-1, 1])) * (number + 10**12)
+    assert_same(document, results)
+
+
 @needs_data
 def test_humanart_with_its_own_sigmas() -> None:
     document = json.loads(HUMANART_VALIDATION.read_bytes())
@@ -243,8 +279,9 @@ def test_a_weighting_is_an_evaluation_of_as_many_copies(seed: int) -> None:
     np.testing.assert_allclose(ours, np.where(theirs < 0, np.nan, theirs), rtol=0, atol=EXACT)
 
 
-def test_poses_in_ground_truth_boxes_score_as_mmpose_scores_them() -> None:
-    """Scored and thinned out in plain loops, written as a COCO list with boxes, and given to pycocotools."""
+@pytest.mark.parametrize("detection_area", ["bbox", "keypoints"])
+def test_poses_in_ground_truth_boxes_score_as_mmpose_scores_them(detection_area: Any) -> None:
+    """Scored and thinned out in plain loops, written as a COCO list, and given to pycocotools."""
     document, _ = random_case(5)
     truth = read_ground_truth(document)
     rng = np.random.default_rng(0)
@@ -252,8 +289,9 @@ def test_poses_in_ground_truth_boxes_score_as_mmpose_scores_them() -> None:
     poses = poses_of(truth, twice, rng)
     results = plain_scoring(poses)
     assert 0 < len(results) < len(twice)  # some were thinned out
-    ours = evaluate(poses, document, "ap10k").scores
-    theirs = pycocotools_eval(document, results, AP10K).stats[list(PLACES)]
+    ours = evaluate(poses, document, "ap10k", detection_area=detection_area).scores
+    given = results if detection_area == "bbox" else without_boxes(results)
+    theirs = pycocotools_eval(document, given, AP10K).stats[list(PLACES)]
     np.testing.assert_allclose([ours[name] for name in METRICS], theirs, rtol=0, atol=EXACT)
 
 
@@ -266,7 +304,7 @@ def poses_of(truth: GroundTruth, rows: np.ndarray, rng: np.random.Generator) -> 
         bboxes_xywh=truth.bboxes_xywh[rows].astype(float),
         bbox_scores=rng.random(len(rows)),
         keypoints=keypoints,
-        keypoint_scores=rng.random((len(rows), 17)) * rng.choice([0.1, 1.0], size=(len(rows), 1)),
+        keypoint_scores=rng.random((len(rows), 17)) * rng.choice([-1.0, 0.0, 0.1, 1.0], size=(len(rows), 1)),
     )
 
 
@@ -295,7 +333,7 @@ def plain_scoring(poses: Poses) -> Results:
         for each in found:
             if all(plain_oks(each, other) <= 0.9 for other in kept):
                 kept.append(each)
-        results += kept
+        results += [each for each in kept if max(each["keypoints"][2::3]) > 0]  # as xtcocotools does
     return results
 
 

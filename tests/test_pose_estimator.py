@@ -351,16 +351,26 @@ def test_weights_that_cannot_be_used(weights: dict[str, Path], tmp_path: Path) -
         load_vitpose(tmp_path / "folder")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_heatmaps_that_are_not_finite(
-    weights: dict[str, Path], images: list[NDArray[np.uint8]], tmp_path: Path, bad: float
+    weights: dict[str, Path], images: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     content = torch.load(weights["vitpose_humanart"], weights_only=True)
-    content["state_dict"]["head.final_layer.bias"][3] = bad
-    torch.save(content, tmp_path / "bad.pth")
-    broken = PoseEstimator.from_weights(tmp_path / "bad.pth", device="cpu")
+    content["state_dict"]["head.final_layer.bias"][3] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    broken = PoseEstimator.from_weights(tmp_path / "nan.pth", device="cpu")
     with pytest.raises(ExpectedError, match="finite heatmaps"):
         broken.predict(images, BOXES)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_cell_that_is_not_finite(
+    images: list[NDArray[np.uint8]], estimator: PoseEstimator, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    heatmaps = torch.zeros(3, 17, 64, 48)
+    heatmaps[1, 3, 5, 7] = bad
+    monkeypatch.setattr(estimator, "_heatmaps", lambda crops: heatmaps[: len(crops)])
+    with pytest.raises(ExpectedError, match="finite heatmaps"):
+        estimator.predict(images, BOXES)
 
 
 def test_unknown_settings(weights: dict[str, Path]) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from spctrl.areas import box_areas, segmentation_area
-from spctrl.boxes import clip_boxes
+from spctrl.boxes import clip_boxes, keypoint_boxes
 from spctrl.entry_decoder import whole_number
 from spctrl.errors import ExpectedError
 from spctrl.keypoint_order import KeypointOrderError, keypoint_order
@@ -177,7 +177,8 @@ def read_ground_truth(
     """Ground truth from a COCO keypoint file or its content, or from a table of records (``RECORD_SCHEMA``).
 
     Annotations of images that are not listed are left out, as pycocotools does. Where a file has no area, it is that of
-    the segmentation, else 0.53 of the box, as in mmpose; ``num_keypoints`` is counted.
+    the segmentation, else 0.53 of the box, as in mmpose; ``num_keypoints`` is counted, and an absent box is the extent
+    of the labelled keypoints.
 
     Args:
         source: what is read.
@@ -222,7 +223,7 @@ def _ground_truth_of_coco(content: Mapping[str, Any], where: str, dataset: Datas
         used = np.isin(np.array(list(names), np.int64), category_ids).tolist()
         _check_order(itertools.compress(categories, used), dataset, where)
     sizes_wh = _sizes_wh(images, where)
-    bboxes_xywh = _boxes(annotations, where)
+    bboxes_xywh = _boxes_or_extents(annotations, keypoints, where)
     owners = _column(annotations, "image_id", np.int64, where)
     order = np.argsort(image_ids)
     return _ground_truth(
@@ -485,6 +486,20 @@ def _boxes(entries: Sequence[Mapping[str, Any]], where: str) -> Floats:
             f"{where}: 'bbox': expected x, y, width and height, found shape {boxes.shape[1:]}"
         )
     return boxes.reshape(-1, 4)
+
+
+def _boxes_or_extents(annotations: Sequence[Mapping[str, Any]], keypoints: Floats, where: str) -> Floats:
+    """(G, 4) stated boxes, and of annotations without one the extent of their labelled keypoints."""
+    is_absent = np.array([not each.get("bbox") for each in annotations], bool)
+    extents = keypoint_boxes(keypoints)
+    if np.isnan(extents[is_absent]).any():
+        raise InstancesError(
+            f"{where}: expected a bbox or labelled keypoints in each annotation, found neither"
+        )
+    boxes = np.empty((len(annotations), 4))
+    boxes[~is_absent] = _boxes(list(itertools.compress(annotations, ~is_absent)), where)
+    boxes[is_absent] = extents[is_absent]
+    return boxes
 
 
 def _category_names(categories: Sequence[Mapping[str, Any]], where: str) -> dict[int, str]:

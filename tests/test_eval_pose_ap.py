@@ -279,6 +279,34 @@ def test_incomplete_files_are_refused(document: Json, tmp_path: Path) -> None:
 # What a file does not state
 
 
+@pytest.mark.parametrize("stated", ["absent", None, []])
+def test_a_box_that_is_not_there_is_the_extent_of_the_labelled_keypoints(
+    document: Json, stated: object
+) -> None:
+    results = results_of(document)
+    for position, each in enumerate(document["annotations"]):
+        x, y, v = np.reshape(each["keypoints"], (-1, 3)).T
+        if position % 2 or not (v > 0).any():
+            continue
+        x, y = x[v > 0], y[v > 0]
+        each["bbox"] = [float(number) for number in (x.min(), y.min(), np.ptp(x), np.ptp(y))]
+        each["area"] = None
+    expected = read_ground_truth(document)
+    scores = evaluate(results, document, "ap10k").scores
+    for position, each in enumerate(document["annotations"]):
+        if position % 2 == 0 and any(each["keypoints"][2::3]):
+            each["bbox"] = stated
+            if stated == "absent":
+                del each["bbox"]
+    found = read_ground_truth(document)
+    assert np.array_equal(found.bboxes_xywh, expected.bboxes_xywh)
+    assert np.array_equal(found.areas, expected.areas)
+    assert evaluate(results, document, "ap10k").scores == pytest.approx(scores, nan_ok=True)
+    document["annotations"][0] |= {"bbox": None, "keypoints": [5, 6, 0] * 17}
+    with pytest.raises(InstancesError, match="expected a bbox or labelled keypoints"):
+        read_ground_truth(document)
+
+
 @pytest.mark.parametrize("area", ["absent", None, 0, -3.0, float("nan")])
 def test_an_area_that_is_not_there_is_never_zero(document: Json, area: object) -> None:
     results = results_of(document)

@@ -27,7 +27,7 @@ def check_mask(record: Record, data: bytes) -> bytes:
         RecordError: not an image (``bad_image``), of another size (``image_size``) or with other values
             (``bad_mask``).
     """
-    mask = _decode_gray(record, data, "mask")
+    mask = _decode_gray(record.size_wh, data, "mask")
     values = np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256))
     if not np.isin(values, (0, 255)).all():
         raise RecordError(
@@ -43,12 +43,13 @@ def check_depth(record: Record, data: bytes) -> bytes:
     Raises:
         RecordError: not an image (``bad_image``) or of another size (``image_size``).
     """
-    return encode_png(cv2.merge([_decode_gray(record, data, "depth map")] * 3))
+    return encode_png(cv2.merge([_decode_gray(record.size_wh, data, "depth map")] * 3))
 
 
 def mask_depth(record: Record, depth_png: bytes, mask_png: bytes) -> bytes:
     """Depth x mask / 255 per pixel: an 8-bit RGB PNG that is 0 outside the mask."""
-    depth, mask = _decode_gray(record, depth_png, "depth map"), _decode_gray(record, mask_png, "mask")
+    depth = _decode_gray(record.size_wh, depth_png, "depth map")
+    mask = _decode_gray(record.size_wh, mask_png, "mask")
     return encode_png(cv2.merge([np.where(mask == 255, depth, np.uint8(0))] * 3))
 
 
@@ -69,18 +70,19 @@ def union_mask(record: Record, segments_json: bytes) -> bytes:
     return encode_png(np.ascontiguousarray(union) * np.uint8(255))
 
 
-def mask_iou(mask_png: bytes, truth_png: bytes) -> float:
-    """Intersection over union of two masks of one size, 0 to 1; two empty masks agree."""
-    mask, truth = (_foreground(data) for data in (mask_png, truth_png))
+def mask_iou(mask_png: bytes, truth_png: bytes, size_wh: tuple[int, int]) -> float:
+    """Intersection over union of two masks, 0 to 1; two empty masks agree.
+
+    Args:
+        mask_png, truth_png: image files with equal channels; what is not 0 is foreground.
+        size_wh: width and height in pixels that both must have.
+
+    Raises:
+        RecordError: one is not an image (``bad_image``) or of another size (``image_size``).
+    """
+    mask, truth = (_decode_gray(size_wh, data, "mask") > 0 for data in (mask_png, truth_png))
     union = np.count_nonzero(mask | truth)
     return np.count_nonzero(mask & truth) / union if union else 1.0
-
-
-def _foreground(mask_png: bytes) -> NDArray[np.bool_]:
-    pixels = cv2.imdecode(np.frombuffer(mask_png, np.uint8), cv2.IMREAD_GRAYSCALE)
-    if pixels is None:
-        raise ValueError("expected a mask as an image file, found bytes that do not decode to one")
-    return np.asarray(pixels > 0)
 
 
 def encode_png(pixels: cv2.typing.MatLike) -> bytes:
@@ -91,9 +93,9 @@ def encode_png(pixels: cv2.typing.MatLike) -> bytes:
     return data.tobytes()
 
 
-def _decode_gray(record: Record, data: bytes, what: str) -> NDArray[np.uint8]:
+def _decode_gray(size_wh: tuple[int, int], data: bytes, what: str) -> NDArray[np.uint8]:
     """(H, W) uint8 of an 8-bit image whose channels are equal."""
-    with opened_image(data, record.size_wh) as image:
+    with opened_image(data, size_wh) as image:
         if image.mode in _GRAY_MODES:
             return np.array(image.convert("L"))
         pixels = np.asarray(image.convert("RGB"))

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from spctrl.records import RecordError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -40,6 +42,29 @@ _SCAN = b"\xff\xda"
 _THUMBNAIL_SIDE = 32
 _DRAFT_SIDE = 2 * _THUMBNAIL_SIDE
 """Of what the JPEG decoder scales down to; at the thumbnail's own size, resized copies would get distant hashes."""
+
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of an untrusted image file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RecordError: ``bad_image``: not a regular file (a pipe would be waited for without end), larger than an image
+            may be, or not readable.
+    """
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise RecordError("bad_image", "expected a regular file, found a folder, pipe or device")
+        if facts.st_size > MAX_IMAGE_FILE_BYTES:
+            raise RecordError(
+                "bad_image", f"expected at most {MAX_IMAGE_FILE_BYTES:,} bytes, found {facts.st_size:,}"
+            )
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RecordError("bad_image", f"the file cannot be read: {error.strerror}") from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.code_version import ROOT
 from tasks.conditions import CONDITIONS
 from tasks.export import LOCK, Export
+from tasks.files import StoreError
 from tasks.index import adjustment_notes
 from tasks.manifest import Manifest
 from tasks.names import NamesParameter
@@ -106,31 +107,41 @@ def weights_notes(task: Manifest) -> Iterator[str]:
 
 
 def truth_notes(task: Manifest) -> Iterator[str]:
-    """How well masks agree with a folder of known ones ([mask] folder), where there is such a folder."""
+    """How well masks agree with a folder of known ones ([mask] folder), where there is such a folder.
+
+    Nothing is made from these files, so one that cannot be compared is left out, and said to be.
+    """
     import pyarrow.parquet as pq
 
     from spctrl.conditions import mask_iou
+    from spctrl.images import read_image_file
+    from spctrl.records import RecordError
 
-    truth = Path(settings.mask().folder.format(root=task.root, dataset=task.dataset))
-    if "mask" not in task.conditions or not truth.is_dir():
+    if "mask" not in task.conditions:
         return
-    names = pq.read_table(
-        task.finished_run().path(MANIFEST), columns=["image_id", "file_name"], partitioning=None
-    )
-    rows = names.to_pylist()[:: max(names.num_rows // MASKS_COMPARED, 1)]
+    truth = Path(settings.mask().folder.format(root=task.root, dataset=task.dataset))
+    columns = ["image_id", "file_name", "width", "height"]
+    images = pq.read_table(task.finished_run().path(MANIFEST), columns=columns, partitioning=None)
+    rows = images.to_pylist()[:: max(images.num_rows // MASKS_COMPARED, 1)]
     made = Artifacts(task.condition_tasks()["mask"].finished_run())
-    ious = []
+    ious, faults = [], []
     for row in rows:
-        path, found = truth / f"{task.spec.artifact_stem(row['file_name'])}.png", made[row["image_id"]]
-        if path.is_file():
-            mask = task.store.read("mask", found)
-            ious.append(mask_iou(mask, path.read_bytes()))
+        if (found := made.get(row["image_id"])) is None:  # an image that is not on disk
+            continue
+        path = truth / f"{task.spec.artifact_stem(row['file_name'])}.png"
+        try:
+            known, mask = read_image_file(path), task.store.read("mask", found)
+            ious.append(mask_iou(mask, known, (row["width"], row["height"])))
+        except FileNotFoundError:
+            continue
+        except (RecordError, StoreError) as error:
+            faults.append(f"{path}: {error.message if isinstance(error, RecordError) else error}")
+    about = f"{task.spec.title} {task.split}, masks by {settings.mask().backend}"
     if ious:
-        mean, backend = sum(ious) / len(ious), settings.mask().backend
-        yield (
-            f"{task.spec.title} {task.split}, masks by {backend}: mean IoU {mean:.3f} against {truth} "
-            f"({len(ious):,} images)"
-        )
+        mean = sum(ious) / len(ious)
+        yield f"{about}: mean IoU {mean:.3f} against {truth} ({len(ious):,} images)"
+    if faults:
+        yield f"{about}: {len(faults):,} files of {truth} are left out of the mean IoU, such as {faults[0]}"
 
 
 def orientation_notes(task: Manifest) -> Iterator[str]:
@@ -154,6 +165,7 @@ def split_tables(task: Manifest) -> SplitTables:
     import pyarrow.parquet as pq
 
     from spctrl.audit import SplitTables
+    from spctrl.images import read_image_file
 
     run, store = task.finished_run(), task.store
     manifest = pq.read_table(run.path(MANIFEST), partitioning=None)
@@ -165,8 +177,8 @@ def split_tables(task: Manifest) -> SplitTables:
         if image_paths[row] is None:
             return None
         try:
-            return Path(task.root, image_paths[row]).read_bytes()
-        except OSError:
+            return read_image_file(Path(task.root, image_paths[row]))
+        except FileNotFoundError:
             return None  # gone since the build looked: the page says that there is no image
 
     def read_condition(row: int, condition: str) -> bytes | None:

@@ -155,9 +155,11 @@ def test_the_skeleton_lies_where_the_pose_was_found(root: Path) -> None:
     assert (condition[50] > 60).any() and not (condition[20] > 60).any()
 
 
-def test_a_missing_image_is_a_gap_and_not_an_error(root: Path) -> None:
+def test_an_image_that_cannot_be_read_is_a_gap_and_not_an_error(root: Path) -> None:
     gone = view(root, "gone")
     (root / "gone.jpg").unlink()
+    with (root / "gone.jpg").open("wb") as file:
+        file.truncate(2**40)  # sparse, and larger than any memory
     case = draw_case(record("nowhere.jpg"), Chosen(1, "best", 0.5), [gone], dataset="ap10k", root=root)
     assert [panel.picture is None for panel in case.panels] == [False, True, True]
     page = render_benchmark(make_table(scores("gone", 0.4)), [case], store="s", made_at="today")

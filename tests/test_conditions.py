@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from spctrl.conditions import check_depth, check_mask, mask_depth
+from spctrl.conditions import check_depth, check_mask, mask_depth, mask_iou
 from spctrl.records import Record, RecordError
 
 WIDTH, HEIGHT = 37, 23
@@ -192,3 +192,26 @@ def test_a_one_pixel_image_works() -> None:
     assert pixels_of(mask_depth(small, check_depth(small, png(one)), check_mask(small, png(one))))[
         1
     ].tolist() == [[[255] * 3]]
+
+
+def test_masks_are_compared_whatever_their_mode(mask: Pixels) -> None:
+    half = mask.copy()
+    half[5:10] = 0
+    for data in (png(half), png(half // 255), png(np.dstack([half] * 3))):
+        assert mask_iou(png(mask), data, (WIDTH, HEIGHT)) == 0.5
+    empty = png(np.zeros_like(mask))
+    assert mask_iou(empty, empty, (WIDTH, HEIGHT)) == 1
+
+
+@pytest.mark.parametrize(
+    ("truth", "code"),
+    [
+        (png(np.zeros((HEIGHT, WIDTH + 1), np.uint8)), "image_size"),
+        (png(np.zeros((HEIGHT, WIDTH), np.uint16)), "bad_image"),
+        (b"", "bad_image"),
+    ],
+)
+def test_masks_that_cannot_be_compared_say_why(mask: Pixels, truth: bytes, code: str) -> None:
+    with pytest.raises(RecordError) as error:
+        mask_iou(png(mask), truth, (WIDTH, HEIGHT))
+    assert error.value.code == code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import struct
 import time
 import tracemalloc
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from spctrl.images import outside_folders, perceptual_hash, probe_image
+from spctrl.datasets import MAX_IMAGE_FILE_BYTES
+from spctrl.images import outside_folders, perceptual_hash, probe_image, read_image_file
 from spctrl.records import Record, RecordError
 from spctrl.sample.scenes import draw_animal_scene, draw_people_scene
 
@@ -297,3 +299,25 @@ def test_each_file_has_its_own_folder(folder: Path) -> None:
     paths = [f"{folder}/out/3.jpg", f"{folder}/out/3.jpg", f"{folder}/in/2.jpg", f"{folder}/in/2.jpg"]
     folders = [str(folder), f"{folder}/out", f"{folder}/in", str(folder.parent / "secret")]
     assert outside_folders(paths, folders) == [True, False, False, True]
+
+
+def test_only_regular_files_of_a_size_that_images_have_are_read(tmp_path: Path) -> None:
+    image, folder, pipe, sparse, looped = (tmp_path / name for name in "abcde")
+    image.write_bytes(b"bytes")
+    folder.mkdir()
+    os.mkfifo(pipe)  # reading it would wait without end
+    with sparse.open("wb") as file:
+        file.truncate(MAX_IMAGE_FILE_BYTES + 1)
+    looped.symlink_to(looped)
+    assert read_image_file(image) == b"bytes"
+    for path, reason in (
+        (folder, "regular file"),
+        (pipe, "regular file"),
+        (sparse, "at most"),
+        (looped, "cannot be read"),
+        (image / "below", "cannot be read"),
+    ):
+        with pytest.raises(RecordError, match=reason):
+            read_image_file(path)
+    with pytest.raises(FileNotFoundError):
+        read_image_file(tmp_path / "nowhere")

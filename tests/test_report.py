@@ -15,7 +15,8 @@ import pyarrow as pa
 import pytest
 
 from spctrl.audit import SplitTables, audit_split
-from spctrl.records import RECORD_SCHEMA
+from spctrl.errors import ExpectedError
+from spctrl.records import RECORD_SCHEMA, RecordError
 from spctrl.report import render_report
 from spctrl.report.gallery import choose_gallery_rows, primary_categories
 from spctrl.report.pictures import (
@@ -300,6 +301,18 @@ def test_broken_files_do_not_break_the_report() -> None:
     assert "mask cannot be decoded" in page
     absent = replace(make(num_rows=1), read_condition=lambda _, __: None)
     assert "no spatext of this record" in text_of(render(absent))
+
+
+@pytest.mark.parametrize("error", [RecordError("bad_image", "a pipe"), ExpectedError("the pack is damaged")])
+def test_files_that_cannot_be_read_do_not_break_the_report(error: Exception) -> None:
+    def refuse(*_: object) -> bytes:
+        raise error
+
+    unreadable = replace(make(num_rows=1), read_image=refuse, read_condition=refuse)
+    copy = replace(unreadable, split="val")
+    page = text_of(render(unreadable, copy))
+    assert page.count("image cannot be read") == 3  # both records and the pair that leaks
+    assert page.count("mask cannot be read") == 2
 
 
 def test_maps_of_another_size_are_not_overlaid() -> None:

@@ -15,6 +15,8 @@ import numpy as np
 
 from eval.pose_ap import KEYPOINT_SCORE_THRESHOLD
 from spctrl.datasets import DATASETS
+from spctrl.images import read_image_file
+from spctrl.records import RecordError
 from spctrl.rendering.spatext import draw_index_map
 from spctrl.report.pictures import THUMBNAIL_SIDE, colourise_index_map, decode, overlay_index_map
 
@@ -178,8 +180,8 @@ def _index_map(
 
 def _read(path: Path) -> NDArray[np.uint8] | None:
     try:
-        return decode(path.read_bytes())
-    except OSError:
+        return decode(read_image_file(path))
+    except (FileNotFoundError, RecordError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from spctrl.errors import ExpectedError
+from spctrl.records import RecordError
 from spctrl.report.pictures import colourise_index_map, decode, overlay_index_map, thicken_lines
 from spctrl.report.text import number, shorten, words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -160,22 +163,33 @@ def _rows_by_category(manifest: pa.Table) -> dict[str, deque[tuple[bool, int]]]:
 
 
 def _record_panels(tables: SplitTables, row: int, what: str, budget: ThumbnailBudget) -> Iterator[Panel]:
-    data = tables.read_image(row)
-    image = decode(data)
-    missing = "image not on disk" if data is None else "image cannot be decoded"
+    image, missing = _picture(lambda: tables.read_image(row), "image", "image not on disk")
     yield Panel("image", f"The photograph or artwork, {what}", budget.encode(image), missing)
     for condition in tables.conditions:
         label = words(condition)
-        data = tables.read_condition(row, condition)
-        missing = f"no {label} of this record" if data is None else f"{label} cannot be decoded"
+        picture, missing = _picture(
+            functools.partial(tables.read_condition, row, condition),
+            label,
+            f"no {label} of this record",
+            gray=condition == INDEX_MAP,
+        )
         if condition == INDEX_MAP:
-            index_map = decode(data, gray=True)
-            yield from _index_map_panels(index_map, image, what, missing, budget)
+            yield from _index_map_panels(picture, image, what, missing, budget)
             continue
-        picture = decode(data)
         if picture is not None and condition == LINE_DRAWING:
             picture = thicken_lines(picture)
         yield Panel(label, f"{label} of {what}", budget.encode(picture), missing)
+
+
+def _picture(
+    read: Callable[[], bytes | None], what: str, absent: str, *, gray: bool = False
+) -> tuple[NDArray[np.uint8] | None, str]:
+    """A decoded picture, or None and the reason for the reader: one bad file costs one picture, not the report."""
+    try:
+        data = read()
+    except (RecordError, ExpectedError):
+        return None, f"{what} cannot be read"
+    return decode(data, gray=gray), absent if data is None else f"{what} cannot be decoded"
 
 
 def _index_map_panels(
@@ -208,7 +222,6 @@ def _image_name(tables: SplitTables, row: int) -> str:
 
 def _leak_panel(tables: SplitTables, row: int, budget: ThumbnailBudget) -> Panel:
     image_id = tables.manifest.column("image_id")[row].as_py()
-    uri = budget.encode(decode(tables.read_image(row)), LEAK_THUMBNAIL_SIDE)
-    return Panel(
-        tables.split, f"Image {image_id} of {tables.split}", uri, "image not on disk or not readable"
-    )
+    picture, missing = _picture(lambda: tables.read_image(row), "image", "image not on disk")
+    uri = budget.encode(picture, LEAK_THUMBNAIL_SIDE)
+    return Panel(tables.split, f"Image {image_id} of {tables.split}", uri, missing)

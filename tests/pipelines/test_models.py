@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 import spctrl.weights as weights_registry
 
@@ -74,6 +77,24 @@ def test_known_masks_agree_with_themselves_in_the_report(workspace: Workspace) -
     workspace.configure("build", conditions=["mask"])
     assert workspace.build().succeeded
     assert "masks by precomputed: mean IoU 1.000" in (workspace.exports / "report.html").read_text()
+
+
+def test_known_masks_that_cannot_be_compared_are_left_out_of_the_report(modelled: Workspace) -> None:
+    modelled.configure("build", conditions=["mask"])
+    other_size, empty, folder, pipe, *_ = sorted((modelled.data / "AP-10K" / "mask").iterdir())
+    Image.new("L", (3, 2)).save(other_size)
+    empty.write_bytes(b"")
+    for each in (folder, pipe):
+        each.unlink()
+    folder.mkdir()
+    os.mkfifo(pipe)
+    built = modelled.build()
+    assert built.succeeded, built.errors
+    page = html.unescape((modelled.exports / "report.html").read_text())
+    assert f"({IMAGES - 4} images)" in page
+    assert (
+        f"4 files of {other_size.parent} are left out of the mean IoU, such as {other_size}: expected" in page
+    )
 
 
 def test_latents_are_mapped_from_safetensors_packs(modelled: Workspace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
@@ -20,12 +20,17 @@ _GRAY_MODES = ("1", "L", "LA")
 """PIL's."""
 
 
-def check_mask(record: Record, data: bytes) -> bytes:
+def check_mask(record: Record, data: bytes, *, empty: Literal["reject", "keep"] = "keep") -> bytes:
     """A precomputed mask as an 8-bit single-channel PNG of 0 and 255.
 
+    Args:
+        record: the image's.
+        data: the mask's file.
+        empty: what to do with a mask in which no pixel is set.
+
     Raises:
-        RecordError: not an image (``bad_image``), of another size (``image_size``) or with other values
-            (``bad_mask``).
+        RecordError: not an image (``bad_image``), of another size (``image_size``), with other values (``bad_mask``),
+            or without a pixel that is set (``empty_mask``) unless such masks are kept.
     """
     mask = _decode_gray(record.size_wh, data, "mask")
     values = np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256))
@@ -33,6 +38,10 @@ def check_mask(record: Record, data: bytes) -> bytes:
         raise RecordError(
             "bad_mask",
             f"expected a mask of 0 and 255 only, found {len(values)} values from 0 to {values[-1]}",
+        )
+    if empty == "reject" and not mask.any():
+        raise RecordError(
+            "empty_mask", "expected a mask with foreground, found none; [mask] empty = keep takes it over"
         )
     return encode_png(mask)
 

@@ -85,6 +85,7 @@ class OfSettings(settings.SaysWhatIsWrong):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.task_id = f"{self.task_id}_{settings.settings_digest()}"
+        settings.warn_of_settings_without_effect()
 
 
 def _share(name: str, default: float, description: str) -> Any:

@@ -124,6 +124,9 @@ class Mask(Precomputed):
     function = "spctrl.conditions:check_mask"
     section = settings.mask
 
+    def parameters(self) -> dict[str, Any]:
+        return {"empty": settings.mask().empty}
+
 
 class Depth(Precomputed):
     """Depth maps."""

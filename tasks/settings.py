@@ -17,6 +17,8 @@ from tasks.names import NamesParameter
 from tasks.store import CACHE, Store, digest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from spctrl.datasets import Dataset
 
 
@@ -253,6 +255,44 @@ SECTIONS = (
     train,
     export,
 )
+
+
+def settings_without_effect() -> Iterator[str]:
+    """Settings that differ from their defaults but decide nothing under the others, each with the reason."""
+    for section, names, reason in _unused_settings():
+        parameters = dict(section.get_params())
+        for name in names:
+            if (value := getattr(section(), name)) != parameters[name]._default:
+                yield f"[{section.__name__}] {name} = {value} has no effect with {reason}"
+
+
+def _unused_settings() -> Iterator[tuple[type[Section], tuple[str, ...], str]]:
+    """Sections with those of their settings that nothing reads, and the setting that makes it so."""
+    if mask().backend == "precomputed":
+        yield mask, ("model_type", "weights", "prompt", "batch_size"), "[mask] backend = precomputed"
+    if depth().backend == "precomputed":
+        yield depth, ("weights", "batch_size"), "[depth] backend = precomputed"
+    else:
+        yield depth, ("folder",), f"[depth] backend = {depth().backend}"
+    if (style := openpose().style) in ("keypoints", "mmpose"):
+        widths = (
+            ("link_half_width_px",) if style == "keypoints" else ("keypoint_radius_px", "link_half_width_px")
+        )
+        yield openpose, widths, f"[openpose] style = {style}"
+    if executor().kind == "local":
+        yield executor, ("address",), "[executor] kind = local"
+    formats = export().format
+    if "folders" not in formats:
+        yield export, ("link", "heatmaps"), f"[export] format = {','.join(formats)}"
+    if set(formats) == {"folders"}:
+        yield export, ("shard_images",), "[export] format = folders"
+
+
+@functools.cache  # once a process, however many tasks there are
+def warn_of_settings_without_effect() -> None:
+    """Log each of ``settings_without_effect``: a file may keep them for another backend, so they are no error."""
+    for each in settings_without_effect():
+        luigi.task.logger.warning(each)
 
 
 def place_of(task: type[luigi.Task], name: str, parameter: luigi.Parameter[Any]) -> tuple[str, str]:

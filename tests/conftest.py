@@ -325,6 +325,7 @@ def _luigi_settings(path: Path) -> Iterator[None]:
         luigi.task_register.Register.clear_instance_cache()
         base._digest_cache.cache_clear()
         settings.settings_digest.cache_clear()
+        settings.warn_of_settings_without_effect.cache_clear()
 
     parser = type(luigi.configuration.get_config())
     outer = parser._instance

@@ -90,6 +90,22 @@ def test_a_mask_of_nothing_or_everything_is_fine(value: int) -> None:
     assert np.array_equal(pixels_of(check_mask(record(), png(mask)))[1], mask)
 
 
+@pytest.mark.parametrize("kind", ["palette", "1 bit", "with alpha", "RGB"])
+def test_a_mask_without_foreground_is_rejected_where_asked(kind: str) -> None:
+    empty = Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8))
+    data = png(empty.convert({"palette": "P", "1 bit": "1", "with alpha": "LA", "RGB": "RGB"}[kind]))
+    with pytest.raises(RecordError, match="expected a mask with foreground, found none") as caught:
+        check_mask(record(), data, empty="reject")
+    assert caught.value.code == "empty_mask"
+    assert not pixels_of(check_mask(record(), data, empty="keep"))[1].any()
+
+
+def test_a_single_pixel_is_foreground() -> None:
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[-1, -1] = 255
+    assert np.array_equal(pixels_of(check_mask(record(), png(mask), empty="reject"))[1], mask)
+
+
 def test_equal_masks_in_different_files_give_equal_bytes(mask: Pixels) -> None:
     assert len({check_mask(record(), data) for data in same_in_other_files(mask).values()}) == 1
 

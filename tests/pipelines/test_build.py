@@ -527,6 +527,19 @@ def test_on_bad_record_fail_exits_with_30(workspace: Workspace) -> None:
     assert "missing_image" in build.output
 
 
+def test_precomputed_masks_without_foreground_are_rejected_or_kept(workspace: Workspace) -> None:
+    workspace.configure("build", conditions=["mask", "masked_depth"], max_reject_share=1)
+    path = sorted((workspace.data / "AP-10K" / "mask").iterdir())[2]
+    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    assert mask is not None
+    cv2.imwrite(str(path), np.zeros_like(mask))
+    assert workspace.build().counted("mask", "rejected") == 1
+    assert len(workspace.manifest("ap10k", "train")) == IMAGES - 1
+    workspace.configure("mask", empty="keep")
+    assert workspace.build().counted("mask", "rejected") == 0
+    assert len(workspace.manifest("ap10k", "train")) == IMAGES
+
+
 def test_what_was_finished_before_a_failure_is_kept(workspace: Workspace) -> None:
     workspace.configure("build", conditions=CONDITIONS)
     masks = workspace.data / "AP-10K" / "mask"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import _luigi_settings
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from tasks.settings import settings_without_effect
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -29,6 +31,57 @@ ON_THE_COMMAND_LINE = {
     "a percentage": (["--max-reject-share", "5"], ["--max-reject-share: 5", "[0.0, 1.0]"]),
     "a section's choice": (["--openpose-style", "cocoo"], ["[openpose] style", "cocoo", "mmpose"]),
 }
+
+
+WITHOUT_EFFECT = {
+    "of SAM": ({"mask": {"weights": "sam.pth"}}, "[mask] weights = sam.pth", "[mask] backend = precomputed"),
+    "of ZoeDepth": ({"depth": {"batch_size": 4}}, "[depth] batch_size = 4", "[depth] backend = precomputed"),
+    "of a folder": (
+        {"depth": {"backend": "zoedepth", "folder": "d"}},
+        "[depth] folder = d",
+        "[depth] backend = zoedepth",
+    ),
+    "of a link": (
+        {"openpose": {"style": "keypoints", "link_half_width_px": 9}},
+        "[openpose] link_half_width_px = 9",
+        "[openpose] style = keypoints",
+    ),
+    "of shards": ({"export": {"shard_images": 9}}, "[export] shard_images = 9", "[export] format = folders"),
+    "of folders": (
+        {"export": {"format": "parquet", "link": "copy"}},
+        "[export] link = copy",
+        "[export] format = parquet",
+    ),
+    "of Ray": ({"executor": {"address": "head:6379"}}, "[executor] address = head:6379", "kind = local"),
+}
+
+
+@pytest.mark.parametrize(("given", "setting", "reason"), WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_a_setting_without_effect_is_named_with_the_reason(
+    workspace: Workspace, given: dict[str, dict[str, object]], setting: str, reason: str
+) -> None:
+    for section, values in given.items():
+        workspace.configure(section, **values)
+    with _luigi_settings(workspace.settings_file()):
+        (found,) = settings_without_effect()
+    assert found.startswith(f"{setting} has no effect with ") and found.endswith(reason)
+
+
+def test_settings_with_an_effect_are_not_named(workspace: Workspace) -> None:
+    workspace.configure("mask", backend="sam", weights="sam.pth", batch_size=2, folder="known")
+    workspace.configure("depth", folder="d")
+    workspace.configure("openpose", keypoint_radius_px=5, link_half_width_px=3)
+    workspace.configure("export", format="folders,parquet", shard_images=9, link="copy")
+    with _luigi_settings(workspace.settings_file()):
+        assert not list(settings_without_effect())
+
+
+def test_a_build_warns_once_of_a_setting_without_effect(workspace: Workspace) -> None:
+    workspace.configure("mask", prompt="points")
+    workspace.configure("build", conditions=["mask"])
+    built = workspace.run()
+    assert built.succeeded
+    assert built.output.count("[mask] prompt = points has no effect with [mask] backend = precomputed") == 1
 
 
 @pytest.mark.parametrize(("section", "name", "value", "expected"), IN_THE_FILE.values(), ids=IN_THE_FILE)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
+from pipelines import startup  # noqa: F401 - before anything imports Luigi
+
+# isort: split
 import logging
 import re
-import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import luigi
-from luigi.configuration import LuigiConfigParser
-from luigi.task_register import Register, TaskClassException
+from luigi.task_register import Register
 from luigi.worker import TaskException
 
-from pipelines import options, scheduler
+from pipelines import options, scheduler, settings_check
 from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
 from spctrl.errors import ExpectedError
@@ -145,20 +145,6 @@ def _explanation(error: BaseException | None) -> str | None:
 logs.LOGGER.addFilter(_OnlyWhatMatters())
 
 
-def _say_that_it_was_stopped(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """Ctrl-C and what explains itself are no faults of the program, whose way to them nobody wants to read."""
-    if issubclass(kind, KeyboardInterrupt):
-        sys.stderr.write("stopped. What was finished stays, run again to go on\n")
-    elif issubclass(kind, ExpectedError | TaskClassException):
-        sys.stderr.write(f"ERROR: {error}\n")
-    else:
-        _show_uncaught(kind, error, trace)
-
-
-_show_uncaught, sys.excepthook = sys.excepthook, _say_that_it_was_stopped
-
 DEFAULTS = {
     # Luigi's own default is to exit with 0 whatever happened.
     "retcode": {
@@ -183,30 +169,23 @@ for _section, _settings in DEFAULTS.items():
 options.install()
 scheduler.install()
 
-FILES = "luigi.cfg (or the file that LUIGI_CONFIG_PATH names)"
+KNOWN = {section.__name__: [name for name, _ in section.get_params()] for section in settings.SECTIONS}
+KNOWN["build"] = [settings.place_of(BuildDataset, *each)[1] for each in BuildDataset.get_params()]
+"""Names of the settings of each section."""
 
 
-def _refuse_unknown_settings() -> None:
-    """Luigi passes over what it does not know, and the build would go where nobody looks for it.
+def _check_settings() -> None:
+    """Refuse settings that there are not, and those that Luigi cannot read.
 
     Raises:
-        ExpectedError: luigi.cfg, or a file in its place, has a setting that there is not.
+        ExpectedError: names the setting.
     """
     config = luigi.configuration.get_config()
-    if not isinstance(config, LuigiConfigParser):  # TOML, which Luigi reads too
-        return
-    known = {section.__name__: [name for name, _ in section.get_params()] for section in settings.SECTIONS}
-    known["build"] = [settings.place_of(BuildDataset, *each)[1] for each in BuildDataset.get_params()]
-    for section in sorted({*config.sections()} - {*known} - {*Register.task_names()}):
-        if alike := difflib.get_close_matches(section, known, 1, 0.8):
-            raise ExpectedError(f"expected [{alike[0]}] in {FILES}, found [{section}]")
-    for section in sorted({*config.sections()} & {*known}):
-        for name in config[section]:
-            if name.replace("-", "_") not in {*known[section], *config.defaults()}:
-                expected = ", ".join(known[section])
-                raise ExpectedError(
-                    f"expected settings among {expected} in [{section}] of {FILES}, found {name}"
-                )
+    registered = defaultdict[str, list[str]](list)
+    for section, _, name, _ in Register.get_all_params():
+        registered[section].append(name)
+    settings_check.refuse_unknown_settings(config, KNOWN, Register.task_names())
+    settings_check.refuse_unreadable_values(config, registered | KNOWN)
 
 
-_refuse_unknown_settings()
+_check_settings()

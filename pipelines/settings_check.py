@@ -1,0 +1,72 @@
+"""What settings files may say: sections and names that there are, and values that Luigi can read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from configparser import (
+    ConfigParser,
+    InterpolationDepthError,
+    InterpolationError,
+    InterpolationMissingOptionError,
+    InterpolationSyntaxError,
+)
+
+from luigi.configuration.cfg_parser import InterpolationMissingEnvvarError
+
+from pipelines.settings_files import location_of
+from spctrl.errors import ExpectedError
+
+FILES = "luigi.cfg (or the file that LUIGI_CONFIG_PATH names)"
+REASONS = {
+    InterpolationSyntaxError: "expected %% for a percent sign",
+    InterpolationMissingOptionError: "expected %% for a percent sign, or %(name)s for another setting of the section",
+    InterpolationDepthError: "expected settings that do not refer to each other in a circle",
+    InterpolationMissingEnvvarError: "expected environment variables that are set",
+}
+
+
+def refuse_unknown_settings(
+    config: ConfigParser, known: Mapping[str, Collection[str]], others: Collection[str]
+) -> None:
+    """Luigi passes over what it does not know, and the build would go where nobody looks for it.
+
+    Args:
+        config: the settings.
+        known: names of each of this project's sections.
+        others: Luigi's own sections.
+
+    Raises:
+        ExpectedError: a section is called nearly as a known one, or a known one has a setting that there is not.
+    """
+    for section in sorted({*config.sections()} - {*known, *others}):
+        if alike := difflib.get_close_matches(section, known, 1, 0.8):
+            raise ExpectedError(f"expected [{alike[0]}] in {FILES}, found [{section}]")
+    for section in sorted({*config.sections()} & {*known}):
+        for name in config[section]:
+            if name.replace("-", "_") not in {*known[section], *config.defaults()}:
+                expected = ", ".join(known[section])
+                raise ExpectedError(
+                    f"expected settings among {expected} in [{section}] of {FILES}, found {name}"
+                )
+
+
+def refuse_unreadable_values(config: ConfigParser, sections: Mapping[str, Collection[str]]) -> None:
+    """Luigi resolves ``%(name)s`` and ``${NAME}`` when a value is read, and shows a traceback where it cannot.
+
+    Args:
+        config: the settings.
+        sections: names of each section whose values are read; others may mean something else.
+
+    Raises:
+        ExpectedError: a value that Luigi cannot read; names file and line.
+    """
+    for section in sorted({*config.sections()} & {*sections}):
+        for name in {name.replace("-", "_") for name in config[section]} & {*sections[section]}:
+            try:
+                config.get(section, name)
+            except InterpolationError as error:
+                where, found = location_of(section, error.option), config.get(section, name, raw=True)
+                raise ExpectedError(
+                    f"{where}: {REASONS[type(error)]} in [{section}] {error.option}, found {found}"
+                ) from error

@@ -1,0 +1,160 @@
+"""Settings files that cannot be read: one line names the file, the line and what to write."""
+
+from __future__ import annotations
+
+import os
+import re
+from configparser import ConfigParser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from luigi.configuration import LuigiConfigParser
+
+from pipelines.settings_check import refuse_unreadable_values
+from pipelines.settings_files import check_settings_files
+from spctrl.errors import ExpectedError
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+MALFORMED = {
+    "a setting twice": (b"[paths]\ndata = a\n\ndata = b\n", 4, "[paths] data again"),
+    "a section twice": (b"[paths]\ndata = a\n[log]\n[paths]\n", 4, "[paths] again"),
+    "no section": (b"# settings\ndata = a\n", 2, "[section] before settings, found 'data = a'"),
+    "no value": (b"[paths]\ndata = a\nstore\n", 3, "`name = value` or [section], found 'store'"),
+    "an open section": (b"[log]\n[paths\n", 2, "found '[paths'"),
+    "Latin-1": ("[paths]\ndata = é\n".encode("latin-1"), 2, "the byte 0xe9"),
+    "UTF-16": ("[paths]\n".encode("utf-16"), 1, "the byte 0x"),
+    "a byte order mark": ("[paths]\n".encode("utf-8-sig"), 1, "a byte order mark"),
+}
+VALUES = {
+    "a percentage": (
+        "/disk/50%",
+        r"line 3: expected %% for a percent sign in \[paths\] data, found /disk/50%",
+    ),
+    "a quoted URL": ("s3://b/a%20b", "line 3: expected %%"),
+    "another project's": ("%(place)s/data", r"line 3: expected %%.*or %\(name\)s"),
+    "a circle": ("%(data)s", "line 3: expected settings that do not refer to each other in a circle"),
+    "a variable": ("${NOT_SET_ANYWHERE}/data", "line 3: expected environment variables that are set"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run in, without a named settings file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("LUIGI_CONFIG_PATH", "LUIGI_CONFIG_PARSER"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize(("content", "line", "found"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_file_is_named_with_the_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, line: int, found: str, is_named: bool
+) -> None:
+    name = "my.cfg" if is_named else "luigi.cfg"
+    (folder / name).write_bytes(content)
+    if is_named:
+        (folder / "luigi.cfg").write_text("[paths]\ndata = a\n")
+        monkeypatch.setenv("LUIGI_CONFIG_PATH", name)
+    with pytest.raises(ExpectedError) as error:
+        check_settings_files()
+    assert str(error.value).startswith(f"{name}, line {line}: expected ") and found in str(error.value)
+
+
+def test_files_that_luigi_would_pass_over_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUIGI_CONFIG_PATH", "nowhere.cfg")
+    with pytest.raises(ExpectedError, match=re.escape("nowhere.cfg, found none (LUIGI_CONFIG_PATH)")):
+        check_settings_files()
+    (folder / "nowhere.cfg").mkdir()
+    with pytest.raises(ExpectedError, match=re.escape("found something else (LUIGI_CONFIG_PATH)")):
+        check_settings_files()
+    monkeypatch.delenv("LUIGI_CONFIG_PATH")
+    (folder / "luigi.cfg").mkdir()
+    with pytest.raises(ExpectedError, match=r"settings file at luigi\.cfg, found something else$"):
+        check_settings_files()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(folder: Path) -> None:
+    (folder / "luigi.cfg").touch(mode=0)
+    with pytest.raises(ExpectedError, match=r"luigi\.cfg, found one that cannot be read: Permission denied"):
+        check_settings_files()
+
+
+def test_toml_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUIGI_CONFIG_PARSER", "toml")
+    with pytest.raises(ExpectedError, match="found LUIGI_CONFIG_PARSER = toml: unset it"):
+        check_settings_files()
+
+
+def test_no_file_an_empty_one_and_no_name_are_fine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_settings_files()
+    (folder / "luigi.cfg").touch()
+    monkeypatch.setenv("LUIGI_CONFIG_PATH", "")
+    check_settings_files()
+
+
+def parsed(folder: Path, *contents: str) -> ConfigParser:
+    """Settings as Luigi reads them from files, the last of which is the named one."""
+    names = [folder / name for name in ("luigi.cfg", "my.cfg")][: len(contents)]
+    for path, content in zip(names, contents, strict=True):
+        path.write_text(content)
+    config = LuigiConfigParser()
+    config.read(names)
+    return config
+
+
+@pytest.mark.parametrize(("value", "message"), VALUES.values(), ids=VALUES)
+def test_a_value_that_luigi_cannot_resolve_is_named_with_the_line(
+    folder: Path, value: str, message: str
+) -> None:
+    config = parsed(folder, f"[log]\n[paths]\ndata = {value}\n")
+    with pytest.raises(ExpectedError, match=f"^luigi.cfg, {message}"):
+        refuse_unreadable_values(config, {"paths": ["data"], "log": ["format"]})
+
+
+def test_the_line_is_that_of_the_file_that_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUIGI_CONFIG_PATH", "my.cfg")
+    config = parsed(
+        folder, "[paths]\ndata = 5%\n", "\n\n[paths]\nstore = a\n[DEFAULT]\nstore = b\ndata = 6%\n"
+    )
+    with pytest.raises(ExpectedError, match=r"luigi\.cfg, line 2: .* found 5%"):
+        refuse_unreadable_values(config, {"paths": ["data"]})
+    config = parsed(folder, "[DEFAULT]\ndata = 5%\n[paths]\n", "[log]\ndata = 1\n[paths]\ndata = 6%\n")
+    with pytest.raises(ExpectedError, match=r"my\.cfg, line 4: .* found 6%"):
+        refuse_unreadable_values(config, {"paths": ["data"]})
+
+
+def test_values_that_luigi_resolves_and_those_of_others_are_fine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRATCH", "/x/50%")
+    config = parsed(
+        folder,
+        "[DEFAULT]\ntop = /top\nother = %s\n[paths]\ndata = %(top)s/50%%\nstore = ${SCRATCH}\n[theirs]\nformat = %q\n",
+    )
+    refuse_unreadable_values(config, {"paths": ["data", "store"]})
+    assert (config.get("paths", "data"), config.get("paths", "store")) == ("/top/50%", "/x/50%")
+
+
+def test_a_build_and_the_tools_say_so_in_one_line(workspace: Workspace) -> None:
+    path = workspace.settings_file()
+    path.write_text("[paths]\ndata = /disk/50%\n")
+    workspace.settings_file = lambda: path  # type: ignore[method-assign]
+    message = f"ERROR: {path}, line 2: expected %% for a percent sign in [paths] data, found /disk/50%\n"
+    assert workspace.run().output == message
+    path.write_text("[paths]\ndata = a\ndata = b\n")
+    message = f"ERROR: {path}, line 3: expected each setting once, found [paths] data again\n"
+    assert workspace.spctrl("status").stderr == message
+
+
+def test_percent_signs_reach_a_build_from_files_and_options(workspace: Workspace, tmp_path: Path) -> None:
+    data = workspace.data.rename(tmp_path / "50% of {it}")
+    workspace.configure("paths", data=data, store=tmp_path / "100%")  # the file has %%
+    built = workspace.run("--paths-export", str(tmp_path / "%(out)s"))
+    assert built.succeeded, built.output
+    assert (tmp_path / "100%" / "runs").is_dir()
+    assert (tmp_path / "%(out)s" / "report.html").is_file()

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from spctrl.configuration import PathText
 from spctrl.inference.methods import Method
 
 DetectionArea = Literal["bbox", "keypoints"]
@@ -27,8 +28,8 @@ class DetectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         score_threshold: objects of lower scores are left out.
     """
 
-    config: str = "faster-rcnn_r50_fpn_1x_coco"
-    weights: str = "detector"
+    config: PathText = "faster-rcnn_r50_fpn_1x_coco"
+    weights: PathText = "detector"
     labels: list[str] = msgspec.field(default_factory=lambda: ["person"])
     score_threshold: float = 0.3
 
@@ -46,9 +47,9 @@ class PoseSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         codec, flip_test, shift_heatmap, expert: instead of the protocol's.
     """
 
-    weights: str = ""
+    weights: PathText = ""
     backend: Literal["transformers", "mmpose"] = "transformers"
-    environment: str = ".venv-openmmlab"
+    environment: PathText = ".venv-openmmlab"
     boxes: Literal["ground_truth", "detected"] = "ground_truth"
     detector: DetectorSettings = DetectorSettings()
     codec: Literal["msra", "udp"] | None = None
@@ -82,7 +83,7 @@ class FeatureSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         crop: of the real images: ``none`` squeezes them, ``square`` takes their centre.
     """
 
-    weights: str = "inception"
+    weights: PathText = "inception"
     resize: Literal["legacy", "clean"] = "legacy"
     crop: Literal["none", "square"] = "none"
 
@@ -122,7 +123,7 @@ class ClipSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         weights: entry of configs/weights.yaml or folder; scores of different models are not comparable.
     """
 
-    weights: str = "clip"
+    weights: PathText = "clip"
 
 
 class Intervals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,6 +11,7 @@ import luigi
 from tasks.base import MeetsBadRecords
 from tasks.benchmark import PAGE, BenchmarkReport, Tables
 from tasks.evaluate import evaluation_json
+from tasks.paths import PathParameter
 
 if TYPE_CHECKING:
     from eval.settings import Evaluation
@@ -23,7 +24,7 @@ class Evaluate(MeetsBadRecords, luigi.WrapperTask):
     ``luigi --module pipelines Evaluate --config configs/evaluate/ap10k.yaml``
     """
 
-    config = luigi.Parameter(description="a file of configs/evaluate/")
+    config = PathParameter(description="a file of configs/evaluate/")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

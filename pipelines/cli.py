@@ -22,6 +22,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pipelines import BuildDataset, cluster, tools
+from spctrl import options
 from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import StageTask
@@ -228,7 +229,7 @@ def accept(
 
 @app.command()
 def sample(
-    folder: Annotated[Path, typer.Argument(help="where AP-10K/ and HumanArt/ go")],
+    folder: Annotated[Path, typer.Argument(parser=options.path, help="where AP-10K/ and HumanArt/ go")],
     images_per_split: Annotated[int, typer.Option(min=1, help="images of each dataset's train and val")] = 12,
     seed: Annotated[int, typer.Option(help="another seed draws other scenes")] = 0,
 ) -> None:
@@ -240,7 +241,9 @@ def sample(
 
 
 @app.command()
-def tiny_weights(folder: Annotated[Path, typer.Argument(help="for [paths] weights")]) -> None:
+def tiny_weights(
+    folder: Annotated[Path, typer.Argument(parser=options.path, help="for [paths] weights")],
+) -> None:
     """Write very small models with random weights, in the formats of the real ones, to try the pipeline with.
 
     Whatever is made with them says `weights: random`.

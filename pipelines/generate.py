@@ -9,6 +9,7 @@ import luigi
 
 from tasks.base import MeetsBadRecords
 from tasks.generate import GeneratedImages, method_json
+from tasks.paths import PathParameter
 
 if TYPE_CHECKING:
     from spctrl.inference.methods import Generation
@@ -20,7 +21,7 @@ class Generate(MeetsBadRecords, luigi.WrapperTask):
     ``luigi --module pipelines Generate --config configs/generate/ap10k.yaml``
     """
 
-    config = luigi.Parameter(description="a file of configs/generate/")
+    config = PathParameter(description="a file of configs/generate/")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from spctrl import options
 from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import MANIFEST
@@ -35,19 +36,32 @@ DatasetName = Annotated[str, typer.Option("--dataset", help="ap10k or humanart: 
 Split = Annotated[str, typer.Option(help="of an image id: train, val or test")]
 Checkpoint = Annotated[
     str,
-    typer.Option(help="entry of configs/weights.yaml or folder; default: the released one of the dataset"),
+    typer.Option(
+        parser=options.name_or_path,
+        help="entry of configs/weights.yaml or folder; default: the released one of the dataset",
+    ),
 ]
-BaseModel = Annotated[str, typer.Option(help="Stable Diffusion 1.5: entry of configs/weights.yaml or folder")]
+BaseModel = Annotated[
+    str,
+    typer.Option(
+        parser=options.name_or_path, help="Stable Diffusion 1.5: entry of configs/weights.yaml or folder"
+    ),
+]
 KindName = Annotated[str, typer.Option("--kind", help="of the checkpoint: spctrl, controlnet or t2i_adapter")]
 PoseFile = Annotated[
-    Path | None, typer.Option("--pose", help="JSON with width, height, anns; or a line of an exported .jsonl")
+    Path | None,
+    typer.Option(
+        "--pose",
+        parser=options.path,
+        help="JSON with width, height, anns; or a line of an exported .jsonl",
+    ),
 ]
 ImageId = Annotated[int | None, typer.Option("--image-id", help="an annotated image of the dataset")]
 PromptText = Annotated[
     str | None, typer.Option("--prompt", help="default: what an evaluation would give the pose")
 ]
 Words = Annotated[str, typer.Option(help="keypoints in the prompt: tokens, names or none")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="folder to write to")]
+Output = Annotated[Path, typer.Option("--output", "-o", parser=options.path, help="folder to write to")]
 Count = Annotated[int, typer.Option(min=1, help="images, from different noise")]
 Seed = Annotated[int, typer.Option(help="of the noise")]
 Steps = Annotated[int, typer.Option(min=1, help="of the sampler")]
@@ -123,7 +137,8 @@ def prompt(
     split: Split = "val",
     words: Words = "tokens",
     pose: Annotated[
-        Path | None, typer.Option(help="write the pose there too, as JSON for `spctrl edit`")
+        Path | None,
+        typer.Option(parser=options.path, help="write the pose there too, as JSON for `spctrl edit`"),
     ] = None,
 ) -> None:
     """Print the prompt of an annotated image, with its labelled keypoints as tokens.
@@ -148,7 +163,9 @@ def infer(
     condition: Annotated[
         Path | None,
         typer.Option(
-            "--map", exists=True, dir_okay=False, help="an index map, or the image that another kind takes"
+            "--map",
+            parser=options.file,
+            help="an index map, or the image that another kind takes",
         ),
     ] = None,
     pose: PoseFile = None,
@@ -272,7 +289,7 @@ def attention(
 
 
 def keypoint_embeddings(
-    output: Annotated[Path, typer.Option("--output", "-o", help="file to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", parser=options.path, help="file to write")],
     dataset: DatasetName = "ap10k",
     stable_diffusion: BaseModel = "stable_diffusion",
 ) -> None:
@@ -289,7 +306,10 @@ def keypoint_embeddings(
 
 def edit(
     pose: Annotated[
-        Path, typer.Argument(help="JSON with width, height, anns (`spctrl prompt ID --pose FILE`)")
+        Path,
+        typer.Argument(
+            parser=options.path, help="JSON with width, height, anns (`spctrl prompt ID --pose FILE`)"
+        ),
     ],
     output: Output,
     move: Annotated[

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 import yaml
 
 from spctrl.errors import ExpectedError
+from spctrl.paths import expand_path
 
 Config = TypeVar("Config", bound=msgspec.Struct)
+PathText = Annotated[str, msgspec.Meta(description="a path; ~ and environment variables are expanded")]
+"""Type of the settings that hold a path, or the name of an entry of configs/weights.yaml in its place."""
 
 MAX_DEPTH, MAX_VALUES = 50, 100_000
 
@@ -21,7 +24,7 @@ class ConfigurationError(ExpectedError):
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:
-    """A YAML file as a ``msgspec.Struct``, strictly: no unknown names, no values of another type.
+    """A YAML file as a ``msgspec.Struct``, strictly: no unknown names, no values of another type. Paths are expanded.
 
     Raises:
         ConfigurationError: there is no such file, or it is not one of this kind.
@@ -50,9 +53,42 @@ def read_config(path: Path, kind: type[Config]) -> Config:
                 f"{path}: there is no setting {name!r}{meant} Valid are: {', '.join(sorted(valid))}"
             )
     try:
-        return msgspec.convert(values, kind)
+        config = msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{path}: {error}") from error
+    return with_expanded_paths(config, f"{path}: ")
+
+
+def with_expanded_paths(config: Config, where: str) -> Config:
+    """A configuration with ``expand_path`` of every ``PathText``, at any depth.
+
+    Args:
+        config: of any kind.
+        where: what comes before the name of a setting in errors.
+
+    Raises:
+        ConfigurationError: a variable or user that there is not; names the setting.
+    """
+    changes = {}
+    for field in msgspec.structs.fields(config):
+        value, name = getattr(config, field.name), f"{where}{field.encode_name}"
+        if isinstance(value, str) and PathText in (field.type, *get_args(field.type)):
+            try:
+                changes[field.name] = expand_path(value)
+            except ValueError as error:
+                raise ConfigurationError(f"{name}: {error}") from error
+        else:
+            changes[field.name] = _with_expanded_paths_in(value, name)
+    return msgspec.structs.replace(config, **changes)
+
+
+def _with_expanded_paths_in(value: Any, name: str) -> Any:
+    """The same for a configuration, or those of a list, that are a setting's value."""
+    if isinstance(value, msgspec.Struct):
+        return with_expanded_paths(value, f"{name}.")
+    if isinstance(value, list):
+        return [_with_expanded_paths_in(each, f"{name}[{i}]") for i, each in enumerate(value)]
+    return value
 
 
 def _fault(text: bytes) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from spctrl.configuration import PathText, with_expanded_paths
 from spctrl.errors import ExpectedError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class KnownWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     what: str
-    file: str
+    file: PathText
     publisher: str
     licence: str
     setting: str
@@ -40,8 +41,13 @@ class KnownWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 @functools.cache
 def known_weights() -> dict[str, KnownWeights]:
-    """All entries of configs/weights.yaml, by name."""
-    return msgspec.yaml.decode(REGISTRY.read_bytes(), type=dict[str, KnownWeights])
+    """All entries of configs/weights.yaml, by name.
+
+    Raises:
+        ConfigurationError: a path that cannot be expanded.
+    """
+    entries = msgspec.yaml.decode(REGISTRY.read_bytes(), type=dict[str, KnownWeights])
+    return {name: with_expanded_paths(entry, f"{REGISTRY}: {name}.") for name, entry in entries.items()}
 
 
 def are_random(weights: Path) -> bool:

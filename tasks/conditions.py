@@ -111,7 +111,7 @@ class Precomputed(FileStage):
 
     @functools.cached_property
     def folder(self) -> str:
-        return str(self.section().folder.format(root=self.root, dataset=self.dataset))
+        return str(settings.condition_folder(self.section, self.dataset))
 
     def file_paths(self, image_paths: Sequence[str]) -> list[str]:
         return [f"{self.spec.stem_of(path)}.png" for path in image_paths]

@@ -119,7 +119,7 @@ def truth_notes(task: Manifest) -> Iterator[str]:
 
     if "mask" not in task.conditions:
         return
-    truth = Path(settings.mask().folder.format(root=task.root, dataset=task.dataset))
+    truth = settings.condition_folder(settings.mask, task.dataset)
     columns = ["image_id", "file_name", "width", "height"]
     images = pq.read_table(task.finished_run().path(MANIFEST), columns=columns, partitioning=None)
     rows = images.to_pylist()[:: max(images.num_rows // MASKS_COMPARED, 1)]

@@ -14,6 +14,7 @@ import luigi
 from spctrl.errors import ExpectedError
 from tasks.files import Files, files_at, is_url
 from tasks.names import NamesParameter
+from tasks.paths import PathParameter
 from tasks.store import CACHE, Store, digest
 
 if TYPE_CHECKING:
@@ -48,15 +49,15 @@ class Section(SaysWhatIsWrong, luigi.Config):
 class paths(Section):
     """Folders; relative ones are below the folder that the command runs in."""
 
-    data = luigi.Parameter(default="data", description="folder of the raw datasets")
-    weights = luigi.Parameter(default="weights", description="folder of the models' weights")
-    store = luigi.Parameter(
+    data = PathParameter(default="data", description="folder of the raw datasets")
+    weights = PathParameter(default="weights", description="folder of the models' weights")
+    store = PathParameter(
         default="store", description="folder of everything computed, or a URL such as s3://bucket/store"
     )
-    export = luigi.Parameter(
+    export = PathParameter(
         default="exports", description="folder or URL of the exported datasets, manifests and the report"
     )
-    cache = luigi.Parameter(
+    cache = PathParameter(
         default="",
         description="folder on this machine for digests of files and copies of a store that is elsewhere; default: the "
         f"store itself, or {CACHE} where that is a URL",
@@ -64,14 +65,14 @@ class paths(Section):
 
 
 class ap10k(Section):
-    root = luigi.Parameter(default="{data}/AP-10K", description="folder with annotations/ and data/")
+    root = PathParameter(default="{data}/AP-10K", description="folder with annotations/ and data/")
     split_id = luigi.ChoiceParameter(
         default="1", choices=["1", "2", "3"], description="which of AP-10K's three splits"
     )
 
 
 class humanart(Section):
-    root = luigi.Parameter(default="{data}/HumanArt", description="folder with annotations/ and images/")
+    root = PathParameter(default="{data}/HumanArt", description="folder with annotations/ and images/")
     subset = luigi.Parameter(
         default="humanart",
         description="annotation files {training,validation}_<subset>.json, such as humanart_coco",
@@ -127,13 +128,13 @@ class mask(Section):
     backend = luigi.ChoiceParameter(
         default="precomputed", choices=["precomputed", "sam_hq", "sam"], description="where masks come from"
     )
-    folder = luigi.Parameter(
+    folder = PathParameter(
         default="{root}/mask", description="precomputed: 8-bit PNG masks, 0 or 255, in the images' layout"
     )
     model_type = luigi.ChoiceParameter(
         default="vit_h", choices=["vit_h", "vit_l", "vit_b", "vit_tiny"], description="vit_tiny: sam_hq only"
     )
-    weights = luigi.Parameter(default="", description="file; default: the one of configs/weights.yaml")
+    weights = PathParameter(default="", description="file; default: the one of configs/weights.yaml")
     prompt = luigi.ChoiceParameter(
         default="box", choices=["box", "points"], description="what points at an instance"
     )
@@ -149,10 +150,10 @@ class depth(Section):
     backend = luigi.ChoiceParameter(
         default="precomputed", choices=["precomputed", "zoedepth"], description="where depth maps come from"
     )
-    folder = luigi.Parameter(
+    folder = PathParameter(
         default="{root}/depth", description="precomputed: 8-bit PNG depth maps, near is bright"
     )
-    weights = luigi.Parameter(default="", description="folder; default: the one of configs/weights.yaml")
+    weights = PathParameter(default="", description="folder; default: the one of configs/weights.yaml")
     batch_size = luigi.IntParameter(
         default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
     )
@@ -160,7 +161,7 @@ class depth(Section):
 
 class latents(Section):
     resolution = luigi.IntParameter(default=512, description="side of the training crop in pixels")
-    weights = luigi.Parameter(default="", description="folder; default: the one of configs/weights.yaml")
+    weights = PathParameter(default="", description="folder; default: the one of configs/weights.yaml")
     batch_size = luigi.IntParameter(
         default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
     )
@@ -317,7 +318,29 @@ def dataset_of(name: str) -> Dataset:
 def dataset_root(name: str) -> Path:
     """Folder of a raw dataset."""
     section = ap10k if name == "ap10k" else humanart
-    return Path(section().root.format(data=paths().data))
+    return Path(_filled(section, "root", data=paths().data))
+
+
+def condition_folder(section: type[mask | depth], dataset: str) -> Path:
+    """Folder of a dataset's precomputed masks or depth maps."""
+    return Path(_filled(section, "folder", root=str(dataset_root(dataset)), dataset=dataset))
+
+
+def _filled(section: type[Section], name: str, **values: str) -> str:
+    """A setting with its ``{placeholders}`` filled in.
+
+    Raises:
+        ExpectedError: it has others.
+    """
+    template = str(getattr(section(), name))
+    try:
+        return template.format(**values)
+    except (LookupError, ValueError, AttributeError) as error:
+        placeholders = ", ".join(f"{{{each}}}" for each in values)
+        raise ExpectedError(
+            f"[{section.__name__}] {name}: expected no braces but those of {placeholders}, found {template}. Write "
+            "{{ and }} for braces in a path"
+        ) from error
 
 
 def dataset_variant(name: str) -> str:

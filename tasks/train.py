@@ -26,6 +26,7 @@ from tasks.files import is_url
 from tasks.inputs import MISSING
 from tasks.manifest import Manifest
 from tasks.model_stage import Weights, weights_at, weights_digest
+from tasks.paths import PathParameter
 from tasks.progress import progress
 from tasks.store import Run, digest, index_name, pack_name
 
@@ -51,7 +52,7 @@ class Train(StageTask):
     function = "spctrl.training.loop:train"
     libraries = ("torch", "diffusers", "transformers", "accelerate")
 
-    config = luigi.Parameter(description="a file of configs/train/")
+    config = PathParameter(description="a file of configs/train/")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from spctrl.configuration import PathText
+
 Kind = Literal["spctrl", "controlnet", "t2i_adapter", "external"]
 Condition = Literal["spatext", "openpose", "mask", "depth", "masked_depth"]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
@@ -86,13 +88,13 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     name: str
     kind: Kind
-    checkpoint: str = ""
-    train: str = ""
-    folder: str = ""
+    checkpoint: PathText = ""
+    train: PathText = ""
+    folder: PathText = ""
     condition: Condition | None = None
-    stable_diffusion: str = "stable_diffusion"
+    stable_diffusion: PathText = "stable_diffusion"
     keypoint_words: Literal["tokens", "names"] | None = None
-    templates: str = ""
+    templates: PathText = ""
     images_per_pose: int = 1
     seed: int = 0
     sampler: Sampler = Sampler()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spctrl import options
 from spctrl.errors import ExpectedError
 from spctrl.training.config import TrainingConfig, read_training_config
 
@@ -29,20 +30,31 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/train/ap10k_spctrl.yaml")],
-    manifest: Annotated[Path, typer.Option(help="Parquet manifest of the images to train on")],
-    store: Annotated[Path, typer.Option(help="folder of everything computed")] = Path("store"),
-    data_root: Annotated[
-        Path | None, typer.Option(help="folder of the raw dataset; cached latents do without")
-    ] = None,
-    weights: Annotated[Path, typer.Option(help="folder of the entries of configs/weights.yaml")] = Path(
-        "weights"
+    config: Annotated[
+        Path,
+        typer.Argument(parser=options.path, help="YAML file, such as configs/train/ap10k_spctrl.yaml"),
+    ],
+    manifest: Annotated[
+        Path, typer.Option(parser=options.path, help="Parquet manifest of the images to train on")
+    ],
+    store: Annotated[Path, typer.Option(parser=options.path, help="folder of everything computed")] = Path(
+        "store"
     ),
+    data_root: Annotated[
+        Path | None,
+        typer.Option(parser=options.path, help="folder of the raw dataset; cached latents do without"),
+    ] = None,
+    weights: Annotated[
+        Path, typer.Option(parser=options.path, help="folder of the entries of configs/weights.yaml")
+    ] = Path("weights"),
     output: Annotated[
-        Path | None, typer.Option(help="folder of the checkpoints; default: output_dir")
+        Path | None,
+        typer.Option(parser=options.path, help="folder of the checkpoints; default: output_dir"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="of the run, for trackers; default: the file's")] = None,
-    validation_manifest: Annotated[Path | None, typer.Option(help="manifest of the images to draw")] = None,
+    validation_manifest: Annotated[
+        Path | None, typer.Option(parser=options.path, help="manifest of the images to draw")
+    ] = None,
     keypoint_radius_px: Annotated[int, typer.Option(help="in index maps and renders")] = 4,
     link_half_width_px: Annotated[int, typer.Option(help="in index maps and renders")] = 4,
     dry_run: Annotated[

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from spctrl.configuration import read_config
+from spctrl.configuration import PathText, read_config
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -44,11 +44,11 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     model: Literal["controlnet", "t2i_adapter"] = "controlnet"
     """What takes the condition in; a ControlNet on index maps is SP-Ctrl's."""
-    pretrained_model_name_or_path: str = "stable_diffusion"
+    pretrained_model_name_or_path: PathText = "stable_diffusion"
     """Stable Diffusion 1.5: an entry of configs/weights.yaml, or a folder in diffusers' format."""
-    controlnet_model_name_or_path: str | None = None
+    controlnet_model_name_or_path: PathText | None = None
     """Trained weights to start from, of the same model: an entry or a folder; null: start from the UNet."""
-    output_dir: str | None = None
+    output_dir: PathText | None = None
     """Where to train without Luigi; the task ``Train`` has a place of its own."""
 
     # Data
@@ -69,7 +69,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Probability of an empty prompt."""
     add_keypoint_prompt: Probability = 0.0
     """Probability that the labelled keypoints are named in a prompt."""
-    prompt_templates: str | None = None
+    prompt_templates: PathText | None = None
     """File of prompt templates; null: the dataset's own of configs/prompts/."""
     max_train_samples: Positive | None = None
     """Only so many images, the first ones; null: all."""
@@ -88,7 +88,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     spatext_cond_channels: Positive = 3
     """Channels C that the index map becomes."""
-    spatext_init_emb: str | None = None
+    spatext_init_emb: PathText | None = None
     """File of (17, 768) text embeddings of the keypoints (``spctrl keypoint-embeddings``); null: random."""
     spatext_skeleton_type: Literal["one", "zero", "rand", "interp_kpt"] = "one"
     """Rows of the links: ones, zeros, random, or the mean of their ends'."""
@@ -179,7 +179,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Go on from the latest checkpoint, if there is one; null: start anew."""
     logging_steps: Positive = 10
     """Losses are reported every so many steps."""
-    logging_dir: str = "logs"
+    logging_dir: PathText = "logs"
     """Folder of TensorBoard's files, below the output."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     tracker_project_name: str = "spctrl"

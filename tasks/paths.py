@@ -1,0 +1,15 @@
+"""The parameter for paths."""
+
+from __future__ import annotations
+
+import luigi
+
+from spctrl.paths import expand_path
+
+
+class PathParameter(luigi.Parameter):
+    """A path or URL, in which ``~`` and environment variables are expanded when it is read."""
+
+    def parse(self, x: str) -> str:
+        """The path that a settings file or the command line gives."""
+        return expand_path(x)

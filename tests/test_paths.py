@@ -1,0 +1,154 @@
+"""Paths in settings and options: what is expanded, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import typer
+
+import spctrl.weights
+from eval.settings import Evaluation
+from spctrl import options
+from spctrl.configuration import ConfigurationError, read_config
+from spctrl.inference.methods import Generation
+from spctrl.paths import expand_path
+from spctrl.training.config import decisive_settings, read_training_config
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("MY_DATA", "~/my data")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("NOWHERE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("path", "expanded"),
+    [
+        ("~", "/home/me"),
+        ("~/data", "/home/me/data"),
+        ("~root/data", "/root/data"),
+        ("$HOME/data", "/home/me/data"),
+        ("${HOME}data", "/home/medata"),
+        ("$SCRATCH/a/$SCRATCH", "/scratch/a//scratch"),
+        ("$MY_DATA/x", "/home/me/my data/x"),
+        ("${EMPTY}/x", "/x"),
+        ("s3://bucket$SCRATCH/~/store", "s3://bucket/scratch/~/store"),
+        ("./~root", "./~root"),
+        ("data~/~x", "data~/~x"),
+        ("a$", "a$"),
+        ("$1/$(pwd)/${", "$1/$(pwd)/${"),
+        ("{data}/50%", "{data}/50%"),
+        ("", ""),
+    ],
+)
+def test_homes_and_variables_are_expanded_and_all_else_stays(path: str, expanded: str) -> None:
+    assert expand_path(path) == expanded
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("$NOWHERE/x", r"found \$NOWHERE, which is not"),
+        ("s3://${NOWHERE}", r"found \$\{NOWHERE\}, which is not"),
+        ("${HOME:-/x}", r"found \$\{HOME:-/x\}, which is not"),
+        ("~nobody-of-this-name/x", "found ~nobody-of-this-name; ./~nobody-of-this-name is a folder"),
+    ],
+)
+def test_unknown_variables_and_users_are_refused(path: str, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        expand_path(path)
+
+
+def test_paths_of_a_training_are_expanded_whatever_they_are_written_as(tmp_path: Path) -> None:
+    names = (
+        "pretrained_model_name_or_path", "controlnet_model_name_or_path", "output_dir", "prompt_templates",
+        "spatext_init_emb", "logging_dir",
+    )  # fmt: skip
+    given = {"dataset_name": "ap10k", "conditioning_mode": "spatext"}
+    found = []
+    for number, home in enumerate(("~", "$HOME", "${HOME}", "/home/me")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_bytes(msgspec.yaml.encode(given | {name: f"{home}/{name}" for name in names}))
+        found.append(read_training_config(path))
+        assert {getattr(found[-1], name) for name in names} == {f"/home/me/{name}" for name in names}
+    assert all(decisive_settings(each) == decisive_settings(found[0]) for each in found)
+
+
+METHODS = """
+dataset: humanart
+methods:
+  - {name: a, kind: spctrl, checkpoint: ~/a, stable_diffusion: $SCRATCH/sd, templates: ~/t.yaml}
+  - {name: b, kind: spctrl, train: ~/b.yaml}
+  - {name: c, kind: external, folder: "${SCRATCH}/c"}
+"""
+EVALUATION = """
+pose: {weights: ~/p, environment: ~/e, detector: {config: ~/d.py, weights: $SCRATCH/d}}
+features: {weights: ~/f}
+clip: {weights: ~/c}
+"""
+
+
+def test_paths_of_methods_and_evaluations_are_expanded(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(METHODS)
+    a, b, c = read_config(path, Generation).methods
+    assert (a.checkpoint, a.stable_diffusion, a.templates) == ("/home/me/a", "/scratch/sd", "/home/me/t.yaml")
+    assert (b.train, c.folder, b.stable_diffusion) == ("/home/me/b.yaml", "/scratch/c", "stable_diffusion")
+    path.write_text(METHODS + EVALUATION)
+    found = read_config(path, Evaluation)
+    assert found.methods[2].folder == "/scratch/c"
+    assert (found.pose.weights, found.pose.environment) == ("/home/me/p", "/home/me/e")
+    assert (found.pose.detector.config, found.pose.detector.weights) == ("/home/me/d.py", "/scratch/d")
+    assert (found.features.weights, found.clip.weights) == ("/home/me/f", "/home/me/c")
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [
+        (METHODS.replace("${SCRATCH}/c", "$NOWHERE/c"), "methods[2].folder"),
+        (METHODS + EVALUATION.replace("$SCRATCH/d", "$NOWHERE"), "pose.detector.weights"),
+    ],
+)
+def test_a_path_that_cannot_be_expanded_is_named_with_its_file(
+    tmp_path: Path, text: str, setting: str
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError) as error:
+        read_config(path, Evaluation)
+    assert str(error.value).startswith(f"{path}: {setting}: expected environment variables that are set")
+
+
+def test_paths_of_weights_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = tmp_path / "weights.yaml"
+    entry = {"what": "w", "publisher": "p", "licence": "l", "setting": "s"}
+    monkeypatch.setattr(spctrl.weights, "REGISTRY", registry)
+    spctrl.weights.known_weights.cache_clear()
+    try:
+        registry.write_bytes(
+            msgspec.yaml.encode({"a": entry | {"file": "$SCRATCH/a"}, "b": entry | {"file": "b"}})
+        )
+        found = [spctrl.weights.find_weights(name, Path("weights")) for name in ("a", "b")]
+        assert found == [Path("/scratch/a"), Path("weights/b")]
+        spctrl.weights.known_weights.cache_clear()
+        registry.write_bytes(msgspec.yaml.encode({"a": entry | {"file": "$NOWHERE/a"}}))
+        with pytest.raises(ConfigurationError, match=r"weights\.yaml: a\.file: expected environment"):
+            spctrl.weights.known_weights()
+    finally:
+        spctrl.weights.known_weights.cache_clear()
+
+
+def test_paths_of_options_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "map.png").touch()
+    assert options.path("~/x") == options.path(Path("~/x")) == tmp_path / "x"
+    assert options.name_or_path("stable_diffusion") == "stable_diffusion"
+    assert options.file("~/map.png") == tmp_path / "map.png"
+    for parse, value in ((options.path, "$NOWHERE"), (options.file, "~/none.png"), (options.file, "~")):
+        with pytest.raises(typer.BadParameter, match="expected"):
+            parse(value)

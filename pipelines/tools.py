@@ -68,6 +68,16 @@ Steps = Annotated[int, typer.Option(min=1, help="of the sampler")]
 Guidance = Annotated[float, typer.Option(help="guidance scale; 1 or less: none")]
 Scale = Annotated[float, typer.Option("--conditioning-scale", help="weight of the condition")]
 Resolution = Annotated[int, typer.Option(help="side of the images in pixels")]
+PresetName = Annotated[
+    str | None, typer.Option("--preset", help="released: the two settings below as in the released inference")
+]
+FinalSigmasType = Annotated[
+    str | None, typer.Option(help="where sampling ends: zero or sigma_min; default: zero, or the preset's")
+]
+MapResizeName = Annotated[
+    str | None,
+    typer.Option("--map-resize", help="of index maps: centre or floor; default: centre, or the preset's"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N")]
 
 
@@ -105,16 +115,19 @@ class Drawing:
             raise ExpectedError("expected --prompt: a condition alone does not say what is in the picture")
         return _prompt_of(pose, self.dataset, self.words)
 
-    def requests(self, condition: bytes, prompt: str, *, seed: int, count: int) -> list[Request]:
-        """Requests for some images of one condition, from different noise."""
+    def requests(
+        self, condition: bytes, prompt: str, *, seed: int, count: int, path: Path | None = None
+    ) -> list[Request]:
+        """Requests for some images of one condition, which may be from a file, from different noise."""
         from spctrl.inference.generator import Request, read_condition
         from spctrl.inference.methods import image_seed
         from spctrl.records import RecordError
 
         try:
-            tensor = read_condition(condition, self.generator.kind, self.generator.sampler.resolution)
+            sampler = self.generator.sampler
+            tensor = read_condition(condition, self.generator.kind, sampler.resolution, sampler.map_resize)
         except RecordError as error:
-            raise ExpectedError(error.message) from error
+            raise ExpectedError(f"{path or 'condition'}: {error.message}") from error
         return [Request(tensor, prompt, image_seed(seed, 0, index)) for index in range(count)]
 
     def draw(self, requests: Sequence[Request], folder: Path, prefix: str = "") -> list[Image.Image]:
@@ -183,6 +196,9 @@ def infer(
     guidance_scale: Guidance = 7.5,
     conditioning_scale: Scale = 1.0,
     resolution: Resolution = 512,
+    preset: PresetName = None,
+    final_sigmas_type: FinalSigmasType = None,
+    map_resize: MapResizeName = None,
     device: Device = "auto",
 ) -> None:
     """Draw images of one pose: an index map, a pose as JSON, or an annotated image.
@@ -198,16 +214,17 @@ def infer(
     drawing = _drawing(
         kind, checkpoint, stable_diffusion, dataset, words, device,
         steps=steps, guidance_scale=guidance_scale, conditioning_scale=conditioning_scale, resolution=resolution,
+        preset=preset, final_sigmas_type=final_sigmas_type, map_resize=map_resize,
     )  # fmt: skip
     text = drawing.prompt(source, prompt)
     output.mkdir(parents=True, exist_ok=True)
     data = condition.read_bytes() if condition is not None else b""
     if source is not None:
         data = _png(_index_map(source, drawing.dataset))
-    requests = drawing.requests(data, text, seed=seed, count=images)
+    requests = drawing.requests(data, text, seed=seed, count=images, path=condition)
     (output / "condition.png").write_bytes(_upright(data))
     drawn = drawing.draw(requests, output)
-    shown = _shown(data, kind, drawing.dataset, resolution)
+    shown = _shown(requests[0].condition, drawing.dataset)
     _write_sheet(output, [("condition", shown), *((f"image {i}", each) for i, each in enumerate(drawn))])
     _say(text, output)
 
@@ -230,6 +247,9 @@ def attention(
     guidance_scale: Guidance = 7.5,
     conditioning_scale: Scale = 1.0,
     resolution: Resolution = 512,
+    preset: PresetName = None,
+    final_sigmas_type: FinalSigmasType = None,
+    map_resize: MapResizeName = None,
     device: Device = "auto",
 ) -> None:
     """Show where each keypoint token looks while an image is drawn, at each timestep and on average.
@@ -242,7 +262,7 @@ def attention(
 
     from spctrl.inference.attention_maps import keypoint_attention
     from spctrl.inference.generator import jpeg_bytes
-    from spctrl.inference.sheets import coloured_index_map, heat_over
+    from spctrl.inference.sheets import heat_over
 
     if network not in ("controlnet", "unet"):
         raise typer.BadParameter(f"--network: expected controlnet or unet, found {network}")
@@ -250,6 +270,7 @@ def attention(
     drawing = _drawing(
         "spctrl", checkpoint, stable_diffusion, dataset, "tokens", device,
         steps=steps, guidance_scale=guidance_scale, conditioning_scale=conditioning_scale, resolution=resolution,
+        preset=preset, final_sigmas_type=final_sigmas_type, map_resize=map_resize,
     )  # fmt: skip
     text = drawing.prompt(source, prompt)
     index_map = _index_map(source, drawing.dataset)
@@ -273,10 +294,7 @@ def attention(
         timesteps=found.timesteps,
         names=np.array(found.names),
     )
-    shown = coloured_index_map(index_map, drawing.dataset.skeleton).resize(
-        image.size, Image.Resampling.NEAREST
-    )
-    pictures = [("condition", shown), ("image", image)]
+    pictures = [("condition", _shown(request.condition, drawing.dataset)), ("image", image)]
     for k, name in enumerate(found.names):
         folder = output / name.strip("<>")
         folder.mkdir(exist_ok=True)
@@ -333,6 +351,9 @@ def edit(
     guidance_scale: Guidance = 7.5,
     conditioning_scale: Scale = 1.0,
     resolution: Resolution = 512,
+    preset: PresetName = None,
+    final_sigmas_type: FinalSigmasType = None,
+    map_resize: MapResizeName = None,
     device: Device = "auto",
 ) -> None:
     """Change a pose and draw it before and after, from the same noise.
@@ -342,7 +363,6 @@ def edit(
     """
     from spctrl.inference.poses import mirror as mirrored
     from spctrl.inference.poses import read_pose, with_species, write_pose
-    from spctrl.inference.sheets import coloured_index_map
 
     if not (move or mirror or species or prompt):
         raise typer.BadParameter("expected something to change: --move, --mirror, --species or --prompt")
@@ -359,6 +379,7 @@ def edit(
     drawing = _drawing(
         "spctrl", checkpoint, stable_diffusion, dataset, words, device,
         steps=steps, guidance_scale=guidance_scale, conditioning_scale=conditioning_scale, resolution=resolution,
+        preset=preset, final_sigmas_type=final_sigmas_type, map_resize=map_resize,
     )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     write_pose(after, output / "pose.json")
@@ -370,7 +391,7 @@ def edit(
             (output / "condition.png").write_bytes(_png(index_map))
         requests = drawing.requests(_png(index_map), text, seed=seed, count=images)
         drawn = drawing.draw(requests, output, prefix=f"{name}-")
-        pictures.append((name, coloured_index_map(index_map, spec.skeleton)))
+        pictures.append((name, _shown(requests[0].condition, spec)))
         pictures += [(f"{name}, image {i}", image) for i, image in enumerate(drawn)]
     _write_sheet(output, pictures, columns=images + 1)
     _say(text, output)
@@ -398,7 +419,7 @@ def _moved(pose: Pose, text: str, dataset: Dataset) -> Pose:
 def _drawing(
     kind: str, checkpoint: str, stable_diffusion: str, dataset: str, words: str, device: str, **sampler: Any
 ) -> Drawing:
-    """A generator on the device, with the settings of the command line."""
+    """A generator on the device, with those settings of the sampler that the command line gives, not None."""
     import msgspec
 
     from spctrl.image_models.base import choose_device
@@ -412,7 +433,8 @@ def _drawing(
         raise typer.BadParameter(f"--kind: expected {', '.join(kinds)}, found {kind}")
     default = f"spctrl_{spec.name}" if kind == "spctrl" else kind
     try:
-        settings_of_sampler = msgspec.convert(sampler, Sampler)
+        given = {name: value for name, value in sampler.items() if value is not None}
+        settings_of_sampler = msgspec.convert(given, Sampler)
         choose_device(device)
     except ValueError as error:  # msgspec's ValidationError is one
         raise typer.BadParameter(str(error)) from error
@@ -514,17 +536,16 @@ def _upright(condition: bytes) -> bytes:
         raise ExpectedError(error.message) from error
 
 
-def _shown(condition: bytes, kind: str, dataset: Dataset, resolution: int) -> Image.Image:
-    """A condition as people look at it, in the shape of the images."""
+def _shown(condition: NDArray[np.float32], dataset: Dataset) -> Image.Image:
+    """A (C, R, R) condition as people look at it, with the pixels that the network is given."""
     import numpy as np
     from PIL import Image
 
-    from spctrl.images import opened_image
     from spctrl.inference.sheets import coloured_index_map
 
-    with opened_image(condition) as image:
-        shown = coloured_index_map(np.array(image), dataset.skeleton) if kind == "spctrl" else image.copy()
-    return shown.resize((resolution, resolution), Image.Resampling.NEAREST)
+    if len(condition) == 1:
+        return coloured_index_map(condition[0].astype(np.uint8), dataset.skeleton)
+    return Image.fromarray(np.rint(condition.transpose(1, 2, 0) * 255).astype(np.uint8))
 
 
 def _write_sheet(

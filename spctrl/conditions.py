@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Literal
 import cv2
 import numpy as np
 
-from spctrl.images import opened_image
+from spctrl.images import equal_channels, opened_image
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spctrl.records import Record
-
-_GRAY_MODES = ("1", "L", "LA")
-"""PIL's."""
 
 
 def check_mask(record: Record, data: bytes, *, empty: Literal["reject", "keep"] = "keep") -> bytes:
@@ -105,9 +102,4 @@ def encode_png(pixels: cv2.typing.MatLike) -> bytes:
 def _decode_gray(size_wh: tuple[int, int], data: bytes, what: str) -> NDArray[np.uint8]:
     """(H, W) uint8 of an 8-bit image whose channels are equal."""
     with opened_image(data, size_wh) as image:
-        if image.mode in _GRAY_MODES:
-            return np.array(image.convert("L"))
-        pixels = np.asarray(image.convert("RGB"))
-    if (pixels[..., 1:] != pixels[..., :1]).any():
-        raise RecordError("bad_image", f"expected a {what} of one channel or equal ones, found colours")
-    return np.ascontiguousarray(pixels[..., 0])
+        return equal_channels(image, f"a {what}")

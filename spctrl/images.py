@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -33,6 +33,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Others are not tried: PIL would start a PostScript interpreter for one of them."""
 _MODES = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB"))
 """PIL's, of at most 8 bits a channel. To make 8 bits of others it cuts off what is above 255."""
+_GRAY_MODES = frozenset(("1", "L", "LA"))
+_WIDE_MODES = frozenset(("I", "I;16", "I;16B", "I;16L", "I;16N", "F"))
+"""PIL's, of one channel of 16 or 32 bits."""
 _SAMPLE_FORMAT, _SIGNED, _BITS_PER_SAMPLE, _COMPRESSION, _PLANAR = 339, 2, 258, 259, 284
 """Tags of TIFF."""
 MAX_SCANS = 500
@@ -68,7 +71,9 @@ def read_image_file(path: Path) -> bytes:
 
 
 @contextmanager
-def opened_image(data: bytes, size_wh: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+def opened_image(
+    data: bytes, size_wh: tuple[int, int] | None = None, *, wide: bool = False
+) -> Iterator[Image.Image]:
     """An untrusted image file as a PIL image of its stored pixels, of which only the header has been read.
 
     An orientation tag turns nothing, also not in TIFF files, where Pillow turns the pixels itself. The file's faults,
@@ -77,6 +82,8 @@ def opened_image(data: bytes, size_wh: tuple[int, int] | None = None) -> Iterato
     Args:
         data: the file's bytes.
         size_wh: width and height in pixels that the header must state; nothing is decoded where it does not.
+        wide: whether one channel of 16 or 32 bits is accepted too, for readers that check its values
+            (``equal_channels``).
 
     Raises:
         RecordError: ``bad_image``, ``image_size`` or, of a TIFF file, ``exif_orientation``.
@@ -89,7 +96,8 @@ def opened_image(data: bytes, size_wh: tuple[int, int] | None = None) -> Iterato
         with _opened(data) as image:
             if size_wh is not None and image.size != size_wh:
                 raise RecordError("image_size", _size_fault(image, data, size_wh))
-            if (kind := _kind_of_pixels(image)) is not None:
+            kind = _kind_of_pixels(image)
+            if kind is not None and not (wide and image.mode in _WIDE_MODES):
                 raise RecordError(
                     "bad_image",
                     f"expected 8 bits a channel, found pixels of the kind {kind}. Convert the image to 8 bits",
@@ -153,6 +161,54 @@ def open_rgb(record: Record, data: bytes) -> Image.Image:
     """
     with opened_image(data, record.size_wh) as image:
         return image.convert("RGB")
+
+
+def equal_channels(image: Image.Image, what: str) -> NDArray[np.uint8]:
+    """(H, W) uint8: the value of each pixel of an image of one channel, or of equal ones, whatever its mode.
+
+    Alpha is ignored, as in ``open_rgb``. The colours of a palette count, not the indices, and white of mode ``1`` is
+    255: what every viewer shows. Channels of 16 or 32 bits must hold whole numbers from 0 to 255, which are not scaled.
+
+    Args:
+        image: as read; not modified.
+        what: the image is, with an article; in messages.
+
+    Raises:
+        RecordError: ``bad_image``: colours, or values that 8 bits do not hold; names the first such pixel.
+    """
+    if image.mode in _WIDE_MODES:
+        return _as_8_bits(np.asarray(image), what)
+    if image.mode in _GRAY_MODES:
+        return np.array(image.convert("L"))
+    pixels = np.asarray(image.convert("RGB"))
+    differs = (pixels != pixels[..., :1]).any(axis=-1)
+    if differs.any():
+        x, y = first_pixel(differs)
+        hint = ". Save the palette's indices as mode L if they are the values" if image.mode == "P" else ""
+        raise RecordError(
+            "bad_image",
+            f"expected {what} of one channel or equal ones, found colours in an image of mode {image.mode}: "
+            f"{tuple(pixels[y, x].tolist())} at x = {x}, y = {y}{hint}",
+        )
+    return np.ascontiguousarray(pixels[..., 0])
+
+
+def _as_8_bits(values: NDArray[Any], what: str) -> NDArray[np.uint8]:
+    wrong = ~((values >= 0) & (values <= 255) & (values == np.floor(values)))  # NaN is wrong, too
+    if wrong.any():
+        x, y = first_pixel(wrong)
+        raise RecordError(
+            "bad_image",
+            f"expected 8 bits a channel in {what}, or whole numbers from 0 to 255, found {values[y, x]:g} at x = {x}, "
+            f"y = {y}",
+        )
+    return values.astype(np.uint8)
+
+
+def first_pixel(where: NDArray[np.bool_]) -> tuple[int, int]:
+    """x and y of the first pixel, in reading order, that (H, W) bool marks; at least one is marked."""
+    y, x = np.unravel_index(int(where.argmax()), where.shape)
+    return int(x), int(y)
 
 
 def probe_image(record: Record, data: bytes) -> bytes:

@@ -195,14 +195,14 @@ class Samples(MethodStage, OnDevice, FromArtifacts):
         return MISSING if MISSING in parts else digest(*parts)
 
     def parameters(self) -> dict[str, Any]:
-        import msgspec
+        from spctrl.inference.methods import sampler_parameters
 
         return {
             "kind": self.how.kind,
             "condition": self.how.condition,
             "seed": self.how.seed,
             "index": self.index,
-            "sampler": msgspec.to_builtins(self.how.sampler),
+            "sampler": sampler_parameters(self.how.sampler),
         }
 
     def inputs(self) -> dict[str, str] | None:

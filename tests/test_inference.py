@@ -243,7 +243,7 @@ def test_the_pipeline_takes_an_index_map_as_diffusers_takes_an_image(pipelines: 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.new("RGB", (64, 64)), "mode RGB"),
+        (Image.new("RGB", (64, 64), (1, 1, 2)), "mode RGB"),
         (Image.new("L", (64, 64), 255), "found 255"),
         (torch.zeros(1, 3, 64, 64), "shape"),
         (np.full((64, 64), 30, np.uint8), "found 30"),

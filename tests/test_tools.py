@@ -243,10 +243,10 @@ def test_infer_writes_images_and_a_sheet(run: Any, tmp_path: Path) -> None:
         "condition.png",
         "sheet.png",
     ]
-    # The same map and prompt by hand give the same images, whatever orientation tag the map has.
+    # The same map and prompt by hand give the same images, whatever mode and orientation tag the map has.
     prompt = run("prompt", IMAGE_ID).strip()
     with Image.open(tmp_path / "one" / "condition.png") as image:
-        image.save(tmp_path / "map.png", exif=b"Exif\0\0" + exif(6))
+        image.convert("RGB").save(tmp_path / "map.png", exif=b"Exif\0\0" + exif(6))
     again = ["--map", tmp_path / "map.png", "--prompt", prompt]
     run("infer", *again, "--images", 2, *FAST, "-o", tmp_path / "two")
     for name in ("0.jpg", "1.jpg"):
@@ -264,7 +264,7 @@ def test_infer_writes_images_and_a_sheet(run: Any, tmp_path: Path) -> None:
         (["--image-id", IMAGE_ID, "--words", "all"], "tokens, names, none"),
         (["--image-id", IMAGE_ID, "--checkpoint", "nowhere"], "nowhere"),
         (["--image-id", IMAGE_ID, "--resolution", "100"], "multiple of 8"),
-        (["--map", __file__, "--prompt", "a dog", *FAST], "expected an image"),
+        (["--map", __file__, "--prompt", "a dog", *FAST], f"{Path(__file__).name}: expected an image"),
         (["--image-id", IMAGE_ID, "--split", "new"], "expected train, val, test"),
     ],
 )

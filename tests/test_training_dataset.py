@@ -82,6 +82,16 @@ class Made:
         given = {"data_root": self.root, "store": self.store, "resolution": R, "add_keypoint_prompt": 1.0}
         return SpCtrlDataset(self.manifest, tokenizer=tokenizer, **{**given, **settings})
 
+    def store_again(self, stage: str, change: Any) -> None:
+        """Replace a stage's artifacts by what ``change`` makes of each image."""
+        of_stage = self.artifacts[stage].items()
+        changed = {image_id: change(Image.open(io.BytesIO(data))) for image_id, data in of_stage}
+        for pack in (self.store / "packs" / stage).iterdir():
+            pack.unlink()
+        self.manifest = write_manifest(
+            self.store.parent, self.dataset, self.index, {**self.artifacts, stage: changed}
+        )
+
     def _each(self, make: Any) -> dict[int, bytes]:
         return {record.image_id: make(record) for record in self.records}
 
@@ -110,6 +120,12 @@ class Made:
             else self.artifacts[stage][record.image_id]
         )
         return Image.open(io.BytesIO(data))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _blob(record: Record) -> NDArray[np.uint8]:
@@ -191,6 +207,33 @@ def test_stored_conditions_equal_drawn_ones(
     )
     for i in range(len(drawn)):
         assert torch.equal(drawn[i]["conditioning_image"], stored[i]["conditioning_image"])
+
+
+STORED = {"spatext": {"stored_conditions": True}, "mask": {"use_extra_mask": True}}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
+@pytest.mark.parametrize("stage", STORED)
+def test_stored_maps_and_masks_may_be_of_any_mode(
+    animals: Made, tokenizer: Any, stage: str, mode: str
+) -> None:
+    expected = [sample["conditioning_image"] for sample in animals.open(tokenizer, **STORED[stage])]
+    animals.store_again(
+        stage, lambda image: _png(image.convert("RGB").quantize() if mode == "P" else image.convert(mode))
+    )
+    found = [sample["conditioning_image"] for sample in animals.open(tokenizer, **STORED[stage])]
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("stage", STORED)
+def test_stored_maps_and_masks_with_colours_are_refused_by_name(
+    animals: Made, tokenizer: Any, stage: str
+) -> None:
+    animals.store_again(stage, lambda image: _png(Image.new("RGB", image.size, (1, 2, 1))))
+    with pytest.raises(
+        ExpectedError, match=r"\.jpg: expected .*colours in an image of mode RGB: \(1, 2, 1\) at x = 0"
+    ):
+        animals.open(tokenizer, **STORED[stage])[0]
 
 
 @pytest.mark.parametrize("name", DATASETS)

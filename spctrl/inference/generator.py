@@ -16,6 +16,7 @@ from PIL import Image
 
 from spctrl.image_models.base import choose_device
 from spctrl.images import opened_image
+from spctrl.index_maps import MapResize, read_index_map, resize_index_map
 from spctrl.inference.methods import Kind, Sampler
 from spctrl.records import RecordError
 
@@ -61,10 +62,11 @@ class ImageGenerator:
         """The condition at the image's size, with prompt and seed as ``request_bytes`` wrote them.
 
         Raises:
-            RecordError: ``bad_image``: the condition is not an image.
+            RecordError: ``bad_image``: the condition is not an image, or not an index map where it should be.
         """
         prompt, seed = json.loads(request)
-        return Request(read_condition(condition, self.kind, self.sampler.resolution), prompt, seed)
+        tensor = read_condition(condition, self.kind, self.sampler.resolution, self.sampler.map_resize)
+        return Request(tensor, prompt, seed)
 
     def batch_key(self, decoded: Request) -> Hashable:
         """All conditions have one shape."""
@@ -149,7 +151,12 @@ def load_generator(
     if sampler.precision != "auto":
         dtype = getattr(torch, sampler.precision)
     pipeline = load_pipeline(
-        kind=kind, stable_diffusion=stable_diffusion, checkpoint=checkpoint, device=chosen, dtype=dtype
+        kind=kind,
+        stable_diffusion=stable_diffusion,
+        checkpoint=checkpoint,
+        device=chosen,
+        dtype=dtype,
+        final_sigmas_type=sampler.final_sigmas_type,
     )
     return ImageGenerator(pipeline, kind, sampler, chosen)
 
@@ -159,20 +166,21 @@ def request_bytes(prompt: str, seed: int) -> bytes:
     return json.dumps([prompt, seed]).encode()
 
 
-def read_condition(data: bytes, kind: Kind, resolution: int) -> NDArray[np.float32]:
+def read_condition(
+    data: bytes, kind: Kind, resolution: int, map_resize: MapResize = "centre"
+) -> NDArray[np.float32]:
     """(C, R, R) float32: a condition's file, stretched to a square.
 
-    Index maps are resized by taking nearest pixels and stay whole numbers; other conditions bilinearly, as in
-    training, and scaled to [0, 1].
+    Index maps, of any mode whose channels are equal, stay whole numbers (``spctrl.index_maps``). Other conditions are
+    resized bilinearly, as in training, and scaled to [0, 1].
 
     Raises:
-        RecordError: ``bad_image``: not an image.
+        RecordError: ``bad_image``: not an image, or with ``spctrl`` not an index map.
     """
-    side = (resolution, resolution)
+    if kind == "spctrl":
+        return resize_index_map(read_index_map(data), resolution, map_resize).astype(np.float32)[None]
     with opened_image(data) as image:
-        if kind == "spctrl":
-            return np.asarray(image.resize(side, Image.Resampling.NEAREST), np.float32)[None]
-        resized = image.convert("RGB").resize(side, Image.Resampling.BILINEAR)
+        resized = image.convert("RGB").resize((resolution, resolution), Image.Resampling.BILINEAR)
     return np.asarray(resized, np.float32).transpose(2, 0, 1) / np.float32(255)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from spctrl.configuration import PathText
+from spctrl.index_maps import MapResize
 
 Kind = Literal["spctrl", "controlnet", "t2i_adapter", "external"]
 Condition = Literal["spatext", "openpose", "mask", "depth", "masked_depth"]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
+FinalSigmas = Literal["zero", "sigma_min"]
+Preset = Literal["released"]
 
 CONDITIONS_OF: dict[Kind, tuple[Condition, ...]] = {
     "spctrl": ("spatext",),
@@ -21,6 +24,13 @@ CONDITIONS_OF: dict[Kind, tuple[Condition, ...]] = {
     "external": (),
 }
 """Conditions that each kind can be given."""
+
+DEFAULTS: dict[str, str] = {"final_sigmas_type": "zero", "map_resize": "centre"}
+PRESETS: dict[Preset, dict[str, str]] = {
+    "released": {"final_sigmas_type": "sigma_min", "map_resize": "floor"},
+}
+_NOT_GIVEN: Any = None
+"""In place of a setting until ``Sampler`` takes it from a preset."""
 
 LATENT_FACTOR = 8
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -34,7 +44,17 @@ def _check(is_right: bool, expected: str, found: object) -> None:
 class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How an image is drawn from noise; the defaults are those of the released evaluation (REFERENCE section 11).
 
+    They differ from it in two settings, which the preset ``released`` sets as there. Nothing else is known to differ
+    but noise: the released script has other seeds.
+
     Attributes:
+        preset: ``released``: what is not given of the settings in ``PRESETS`` is as in the released inference. A
+            setting that is given wins. Read as None once it has been applied.
+        final_sigmas_type: noise level at which sampling ends. ``zero``; or ``sigma_min``, that of the first training
+            timestep (0.0292 in Stable Diffusion 1.5), at which older versions of diffusers ended, and with them the
+            released inference. Latents of the two differ by about 8e-4 of their norm.
+        map_resize: how index maps are stretched to ``resolution``: ``centre``, as in training, or ``floor``, as in the
+            released inference (``spctrl.index_maps.resize_index_map``). Other conditions are always resized bilinearly.
         steps: of the UniPC multistep scheduler.
         guidance_scale: weight of the prompt against the negative prompt; 1 or less leaves the latter out.
         conditioning_scale: weight of the condition.
@@ -53,8 +73,18 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     resolution: int = 512
     negative_prompt: str = ""
     precision: Precision = "auto"
+    preset: Preset | None = None
+    final_sigmas_type: FinalSigmas = _NOT_GIVEN
+    map_resize: MapResize = _NOT_GIVEN
 
     def __post_init__(self) -> None:
+        preset = PRESETS[self.preset] if self.preset else {}
+        for name, value in {**DEFAULTS, **preset}.items():
+            if getattr(self, name) is _NOT_GIVEN:
+                msgspec.structs.force_setattr(self, name, value)
+        msgspec.structs.force_setattr(
+            self, "preset", None
+        )  # equal settings are equal, however they were written
         _check(self.steps >= 1, "steps: expected at least 1", self.steps)
         _check(
             self.resolution >= LATENT_FACTOR and self.resolution % LATENT_FACTOR == 0,
@@ -63,6 +93,17 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         )
         window = self.control_guidance_start, self.control_guidance_end
         _check(0 <= window[0] < window[1] <= 1, "control_guidance: expected 0 <= start < end <= 1", window)
+
+
+def sampler_parameters(sampler: Sampler) -> dict[str, Any]:
+    """The settings that decide an image, as JSON values for its fingerprint.
+
+    ``preset`` is part of the others, and those of ``DEFAULTS`` count only where they differ from it: they came after
+    the first images, whose fingerprints do not have them.
+    """
+    settings: dict[str, Any] = msgspec.to_builtins(sampler)
+    del settings["preset"]
+    return {name: value for name, value in settings.items() if value != DEFAULTS.get(name)}
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -28,16 +28,16 @@ from transformers.utils import logging as transformers_logging
 
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
+from spctrl.index_maps import MapResize, index_map_of_image, value_fault
 from spctrl.inference.checkpoints import learned_embeds_file, network_folder
-from spctrl.inference.methods import LATENT_FACTOR, Kind
+from spctrl.inference.methods import LATENT_FACTOR, FinalSigmas, Kind
 from spctrl.models.controlnet import RELEASED_CLASS, SpCtrlControlNetModel
 from spctrl.models.stable_diffusion import load_text_encoder, load_tokenizer, load_unet, load_vae
 from spctrl.models.tokens import load_learned_embeds, set_learned_embeds
-from spctrl.records import NUM_KEYPOINTS
-from spctrl.rendering.spatext import FIRST_LINK
+from spctrl.records import RecordError
 
-MOST_LINKS = 19
-"""Of any dataset's index maps."""
+_INTERPOLATION: dict[MapResize, str] = {"centre": "nearest-exact", "floor": "nearest"}
+"""Torch's names."""
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -66,11 +66,17 @@ class IndexMapError(ExpectedError, ValueError):
 class SpCtrlPipeline(StableDiffusionControlNetPipeline):
     """Diffusers' ``StableDiffusionControlNetPipeline`` whose ``image`` is an index map.
 
-    An index map is a PIL image of mode ``L`` or a float or integer tensor or array of (H, W), (1, H, W) or
-    (B, 1, H, W); or a list of any of these. It is resized by taking nearest pixels, to the sides ``height`` and
-    ``width`` of the image to draw, by default its own, rounded down to multiples of 8. A ControlNet with extra channels
-    takes tensors or arrays of (1 + E, H, W) or (B, 1 + E, H, W), the index map first. All else is as in diffusers.
+    An index map is a PIL image whose colour channels are equal or a float or integer tensor or array of (H, W),
+    (1, H, W) or (B, 1, H, W); or a list of any of these. It is resized as ``map_resize`` says, to the sides ``height``
+    and ``width`` of the image to draw, by default its own, rounded down to multiples of 8. A ControlNet with extra
+    channels takes tensors or arrays of (1 + E, H, W) or (B, 1 + E, H, W), the index map first; these are resized alike.
+    All else is as in diffusers.
+
+    Attributes:
+        map_resize: see ``spctrl.inference.methods.Sampler``.
     """
+
+    map_resize: MapResize = "centre"
 
     def check_image(self, image: Any, prompt: Any, prompt_embeds: Any) -> None:
         """As in diffusers, of the index maps as a batch.
@@ -91,7 +97,7 @@ class SpCtrlPipeline(StableDiffusionControlNetPipeline):
             for asked, side in zip((height, width), maps.shape[-2:], strict=True)
         )
         if maps.shape[-2:] != size_hw:
-            maps = F.interpolate(maps, size_hw, mode="nearest-exact")
+            maps = F.interpolate(maps, size_hw, mode=_INTERPOLATION[self.map_resize])
         return super().prepare_image(maps, size_hw[1], size_hw[0], *args, **kwargs)
 
     def _conditions(self, image: Any) -> Tensor:
@@ -108,9 +114,10 @@ def index_maps(image: Any, extra_channels: int = 0) -> Tensor:
     if isinstance(image, list | tuple):
         return torch.cat([index_maps(each, extra_channels) for each in image])
     if isinstance(image, Image.Image):
-        if image.mode not in ("L", "P", "I"):
-            raise IndexMapError(f"expected an index map of mode L, found an image of mode {image.mode}")
-        image = np.array(image)
+        try:
+            image = index_map_of_image(image)
+        except RecordError as error:
+            raise IndexMapError(error.message) from error
     maps = torch.as_tensor(image).float()
     maps = maps.reshape((1,) * (4 - maps.ndim) + maps.shape)
     if maps.ndim != 4 or maps.shape[1] != 1 + extra_channels:
@@ -118,18 +125,19 @@ def index_maps(image: Any, extra_channels: int = 0) -> Tensor:
             f"expected index maps of shape (B, {1 + extra_channels}, H, W)"
             f"{', with the extra channels' if extra_channels else ''}, found {tuple(maps.shape)}"
         )
-    values = set(maps[:, :1].unique().tolist())
-    known = {*range(NUM_KEYPOINTS + 1), *range(FIRST_LINK, FIRST_LINK + MOST_LINKS)}
-    if unknown := sorted(values - known):
-        raise IndexMapError(
-            f"expected an index map: 0, keypoints 1 to {NUM_KEYPOINTS} and links {FIRST_LINK} to {max(known)}; "
-            f"found {', '.join(f'{each:g}' for each in unknown[:5])}. Is it another kind of condition?"
-        )
+    if fault := value_fault(maps[:, :1].unique().tolist()):
+        raise IndexMapError(fault)
     return maps
 
 
 def load_pipeline(
-    *, kind: Kind, stable_diffusion: Path, checkpoint: Path, device: torch.device, dtype: torch.dtype
+    *,
+    kind: Kind,
+    stable_diffusion: Path,
+    checkpoint: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    final_sigmas_type: FinalSigmas = "zero",
 ) -> Any:
     """A diffusers pipeline with UniPC, ready to draw: ``SpCtrlPipeline``, or diffusers' for ControlNet or T2I-Adapter.
 
@@ -141,6 +149,7 @@ def load_pipeline(
         checkpoint: folder of the ControlNet or adapter.
         device: to work on.
         dtype: of all networks but the image decoder, which works in float32.
+        final_sigmas_type: see ``unipc``.
 
     Raises:
         ExpectedError: a folder is missing, broken or another model's.
@@ -153,7 +162,7 @@ def load_pipeline(
         "vae": load_vae(stable_diffusion),
         "text_encoder": load_text_encoder(stable_diffusion),
         "tokenizer": load_tokenizer(stable_diffusion),
-        "scheduler": unipc(stable_diffusion),
+        "scheduler": unipc(stable_diffusion, final_sigmas_type),
     }
     if (embeds := learned_embeds_file(checkpoint)) is not None:
         set_learned_embeds(parts["tokenizer"], parts["text_encoder"], load_learned_embeds(embeds))
@@ -173,8 +182,12 @@ def load_pipeline(
     return pipeline
 
 
-def unipc(folder: Path) -> Any:
+def unipc(folder: Path, final_sigmas_type: FinalSigmas = "zero") -> Any:
     """A UniPC multistep scheduler with the noise schedule of a Stable Diffusion folder.
+
+    Args:
+        folder: of Stable Diffusion 1.5.
+        final_sigmas_type: noise level at which sampling ends; see ``spctrl.inference.methods.Sampler``.
 
     Raises:
         ExpectedError: there is no schedule.
@@ -185,7 +198,7 @@ def unipc(folder: Path) -> Any:
         raise ExpectedError(
             f"expected the noise schedule of Stable Diffusion 1.5 in {folder / 'scheduler'}, found a fault: {error}"
         ) from error
-    return UniPCMultistepScheduler.from_config(config)
+    return UniPCMultistepScheduler.from_config(config, final_sigmas_type=final_sigmas_type)
 
 
 def load_network(kind: Kind, folder: Path) -> Any:

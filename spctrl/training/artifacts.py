@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PACK_SUFFIXES = (".tar", ".safetensors")
 _PLACES = pa.schema([("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-_REMEDY = "`spctrl verify` drops what is damaged, the next build makes it again"
+REMEDY = "`spctrl verify` drops what is damaged, the next build makes it again"
 
 
 class StoredArtifacts:
@@ -56,10 +56,10 @@ class StoredArtifacts:
                 file.seek(int(self._offsets[i]))
                 data: bytes = file.read(size)
         except OSError as error:
-            raise ExpectedError(f"cannot read {path}: {error.strerror}. {_REMEDY}") from error
+            raise ExpectedError(f"cannot read {path}: {error.strerror}. {REMEDY}") from error
         if len(data) < size:
             raise ExpectedError(
-                f"{path}: expected {size} bytes at {self._offsets[i]}, found {len(data)}. {_REMEDY}"
+                f"{path}: expected {size} bytes at {self._offsets[i]}, found {len(data)}. {REMEDY}"
             )
         return data
 

@@ -5,10 +5,10 @@ Legend: R side of the crop in pixels, K keypoints (17), T tokens of a prompt (77
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,7 +25,8 @@ from spctrl.annotations import unsafe_path
 from spctrl.crops import LONGEST_SIDES, crop_of, nearest_crop, training_crop
 from spctrl.datasets import DATASETS
 from spctrl.errors import ExpectedError
-from spctrl.images import open_rgb, opened_image
+from spctrl.images import equal_channels, open_rgb, opened_image
+from spctrl.index_maps import read_index_map
 from spctrl.prompts import (
     Subject,
     build_prompt,
@@ -39,7 +40,7 @@ from spctrl.prompts import (
 from spctrl.records import Record, RecordError, records_from_table
 from spctrl.rendering.openpose import drawn_links, palette
 from spctrl.rendering.spatext import draw_index_map
-from spctrl.training.artifacts import StoredArtifacts, missing_artifacts
+from spctrl.training.artifacts import REMEDY, StoredArtifacts, missing_artifacts
 from spctrl.training.heatmaps import HeatmapType, heatmap_targets
 
 if TYPE_CHECKING:
@@ -233,16 +234,16 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
 
     def _conditioning_image(self, i: int, record: Record) -> torch.Tensor:
         """(1 or 3, R, R), and one more with the extra mask."""
-        stored = None if self._condition is None else _opened(self._condition.read(i))
+        stored = None if self._condition is None else self._condition.read(i)
         if self.conditioning_mode == "spatext":
-            pixels = self._drawing(record) if stored is None else np.array(stored.convert("L"))
+            pixels = self._drawing(record) if stored is None else _stored_index_map(stored, record)
             condition = torch.from_numpy(nearest_crop(pixels, self.resolution)).float()[None]
         else:
-            image = self._render(record) if stored is None else stored
-            condition = _unit_range(training_crop(image.convert("RGB"), self.resolution))
+            image = self._render(record).convert("RGB") if stored is None else _stored_rgb(stored, record)
+            condition = _unit_range(training_crop(image, self.resolution))
         if self._mask is None:
             return condition
-        mask = training_crop(_opened(self._mask.read(i)).convert("L"), self.resolution)
+        mask = training_crop(_stored_mask(self._mask.read(i), record), self.resolution)
         return torch.cat([condition, _unit_range(mask[..., None])])
 
     def _drawing(self, record: Record) -> NDArray[np.uint8]:
@@ -363,7 +364,7 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         (record,) = records_from_table(row)
         rendered = self.conditioning_mode in RENDER_STYLES
         drawn = self._render(record) if rendered else Image.fromarray(self._drawing(record))
-        if _opened(stored).convert("RGB").tobytes() != drawn.convert("RGB").tobytes():
+        if _stored_rgb(stored, record).tobytes() != drawn.convert("RGB").tobytes():
             raise ExpectedError(
                 f"expected {self.conditioning_mode} to be drawn as in the store, found another drawing of "
                 f"{record.file_name}: the build had other settings in [spatext] or [openpose]. Give the same "
@@ -412,8 +413,30 @@ def _known(value: Any, name: str, choices: Any) -> Any:
     return value
 
 
-def _opened(png: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(png), formats=("PNG",))
+@contextmanager
+def _of_store(record: Record) -> Iterator[None]:
+    """Faults of a stored artifact as ``ExpectedError``."""
+    try:
+        yield
+    except RecordError as error:
+        raise ExpectedError(
+            f"cannot use what the store holds for {record.file_name}: {error.message}. {REMEDY}"
+        ) from error
+
+
+def _stored_index_map(data: bytes, record: Record) -> NDArray[np.uint8]:
+    with _of_store(record):
+        return read_index_map(data, record.size_wh)
+
+
+def _stored_rgb(data: bytes, record: Record) -> Image.Image:
+    with _of_store(record):
+        return open_rgb(record, data)
+
+
+def _stored_mask(data: bytes, record: Record) -> Image.Image:
+    with _of_store(record), opened_image(data, record.size_wh) as image:
+        return Image.fromarray(equal_channels(image, "a mask"))
 
 
 def _decoded(record: Record, data: bytes) -> NDArray[np.uint8]:

@@ -105,7 +105,7 @@ def fid(
 def is_images(side: Images | Statistics | ArrayLike) -> TypeGuard[Images]:
     """Whether these are images, not features or statistics."""
     if isinstance(side, Path | str):
-        return Path(side).suffix != ".npz"
+        return Path(side).suffix.lower() != ".npz"
     if isinstance(side, np.ndarray):
         return side.ndim == 4
     return isinstance(side, Sequence)  # of files or arrays

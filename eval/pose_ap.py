@@ -196,7 +196,7 @@ def _scored(
     sigmas: Floats,
     truth: GroundTruth,
 ) -> Predictions:
-    is_file = isinstance(predictions, Path | str) and Path(predictions).suffix == ".parquet"
+    is_file = isinstance(predictions, Path | str) and Path(predictions).suffix.lower() == ".parquet"
     if not is_file and not isinstance(predictions, pa.Table | Poses):
         return read_results(predictions)
     poses = read_poses(predictions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -114,7 +115,29 @@ class Precomputed(FileStage):
         return str(settings.condition_folder(self.section, self.dataset))
 
     def file_paths(self, image_paths: Sequence[str]) -> list[str]:
-        return [f"{self.spec.stem_of(path)}.png" for path in image_paths]
+        return [self._file_path(self.spec.stem_of(path)) for path in image_paths]
+
+    def _file_path(self, stem: str) -> str:
+        """``<stem>.png``, or where there is no such file one whose suffix is written in upper case."""
+        folder, _, name = stem.rpartition("/")
+        if folder not in self._upper_case:
+            self._upper_case[folder] = self._upper_case_in(folder)
+        return f"{stem}{self._upper_case[folder].get(name, '.png')}"
+
+    @functools.cached_property
+    def _upper_case(self) -> dict[str, dict[str, str]]:
+        """What ``_upper_case_in`` found, by folder."""
+        return {}
+
+    def _upper_case_in(self, folder: str) -> dict[str, str]:
+        """Suffix by stem of the files ``<stem>.PNG``, ``<stem>.Png``, ... without a ``<stem>.png`` beside them."""
+        try:
+            names = sorted(os.listdir(f"{self.folder}/{folder}"))  # noqa: PTH208 - a Path costs more than the name
+        except (OSError, ValueError):
+            return {}
+        png = [(name[:-4], name[-4:]) for name in names if name[-4:].lower() == ".png"]
+        lower = {stem for stem, suffix in png if suffix == ".png"}
+        return {stem: suffix for stem, suffix in png if stem not in lower}
 
 
 class Mask(Precomputed):

@@ -108,6 +108,7 @@ def test_poses_survive_a_parquet_file(document: Json, tmp_path: Path) -> None:
         assert np.array_equal(getattr(again, name), getattr(poses, name)), name
     assert same(evaluate(path, truth, "ap10k").scores, evaluate(poses, document, "ap10k").scores)
     assert evaluate(path, truth, "ap10k").scores["AP"] == 1
+    assert evaluate(path.rename(tmp_path / "POSES.Parquet"), truth, "ap10k").scores["AP"] == 1
 
 
 def test_no_predictions_score_zero(document: Json) -> None:

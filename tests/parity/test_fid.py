@@ -184,6 +184,8 @@ def test_statistics_survive_a_file(tmp_path: Path) -> None:
     save_statistics(path, statistics(real))
     assert load_statistics(path).num_images == 60
     assert fid(path, fake) == fid(statistics(real), fake) == fid(real, fake)
+    assert fid(path.rename(tmp_path / "REAL.NPZ"), fake) == fid(real, fake)
+    (tmp_path / "REAL.NPZ").rename(path)
     few = statistics(real[:20])
     save_statistics(tmp_path / "few.npz", few)
     assert frechet_distance(load_statistics(tmp_path / "few.npz"), few) == pytest.approx(0, abs=1e-9)

@@ -540,6 +540,35 @@ def test_precomputed_masks_without_foreground_are_rejected_or_kept(workspace: Wo
     assert len(workspace.manifest("ap10k", "train")) == IMAGES
 
 
+def test_masks_and_depth_maps_are_found_whatever_the_case_of_their_suffix(workspace: Workspace) -> None:
+    workspace.configure(
+        "build", conditions=CONDITIONS, datasets=["ap10k"], splits=["val"], max_reject_share=0
+    )
+    for folder in ("mask", "depth"):
+        files = sorted((workspace.data / "AP-10K" / folder).rglob("*.png"))
+        for i, file in enumerate(files):
+            file.rename(file.with_suffix((".PNG", ".Png", ".png")[i % 3]))
+    build = workspace.build()
+    assert build.succeeded, build.errors
+    assert build.worked["mask"] == build.worked["depth"] == len(workspace.manifest("ap10k", "val"))
+
+
+def test_of_two_masks_of_one_image_the_one_in_lower_case_is_taken(workspace: Workspace) -> None:
+    from conftest import _luigi_settings
+
+    from tasks.conditions import Mask
+
+    folder = workspace.data / "AP-10K" / "mask"
+    (folder / "a").mkdir(parents=True)
+    for name in ("1.png", "1.PNG", "2.PNG", "a/2.pNg", "3.jpg", "3.PNG.txt"):
+        (folder / name).touch()
+    with _luigi_settings(workspace.settings_file()):
+        paths = Mask(dataset="ap10k", split="val").file_paths(
+            ["data/1.jpg", "data/2.jpg", "data/a/2.jpg", "data/3.jpg", "data/b/4.jpg"]
+        )
+    assert paths == ["1.png", "2.PNG", "a/2.pNg", "3.png", "b/4.png"]
+
+
 def test_what_was_finished_before_a_failure_is_kept(workspace: Workspace) -> None:
     workspace.configure("build", conditions=CONDITIONS)
     masks = workspace.data / "AP-10K" / "mask"

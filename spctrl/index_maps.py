@@ -6,7 +6,7 @@ Legend: H and W of a map, R side of the resized one, in pixels.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,7 @@ from spctrl.rendering.spatext import BACKGROUND, FIRST_KEYPOINT, FIRST_LINK
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MapResize = Literal["centre", "floor"]
+    from spctrl.inference.methods import MapResize
 
 MOST_LINKS = 19
 """Of any dataset's index maps."""

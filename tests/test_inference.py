@@ -27,7 +27,7 @@ from spctrl.inference.generator import (
     request_bytes,
 )
 from spctrl.inference.methods import Kind, Sampler
-from spctrl.inference.pipeline import index_maps, initial_noise, load_network
+from spctrl.inference.pipeline import index_maps, initial_noise, load_network, unipc
 from spctrl.models import tiny
 from spctrl.models.tokens import PLACEHOLDERS, load_learned_embeds
 from spctrl.records import Record, RecordError
@@ -57,12 +57,12 @@ def pipelines(weights: Path) -> dict[Kind, Any]:
     return {kind: load(weights, kind).pipeline for kind in FOLDERS}
 
 
-def load(weights: Path, kind: Kind) -> ImageGenerator:
+def load(weights: Path, kind: Kind, **sampler: Any) -> ImageGenerator:
     return load_generator(
         kind=kind,
         stable_diffusion=weights / "stable-diffusion",
         checkpoint=weights / FOLDERS[kind],
-        sampler=FAST,
+        sampler=Sampler(**{"steps": 2, "resolution": RESOLUTION, **sampler}),
         device="cpu",
     )
 
@@ -174,6 +174,61 @@ def test_the_condition_acts_in_its_share_of_the_steps(pipelines: dict[Kind, Any]
     assert np.abs(first - second).max() > 10 * ROUNDING
     never = image(control_guidance_start=0.1, control_guidance_end=0.2)
     np.testing.assert_allclose(never, image(conditioning_scale=0.0), atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        (Sampler(), 0.0),
+        (Sampler(preset="released"), 0.029167),
+        (Sampler(steps=7, preset="released"), 0.029167),
+    ],
+)
+def test_sampling_ends_at_the_noise_level_that_is_set(
+    weights: Path, sampler: Sampler, expected: float
+) -> None:
+    scheduler = unipc(weights / "stable-diffusion", sampler.final_sigmas_type)
+    scheduler.set_timesteps(sampler.steps)
+    assert len(scheduler.timesteps) == sampler.steps
+    assert float(scheduler.sigmas[-1]) == pytest.approx(expected, abs=1e-6)
+    assert float(scheduler.sigmas[-2]) > 0.0292
+
+
+def test_the_preset_reaches_the_images(weights: Path) -> None:
+    def images(**settings: Any) -> NDArray[np.float32]:
+        model = load(weights, "spctrl", **settings)
+        decoded = model.decode(RECORD, png(index_map()), request_bytes("a dog", 0))
+        return draw(model, decoded)[0]
+
+    default, last_sigma, resized = (
+        images(),
+        images(final_sigmas_type="sigma_min"),
+        images(map_resize="floor"),
+    )
+    assert np.abs(last_sigma - default).max() > 0
+    assert np.abs(resized - default).max() > 10 * ROUNDING
+    released = images(preset="released")
+    assert np.array_equal(released, images(final_sigmas_type="sigma_min", map_resize="floor"))
+    assert np.abs(released - resized).max() > 0
+    assert np.array_equal(default, images(preset="released", final_sigmas_type="zero", map_resize="centre"))
+
+
+def test_the_pipeline_resizes_as_it_is_told(pipelines: dict[Kind, Any]) -> None:
+    pipeline = pipelines["spctrl"]
+    columns = torch.arange(5).expand(1, 1, 5, 5)  # keypoints 1 to 4
+
+    def resized(how: str) -> list[float]:
+        pipeline.map_resize = how
+        try:
+            maps = pipeline.prepare_image(columns, 8, 8, 1, 1, torch.device("cpu"), torch.float32)
+        finally:
+            del pipeline.map_resize
+        assert maps.shape == (1, 1, 8, 8)
+        row: list[float] = maps[0, 0, 0].tolist()
+        return row
+
+    assert resized("floor") == [0, 0, 1, 1, 2, 3, 3, 4]
+    assert resized("centre") == [0, 0, 1, 2, 2, 3, 4, 4]
 
 
 def test_noise_depends_on_the_seed_alone() -> None:

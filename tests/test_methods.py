@@ -12,7 +12,7 @@ from spctrl.configuration import ConfigurationError, read_config
 from spctrl.errors import ExpectedError
 from spctrl.inference.checkpoints import learned_embeds_file, network_folder
 from spctrl.inference.folders import find_images, generated_path, list_images
-from spctrl.inference.methods import Generation, Method, Sampler, image_seed
+from spctrl.inference.methods import Generation, Method, Sampler, image_seed, sampler_parameters
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "generate").glob("*.yaml"))
 
@@ -26,6 +26,58 @@ def test_the_sampler_is_the_released_one_by_default() -> None:
     assert (sampler.steps, sampler.guidance_scale, sampler.conditioning_scale) == (50, 7.5, 1.0)
     assert (sampler.control_guidance_start, sampler.control_guidance_end) == (0.0, 1.0)
     assert sampler.resolution == 512
+
+
+@pytest.mark.parametrize(
+    ("given", "final_sigmas_type", "map_resize"),
+    [
+        ({}, "zero", "centre"),
+        ({"preset": None}, "zero", "centre"),
+        ({"preset": "released"}, "sigma_min", "floor"),
+        ({"preset": "released", "map_resize": "centre"}, "sigma_min", "centre"),
+        ({"preset": "released", "final_sigmas_type": "zero"}, "zero", "floor"),
+        ({"map_resize": "floor"}, "zero", "floor"),
+    ],
+)
+def test_a_given_setting_wins_over_the_preset_and_the_preset_over_the_default(
+    given: dict[str, Any], final_sigmas_type: str, map_resize: str
+) -> None:
+    sampler = method(sampler=given).sampler
+    assert (sampler.final_sigmas_type, sampler.map_resize) == (final_sigmas_type, map_resize)
+    written_out = Sampler(final_sigmas_type=final_sigmas_type, map_resize=map_resize)  # type: ignore[arg-type]
+    assert sampler == written_out
+    assert sampler_parameters(sampler) == sampler_parameters(written_out)
+    assert msgspec.json.decode(msgspec.json.encode(sampler), type=Sampler) == sampler
+
+
+def test_later_settings_leave_the_fingerprints_of_earlier_images_alone() -> None:
+    earlier = {
+        "steps": 50,
+        "guidance_scale": 7.5,
+        "conditioning_scale": 1.0,
+        "control_guidance_start": 0.0,
+        "control_guidance_end": 1.0,
+        "resolution": 512,
+        "negative_prompt": "",
+        "precision": "auto",
+    }
+    assert sampler_parameters(Sampler()) == earlier
+    assert sampler_parameters(Sampler(final_sigmas_type="zero", map_resize="centre")) == earlier
+    assert sampler_parameters(Sampler(preset="released")) == {
+        **earlier,
+        "final_sigmas_type": "sigma_min",
+        "map_resize": "floor",
+    }
+    # A value that another setting's default happens to be still counts.
+    assert sampler_parameters(Sampler(negative_prompt="zero"))["negative_prompt"] == "zero"
+
+
+def test_the_released_configurations_repeat_the_released_inference() -> None:
+    released = [path for path in CONFIGS if path.stem.endswith("_released")]
+    assert len(released) == 2
+    for path in released:
+        for each in read_config(path, Generation).methods:
+            assert each.sampler == Sampler(preset="released")
 
 
 def test_an_index_map_is_the_condition_of_sp_ctrl() -> None:
@@ -53,6 +105,9 @@ def test_an_index_map_is_the_condition_of_sp_ctrl() -> None:
             "acts in all steps",
         ),
         ({"sampler": {"stepps": 3}}, "stepps"),
+        ({"sampler": {"preset": "paper"}}, "paper"),
+        ({"sampler": {"map_resize": "nearest"}}, "nearest"),
+        ({"sampler": {"final_sigmas_type": None}}, "final_sigmas_type"),
         ({"kind": "humansd"}, "humansd"),
     ],
 )

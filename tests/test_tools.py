@@ -254,6 +254,9 @@ def test_infer_writes_images_and_a_sheet(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "one" / "0.jpg").read_bytes() != (tmp_path / "one" / "1.jpg").read_bytes()
     with Image.open(tmp_path / "two" / "condition.png") as image:
         assert orientation_of(image) == 1
+    # The map's pixels and the end of sampling are settings.
+    run("infer", *again, "--images", 1, *FAST, "--preset", "released", "-o", tmp_path / "three")
+    assert (tmp_path / "three" / "0.jpg").read_bytes() != (tmp_path / "one" / "0.jpg").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -265,6 +268,11 @@ def test_infer_writes_images_and_a_sheet(run: Any, tmp_path: Path) -> None:
         (["--image-id", IMAGE_ID, "--checkpoint", "nowhere"], "nowhere"),
         (["--image-id", IMAGE_ID, "--resolution", "100"], "multiple of 8"),
         (["--map", __file__, "--prompt", "a dog", *FAST], f"{Path(__file__).name}: expected an image"),
+        (["--image-id", IMAGE_ID, "--preset", "paper"], "--preset: expected released, found paper"),
+        (
+            ["--image-id", IMAGE_ID, "--map-resize", "nearest"],
+            "--map-resize: expected centre, floor, found nearest",
+        ),
         (["--image-id", IMAGE_ID, "--split", "new"], "expected train, val, test"),
     ],
 )

@@ -16,8 +16,8 @@ from PIL import Image
 
 from spctrl.image_models.base import choose_device
 from spctrl.images import opened_image
-from spctrl.index_maps import MapResize, read_index_map, resize_index_map
-from spctrl.inference.methods import Kind, Sampler
+from spctrl.index_maps import read_index_map, resize_index_map
+from spctrl.inference.methods import Kind, MapResize, Sampler
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:

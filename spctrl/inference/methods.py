@@ -9,12 +9,12 @@ from typing import Any, Literal
 import msgspec
 
 from spctrl.configuration import PathText
-from spctrl.index_maps import MapResize
 
 Kind = Literal["spctrl", "controlnet", "t2i_adapter", "external"]
 Condition = Literal["spatext", "openpose", "mask", "depth", "masked_depth"]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 FinalSigmas = Literal["zero", "sigma_min"]
+MapResize = Literal["centre", "floor"]
 Preset = Literal["released"]
 
 CONDITIONS_OF: dict[Kind, tuple[Condition, ...]] = {
@@ -44,8 +44,8 @@ def _check(is_right: bool, expected: str, found: object) -> None:
 class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How an image is drawn from noise; the defaults are those of the released evaluation (REFERENCE section 11).
 
-    They differ from it in two settings, which the preset ``released`` sets as there. Nothing else is known to differ
-    but noise: the released script has other seeds.
+    They differ from it in two settings, which the preset ``released`` sets as there. Images start from this project's
+    own noise in both cases (``image_seed``).
 
     Attributes:
         preset: ``released``: what is not given of the settings in ``PRESETS`` is as in the released inference. A

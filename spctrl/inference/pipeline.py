@@ -28,9 +28,9 @@ from transformers.utils import logging as transformers_logging
 
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
-from spctrl.index_maps import MapResize, index_map_of_image, value_fault
+from spctrl.index_maps import index_map_of_image, value_fault
 from spctrl.inference.checkpoints import learned_embeds_file, network_folder
-from spctrl.inference.methods import LATENT_FACTOR, FinalSigmas, Kind
+from spctrl.inference.methods import LATENT_FACTOR, FinalSigmas, Kind, MapResize
 from spctrl.models.controlnet import RELEASED_CLASS, SpCtrlControlNetModel
 from spctrl.models.stable_diffusion import load_text_encoder, load_tokenizer, load_unet, load_vae
 from spctrl.models.tokens import load_learned_embeds, set_learned_embeds

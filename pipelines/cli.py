@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from pipelines import BuildDataset, cluster, tools
+from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train, cluster, tools
 from spctrl import options
 from spctrl.errors import ExpectedError
 from tasks import settings
@@ -80,6 +80,19 @@ def _build(
         return BuildDataset(**values)
     except (ValueError, luigi.parameter.ParameterException) as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def _goal(target: str, config: Path | None) -> luigi.Task:
+    """The target of a name; all but BuildDataset have a configuration file."""
+    if target == BuildDataset.__name__ and config is None:
+        return _build(None, None, None, None)
+    configured = {each.__name__: each for each in (Train, Generate, Evaluate, Benchmark)}
+    if target not in configured or config is None:
+        found = f"{target} {'without' if config is None else 'with'} --config"
+        raise typer.BadParameter(
+            f"--target: expected BuildDataset, or {', '.join(configured)} with --config, found {found}"
+        )
+    return configured[target](config=str(config))
 
 
 @app.command()
@@ -199,13 +212,18 @@ def accept(
         list[str], typer.Argument(help="stages whose code changed without changing what they make")
     ],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="whose stages: BuildDataset; or with --config Train, Generate, Evaluate, Benchmark"
+        ),
+    ] = "BuildDataset",
+    config: Annotated[Path | None, typer.Option(help="the target's configuration file")] = None,
 ) -> None:
     """Take the outputs of earlier code as current, after a change of code or libraries that you know to be harmless."""
     from tasks.status import stages_in_order
 
-    tasks: dict[str, StageTask] = {
-        task.stage: task for task in stages_in_order(_build(None, None, None, None))
-    }
+    tasks: dict[str, StageTask] = {task.stage: task for task in stages_in_order(_goal(target, config))}
     for stage in stages:
         if stage not in tasks:
             raise typer.BadParameter(f"expected stages among {', '.join(tasks)}, found {stage!r}")

@@ -219,6 +219,10 @@ def test_accept_refuses_what_it_does_not_know(built: Workspace) -> None:
     done = built.spctrl("accept", "sketch", "--yes")
     assert done.returncode == 2
     assert "spatext" in done.stderr
+    for arguments in (("--target", "Generate"), ("--target", "Report", "--config", "x.yaml")):
+        done = built.spctrl("accept", "samples", "--yes", *arguments)
+        assert done.returncode == 2
+        assert "Benchmark with --config, found" in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_verify_as_a_command_exits_with_1_and_names_the_artifact(built: Workspace) -> None:

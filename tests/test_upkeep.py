@@ -215,6 +215,27 @@ def test_accept_keeps_outputs_after_a_harmless_change(
     assert again.stages == set()
 
 
+def test_accept_knows_the_stages_of_other_targets(
+    make_workspace: Callable[..., Workspace], sample: Path, tmp_path: Path
+) -> None:
+    workspace = make_workspace("prompting", sample)
+    workspace.code = code = tmp_path / "code"
+    for package in ("spctrl", "eval", "tasks", "pipelines", "configs"):
+        shutil.copytree(REPOSITORY / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    config = workspace.folder / "generate.yaml"
+    config.write_text("{dataset: ap10k, methods: [{name: theirs, kind: external, folder: images}]}")
+    prompts = ("--dataset", "ap10k", "--split", "val")
+    assert workspace.run(*prompts, family="Prompts").succeeded
+    source = code / "spctrl" / "prompts.py"
+    source.write_text(source.read_text().replace("text = text.rstrip()", "text = str(text.rstrip())"))
+    done = workspace.spctrl("accept", "prompts", "--yes", "--target", "Generate", "--config", str(config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "code spctrl.prompts:fill changed" in " ".join(done.stdout.split())
+    again = workspace.run(*prompts, family="Prompts")
+    assert again.succeeded
+    assert again.stages == set()
+
+
 def test_accept_refuses_what_it_does_not_know(built: Workspace) -> None:
     done = built.spctrl("accept", "sketch", "--yes")
     assert done.returncode == 2

@@ -52,7 +52,7 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             setting that is given wins. Read as None once it has been applied.
         final_sigmas_type: noise level at which sampling ends. ``zero``; or ``sigma_min``, that of the first training
             timestep (0.0292 in Stable Diffusion 1.5), at which older versions of diffusers ended, and with them the
-            released inference. Latents of the two differ by about 8e-4 of their norm.
+            released inference. The latents of the two differ by about 0.1% of their norm.
         map_resize: how index maps are stretched to ``resolution``: ``centre``, as in training, or ``floor``, as in the
             released inference (``spctrl.index_maps.resize_index_map``). Other conditions are always resized bilinearly.
         steps: of the UniPC multistep scheduler.

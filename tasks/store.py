@@ -8,7 +8,7 @@
 What only one machine needs is in ``[paths] cache``, which may be the store's own folder:
 
     cache.sqlite                    digests of files, by path and stat (tasks/inputs.py)
-    packs/, copies/, training/      of a store in object storage: what was fetched of it, and unfinished training
+    packs/, copies/, training/      of a store in object storage: what was fetched of it, and checkpoints
 
 Every file is whole or absent (tasks/files.py). A pack counts once its Parquet index is there, a run once its
 provenance is there: each is written last. Names come from contents, so two builds that write the same thing write
@@ -365,12 +365,18 @@ class Run:
         self.forget()
         return self.store.files.create(self.name(name))
 
-    def add(self, path: Path) -> None:
-        """Copy a file, or a folder with all that is in it, into the run."""
+    def add(self, path: Path, *, link: bool = False) -> None:
+        """Copy a file, or a folder with all that is in it, into the run.
+
+        Args:
+            path: of the file or folder.
+            link: hard-link files where the file system can; for files that nobody writes to again.
+        """
         for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if each.is_file():
                 with self.create(each.relative_to(path.parent).as_posix()) as destination:
-                    shutil.copyfile(each, destination)
+                    if not (link and _is_linked(each, destination)):
+                        shutil.copyfile(each, destination)
 
     def commit(self, packs: Iterable[str], provenance: Mapping[str, Any]) -> None:
         """Declare the run done: name its files and packs, then what it was made of."""
@@ -397,6 +403,15 @@ class Run:
     def remove(self) -> None:
         self.uncommit()
         self.store.files.remove([self.name(name) for name in self.files()])
+
+
+def _is_linked(source: Path, destination: Path) -> bool:
+    """Hard-link a file, if that can be done."""
+    try:
+        destination.hardlink_to(source)
+    except OSError:  # another file system, or one without hard links
+        return False
+    return True
 
 
 _accepted_elsewhere: dict[Store, dict[str, str]] = {}

@@ -10,19 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import luigi
 
 from spctrl.errors import ExpectedError
-from tasks import settings
+from tasks import logs, settings
 from tasks.base import MANIFEST, StageTask
 from tasks.code_version import ROOT
 from tasks.conditions import Latents
-from tasks.files import is_url
+from tasks.files import is_url, write_atomic
 from tasks.inputs import MISSING
 from tasks.manifest import Manifest
 from tasks.model_stage import Weights, weights_at, weights_digest
@@ -33,19 +34,22 @@ from tasks.store import Run, digest, index_name, pack_name
 if TYPE_CHECKING:
     from spctrl.training.config import TrainingConfig
 
-CONFIG, LOG, ERROR, STATE = "config.yaml", "train.log", "error.txt", "state.pt"
+CONFIG, LOG, ERROR, COMPUTATION = "config.yaml", "train.log", "error.txt", "computation"
 KEPT = (CONFIG, "losses.jsonl", "validation", "logs")
 """What is kept of a run beside its last checkpoint, where it is there."""
+RESULT = ("controlnet", "adapter", "learned_embeds.bin")
+"""What of a checkpoint is the result; the rest is for continuing."""
 MESSAGE_LINES = 30
 
 
 class Train(StageTask):
-    """Train what a file of configs/train/ describes; a run that was stopped goes on from its last checkpoint.
+    """Train what a file of configs/train/ describes, from the last usable checkpoint of it or of a shorter run.
 
     ``luigi --module pipelines Train --config configs/train/ap10k_spctrl.yaml``
 
     The result is the last checkpoint: ``controlnet/`` or ``adapter/``, and ``learned_embeds.bin`` where keypoint tokens
-    were trained. Earlier checkpoints lie below ``training/`` in the store until the run is done.
+    were trained. Earlier checkpoints lie below ``training/`` in the store until the run is done. The last one stays
+    there, with the optimizer's state, for a longer run to continue; without it, such a run starts from step 1.
     """
 
     stage = "train"
@@ -71,8 +75,22 @@ class Train(StageTask):
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints lie until the run is done."""
+        """Where checkpoints lie."""
         return self.store.home / "training" / self.part / self.made_from().fingerprint
+
+    def computation(self) -> str:
+        """The fingerprint of all that decides what a step computes, but for its learning rates."""
+        from spctrl.training.config import computation_settings
+
+        ingredients = self.made_from()
+        settings = computation_settings(ingredients.parameters["settings"])
+        return replace(ingredients, parameters={**ingredients.parameters, "settings": settings}).fingerprint
+
+    def earlier_runs(self) -> list[Path]:
+        """Folders of other trainings, finished or not, whose steps compute the same at equal learning rates."""
+        own = self.computation()
+        files = sorted(self.store.home.glob(f"training/*/*/{COMPUTATION}"))
+        return [file.parent for file in files if file.parent != self.folder and _text(file) == own]
 
     # What it is made from
 
@@ -163,7 +181,19 @@ class Train(StageTask):
     def run(self) -> None:
         super().run()
         if self.is_up_to_date():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._keep_last_checkpoint()
+
+    def _keep_last_checkpoint(self) -> None:
+        """Remove from a finished training's folder all that a longer run has no use for."""
+        from spctrl.training.checkpoints import checkpoints
+
+        kept = {*KEPT, COMPUTATION, *(path.name for path in checkpoints(self.folder)[-1:])}
+        for path in self.folder.glob("*"):
+            if path.is_dir() and path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in kept:
+                with suppress(OSError):
+                    path.unlink()
 
     def make(self, run: Run) -> dict[str, int]:
         self._check_latents()
@@ -212,17 +242,32 @@ class Train(StageTask):
 
         self.folder.mkdir(parents=True, exist_ok=True)
         write_training_config(self.how, self.folder / CONFIG)  # also what a later edit would change
+        write_atomic(self.folder / COMPUTATION, self.computation().encode())
         error, log = self.folder / ERROR, self.folder / LOG
         error.unlink(missing_ok=True)
-        with log.open("ab") as output, running(self.command(), self.environment(), output) as process:
+        command = [*self.command(), *(f"--continue-from={folder}" for folder in self.earlier_runs())]
+        with log.open("ab") as output, running(command, self.environment(), output) as process:
             assert process.stdout is not None
-            self._show(json.loads(line) for line in process.stdout if line.startswith("{"))
+            self._show(self._reports(process.stdout))
             failed = process.wait() != 0
         if failed and error.is_file():
             raise ExpectedError(f"{self.config}: {error.read_text().strip()}")
         if failed:
             tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-MESSAGE_LINES:])
             raise RuntimeError(f"training {self.part} failed; the end of {log}:\n{tail}")
+
+    def _reports(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """The reports of steps among the lines of the training process; passes its messages on."""
+        for line in lines:
+            if not line.startswith("{"):
+                continue
+            report = json.loads(line)
+            if "message" not in report:
+                yield report
+            elif logs.are_json():
+                logs.event("training", what=f"{self.stage} {self.part}", note=report["message"])
+            else:
+                print(f"{self.stage} {self.part}: {report['message']}", file=sys.stderr, flush=True)
 
     def _show(self, reports: Iterator[dict[str, Any]]) -> None:
         """Show step, loss and the time that is left."""
@@ -276,12 +321,20 @@ class Train(StageTask):
         }
 
     def _take_result(self, checkpoint: Path, run: Run) -> None:
-        """Copy what is kept into the run; whatever a killed build left there goes."""
+        """Put what is kept into the run; whatever a killed build left there goes."""
         run.remove()
-        results = [path for path in checkpoint.iterdir() if path.name != STATE]
-        kept = [self.folder / name for name in KEPT]
-        for path in (*results, *(path for path in kept if path.exists())):
+        for path in (checkpoint / name for name in RESULT):
+            run.add(path, link=True)  # gigabytes, and never written to again
+        for path in (self.folder / name for name in KEPT):
             run.add(path)
+
+
+def _text(path: Path) -> str | None:
+    """What a file says; None where it cannot be read, such as one that is being removed."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 from spctrl.errors import ExpectedError
 from spctrl.training.checkpoints import (
     STATE,
+    DamagedCheckpointError,
     checkpoints,
     read_state,
     remove_checkpoints,
@@ -32,13 +33,19 @@ def test_the_latest_are_kept(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, step, write_files, keep=2)
     assert names(tmp_path) == ["checkpoint-00000004", "checkpoint-00000010"]
     assert [path.name for path in checkpoints(tmp_path)] == names(tmp_path)
-    assert names(checkpoints(tmp_path)[-1]) == ["controlnet", STATE]
+    assert names(checkpoints(tmp_path)[-1]) == ["SHA256SUMS", "controlnet", STATE]
 
 
 def test_all_are_kept_without_a_limit(tmp_path: Path) -> None:
     for step in range(5):
         write_checkpoint(tmp_path, step, write_files, keep=None)
     assert len(checkpoints(tmp_path)) == 5
+
+
+def test_those_of_a_longer_run_are_not_counted(tmp_path: Path) -> None:
+    for step in (10, 2, 4, 6):
+        write_checkpoint(tmp_path, step, write_files, keep=1)
+    assert names(tmp_path) == ["checkpoint-00000006", "checkpoint-00000010"]
 
 
 def test_one_that_cannot_be_written_leaves_the_earlier_ones(tmp_path: Path) -> None:
@@ -80,10 +87,8 @@ def test_all_can_be_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_damaged_state_says_what_to_do(tmp_path: Path) -> None:
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     path = write_checkpoint(tmp_path, 1, write_files, keep=None)
-    with pytest.raises(
-        ExpectedError, match=r"state.pt: the state of training cannot be read.*Remove the folder"
-    ):
+    with pytest.raises(DamagedCheckpointError, match=r"state.pt: the state of training cannot be read"):
         read_state(path)

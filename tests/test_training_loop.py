@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,8 @@ from spctrl.training.config import TrainingConfig  # noqa: E402
 from spctrl.training.loop import StepReport, TrainingInputs, make_optimizer, train, training_dataset  # noqa: E402
 from spctrl.training.networks import Networks, load_networks  # noqa: E402
 from spctrl.training.objective import draw, objective_of  # noqa: E402
+from spctrl.training.resumption import carry_over, find_start  # noqa: E402
+from spctrl.training.schedule import make_schedule  # noqa: E402
 from spctrl.weights import known_weights  # noqa: E402
 
 if TYPE_CHECKING:
@@ -91,9 +95,13 @@ def config(**chosen: Any) -> TrainingConfig:
 
 def trained(folder: Path) -> dict[str, Tensor]:
     """All tensors of the latest checkpoint: network, tokens and optimizer."""
+    return trained_at(checkpoints(folder)[-1])
+
+
+def trained_at(latest: Path) -> dict[str, Tensor]:
+    """The same of one checkpoint."""
     from safetensors.torch import load_file
 
-    latest = checkpoints(folder)[-1]
     found = {}
     for path in sorted(latest.rglob("*.safetensors")):
         found |= load_file(path)
@@ -299,6 +307,219 @@ def test_a_run_can_start_anew(inputs: TrainingInputs, tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000001"]
 
 
+# Going on from a run of another length
+
+
+@pytest.fixture(scope="module")
+def shorter(inputs: TrainingInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first four steps of ``undisturbed``, as a run of that length; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("shorter")
+    train(msgspec.convert({**RESUMED, "max_train_steps": 4}, TrainingConfig), inputs, folder)
+    assert names(folder) == ["checkpoint-00000002", "checkpoint-00000004"]
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*checkpoint-*"))
+
+
+def steps_of(chosen: dict[str, Any], inputs: TrainingInputs, folder: Path, *earlier_runs: Path) -> list[int]:
+    """Trains; the steps that this process did."""
+    steps: list[int] = []
+    train(
+        msgspec.convert(chosen, TrainingConfig),
+        inputs,
+        folder,
+        lambda report: steps.append(report.step),
+        earlier_runs,
+    )
+    return steps
+
+
+IN_EPOCHS = {"max_train_steps": None, "num_train_epochs": 3}
+"""Six steps."""
+
+
+@pytest.mark.parametrize("length", [{}, IN_EPOCHS], ids=["steps", "epochs"])
+@pytest.mark.parametrize("into", ["the same folder", "another folder"])
+def test_a_longer_run_continues_a_shorter_one_to_the_same_bits(
+    inputs: TrainingInputs,
+    undisturbed: Path,
+    shorter: Path,
+    tmp_path: Path,
+    length: dict[str, Any],
+    into: str,
+) -> None:
+    folder = tmp_path / "longer"
+    if into == "the same folder":
+        shutil.copytree(shorter, folder)
+    before = {path: path.read_bytes() for path in shorter.rglob("*") if path.is_file()}
+    assert steps_of({**RESUMED, **length}, inputs, folder, shorter)[0] == 5
+    whole = undisturbed
+    if length:
+        whole = tmp_path / "uninterrupted"
+        assert steps_of({**RESUMED, **length}, inputs, whole) == [1, 2, 3, 4, 5, 6]
+    assert equal(trained(folder), trained(whole))
+    assert {path: path.read_bytes() for path in shorter.rglob("*") if path.is_file()} == before
+
+
+def test_a_longer_run_that_is_stopped_goes_on_from_its_own_latest_checkpoint(
+    inputs: TrainingInputs, undisturbed: Path, shorter: Path, tmp_path: Path
+) -> None:
+    def stop(report: StepReport) -> None:
+        if report.step == 7:
+            raise StoppedError
+
+    longer = {**RESUMED, "checkpoints_total_limit": 1}
+    with pytest.raises(StoppedError):
+        train(msgspec.convert(longer, TrainingConfig), inputs, tmp_path, stop, [shorter])
+    assert names(tmp_path) == ["checkpoint-00000006"]
+    assert steps_of(longer, inputs, tmp_path, shorter) == [7]
+    assert names(tmp_path) == ["checkpoint-00000007"]
+    assert equal(trained(tmp_path), trained(undisturbed))
+
+
+def test_a_shorter_run_takes_a_checkpoint_of_its_length(
+    inputs: TrainingInputs, shorter: Path, tmp_path: Path
+) -> None:
+    two_steps = {**RESUMED, "max_train_steps": 2}
+    assert steps_of(two_steps, inputs, tmp_path, shorter) == []
+    assert names(tmp_path) == ["checkpoint-00000002"]
+    own, other = tmp_path / "checkpoint-00000002", shorter / "checkpoint-00000002"
+    weights = "controlnet/diffusion_pytorch_model.safetensors"
+    assert (own / weights).read_bytes() == (other / weights).read_bytes()
+    assert equal(trained(tmp_path), trained_at(other))
+    with pytest.raises(ExpectedError, match=r"at most 3 steps, found checkpoint-00000004 of a longer run"):
+        steps_of({**RESUMED, "max_train_steps": 3}, inputs, shorter)
+    last = train(msgspec.convert(two_steps, TrainingConfig), inputs, shorter)
+    assert last == other
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (
+            {"lr_scheduler": "cosine", "lr_warmup_steps": 3},
+            "lr_scheduler was constant, is cosine.*from step 1 on",
+        ),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"max_train_samples": 6}, "images was 8, is 6"),
+        ({"text_encoder_lr": 0.25}, r"text_encoder_lr was 0\.5, is 0\.25.*from step 1 on"),
+    ],
+    ids=lambda changed: str([*changed]) if isinstance(changed, dict) else "",
+)
+def test_a_run_whose_steps_differ_starts_at_the_first_and_says_why(
+    inputs: TrainingInputs,
+    shorter: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changed: dict[str, Any],
+    reason: str,
+) -> None:
+    with caplog.at_level("INFO", "spctrl.training"):
+        assert steps_of({**RESUMED, "max_train_steps": 1, **changed}, inputs, tmp_path, shorter) == [1]
+    assert not caplog.text  # no checkpoint of the earlier run is short enough
+    chosen = msgspec.convert({**RESUMED, **changed}, TrainingConfig)
+    images = chosen.max_train_samples or 8
+    with caplog.at_level("INFO", "spctrl.training"):
+        start = find_start(
+            chosen, make_schedule(chosen, images=images, processes=1), tmp_path / "none", [shorter]
+        )
+    assert start.checkpoint is None
+    assert re.search(f"starts from step 1: .*{reason}", caplog.text)
+
+
+DECAYING = {**RESUMED, "lr_scheduler": "linear", "lr_warmup_steps": 2, "gradient_accumulation_steps": 1}
+
+
+def test_a_decaying_rate_lets_a_longer_run_continue_from_the_warm_up_alone(
+    inputs: TrainingInputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rates after it depend on the length: the third step's is half of the full one in a run of four."""
+    four, five = {**DECAYING, "max_train_steps": 4}, {**DECAYING, "max_train_steps": 5}
+    assert steps_of(four, inputs, tmp_path / "four") == [1, 2, 3, 4]
+    with caplog.at_level("INFO", "spctrl.training"):
+        assert steps_of(five, inputs, tmp_path / "five", tmp_path / "four") == [3, 4, 5]
+    assert "continues after step 2" in caplog.text
+    steps_of(five, inputs, tmp_path / "uninterrupted")
+    assert equal(trained(tmp_path / "five"), trained(tmp_path / "uninterrupted"))
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle, which no reader of the format notices."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [shorten, flip, Path.unlink], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "file",
+    [
+        "state.pt",
+        "run.json",
+        "SHA256SUMS",
+        "learned_embeds.bin",
+        "controlnet/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    shorter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], None]
+) -> None:
+    if (file, damage) in {("SHA256SUMS", Path.unlink), ("run.json", Path.unlink)}:
+        pytest.skip("checkpoints of earlier versions do not have it")
+    folder = shutil.copytree(shorter, tmp_path / "run")
+    damage(folder / "checkpoint-00000004" / file)
+    chosen = msgspec.convert(RESUMED, TrainingConfig)
+    start = find_start(chosen, make_schedule(chosen, images=8, processes=1), folder)
+    assert start.checkpoint == folder / "checkpoint-00000002"
+    assert start.state is not None
+    assert "checkpoint-00000004" in caplog.text
+    assert "An earlier checkpoint is tried" in caplog.text
+
+
+def test_a_run_with_a_damaged_last_checkpoint_ends_with_the_same_bits(
+    inputs: TrainingInputs, undisturbed: Path, shorter: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(shorter, tmp_path / "run")
+    flip(folder / "checkpoint-00000004" / "controlnet" / "diffusion_pytorch_model.safetensors")
+    assert steps_of(RESUMED, inputs, folder) == [3, 4, 5, 6, 7]
+    assert names(folder) == ["checkpoint-00000006", "checkpoint-00000007", "damaged-checkpoint-00000004"]
+    assert equal(trained(folder), trained(undisturbed))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(shorter: Path, tmp_path: Path) -> None:
+    """Those have no digests, and their settings in the state alone."""
+    folder = shutil.copytree(shorter, tmp_path / "run")
+    last = folder / "checkpoint-00000004"
+    state = torch.load(last / STATE, weights_only=True) | json.loads((last / "run.json").read_text())
+    torch.save(state, last / STATE)
+    (last / "run.json").unlink()
+    (last / "SHA256SUMS").unlink()
+    chosen = msgspec.convert(RESUMED, TrainingConfig)
+    assert find_start(chosen, make_schedule(chosen, images=8, processes=1), folder).checkpoint == last
+
+
+def test_what_was_seen_of_the_earlier_steps_is_carried_over(tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    output.mkdir()
+    for step in (2, 4):
+        (source / "validation" / f"step-{step:08d}").mkdir(parents=True)
+        (source / "validation" / f"step-{step:08d}" / "1.jpg").write_bytes(b"image")
+    (source / "logs" / "run").mkdir(parents=True)
+    (source / "logs" / "run" / "events.out.tfevents.1").write_bytes(b"events")
+    (source / "losses.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4)))
+    carry_over(source, output, 3, "logs")
+    assert (output / "losses.jsonl").read_text().splitlines() == [f'{{"step": {step}}}' for step in (1, 2, 3)]
+    found = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
+    assert found == ["logs/run/events.out.tfevents.1", "losses.jsonl", "validation/step-00000002/1.jpg"]
+    assert (source / "losses.jsonl").read_text().count("\n") == 4
+
+
 # Learning
 
 
@@ -463,7 +684,8 @@ def test_a_run_can_start_from_another_ones_result(
 def test_images_of_validation_do_not_disturb_training(inputs: TrainingInputs, tmp_path: Path) -> None:
     from PIL import Image
 
-    from spctrl.training.watch import HISTORY, Watcher
+    from spctrl.training.resumption import HISTORY
+    from spctrl.training.watch import Watcher
 
     shown: list[dict[str, Any]] = []
     plain = {**SPCTRL, "max_train_steps": 3}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +52,13 @@ def main(
         Path | None,
         typer.Option(parser=options.path, help="folder of the checkpoints; default: output_dir"),
     ] = None,
+    continue_from: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="folder of an earlier run on the same data, weights and code, whose checkpoints may be continued; "
+            "may be given several times"
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="of the run, for trackers; default: the file's")] = None,
     validation_manifest: Annotated[
         Path | None, typer.Option(parser=options.path, help="manifest of the images to draw")
@@ -66,7 +74,7 @@ def main(
 ) -> None:
     """Train, or go on training, what a configuration describes.
 
-    Checkpoints go below the output; a run that was stopped goes on from the latest one when it is started again.
+    Checkpoints go below the output. A run that is started again, also with more steps, continues from the latest one.
     Without Luigi: python -m spctrl.training CONFIG --manifest FILE --output FOLDER. On several GPUs: accelerate launch
     --num_processes N -m spctrl.training CONFIG ...
     """
@@ -87,10 +95,13 @@ def main(
             link_half_width_px=link_half_width_px,
             needs_vae=validation_manifest is not None and settings.validation_steps is not None,
         )
-        if dry_run:
-            _describe(settings, inputs, found)
-        else:
-            _train(settings, inputs, found, validation_manifest, name or config.stem, json_progress)
+        earlier_runs = continue_from or []
+        with _log_shown(json_progress):
+            if dry_run:
+                _describe(settings, inputs, found, earlier_runs)
+            else:
+                watched = (validation_manifest, name or config.stem, json_progress)
+                _train(settings, inputs, found, earlier_runs, *watched)
     except ExpectedError as error:
         print(error, file=sys.stderr, flush=True)
         if found is not None and not dry_run:
@@ -103,6 +114,7 @@ def _train(
     config: TrainingConfig,
     inputs: Any,
     output: Path,
+    earlier_runs: Sequence[Path],
     validation_manifest: Path | None,
     name: str,
     json_progress: bool,
@@ -115,17 +127,17 @@ def _train(
         (output / ERROR).unlink(missing_ok=True)
         watcher = Watcher(config, inputs, validation_manifest, output, name, show)
         try:
-            last = train(config, inputs, output, watcher)
+            last = train(config, inputs, output, watcher, earlier_runs)
         finally:
             watcher.close()
     if not json_progress and _is_main():
         print(f"trained: {last}")
 
 
-def _describe(config: TrainingConfig, inputs: Any, output: Path) -> None:
+def _describe(config: TrainingConfig, inputs: Any, output: Path, earlier_runs: Sequence[Path]) -> None:
     """Load everything and print what a run would do."""
-    from spctrl.training.checkpoints import checkpoints
     from spctrl.training.loop import make_accelerator, prepare
+    from spctrl.training.resumption import find_start
 
     accelerator = make_accelerator(config)
     run = prepare(config, inputs, accelerator)
@@ -134,14 +146,14 @@ def _describe(config: TrainingConfig, inputs: Any, output: Path) -> None:
     rows = run.networks.token_rows
     tokens = "" if rows is None else f" and {len(rows):,} token embeddings"
     source = "cached latents" if config.use_cached_latents else "images encoded in every step"
-    earlier = checkpoints(output)
+    start = find_start(config, schedule, output, earlier_runs)
     print(
         f"trains: {type(run.networks.control).__name__}, {sizes[0] / 1e6:,.1f} million parameters{tokens}\n"
         f"on: {schedule.images:,} images of {inputs.manifest}, {config.resolution} x {config.resolution}, {source}\n"
         f"in: {schedule.total_steps:,} steps of {schedule.step_images:,} images ({schedule.batch_size} x "
         f"{schedule.micro_batches} micro-batches x {schedule.processes} processes), {schedule.steps_per_epoch:,} an "
         f"epoch\nwith: precision {config.mixed_precision} on {accelerator.device}\n"
-        f"into: {output}, {f'going on from {earlier[-1].name}' if earlier else 'from the start'}"
+        f"into: {output}, from {start.checkpoint or 'the start'}"
     )
 
 
@@ -159,6 +171,24 @@ def _alone(output: Path) -> Iterator[None]:
             print(f"{output}: another run is training here; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _log_shown(as_json: bool) -> Iterator[None]:
+    """Show what this package logs: on standard error, or as JSON objects with a ``message`` on standard output."""
+    handler = _JsonHandler() if as_json else logging.StreamHandler()
+    log = logging.getLogger("spctrl.training")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _JsonHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _write_json({"message": record.getMessage()})
 
 
 def _is_main() -> bool:

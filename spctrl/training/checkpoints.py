@@ -2,7 +2,9 @@
 
     checkpoint-00000500/controlnet/ or adapter/     the trained network, in diffusers' format
     checkpoint-00000500/learned_embeds.bin          the keypoint tokens, where they are trained
-    checkpoint-00000500/state.pt                    step, optimizer and loss scale
+    checkpoint-00000500/state.pt                    optimizer and loss scale
+    checkpoint-00000500/run.json                    step, settings, images and processes
+    checkpoint-00000500/SHA256SUMS                  digests of these files, as ``sha256sum`` writes them
 
 The number of the next step stands for the order of the images and for every random number (``schedule``). The first
 two are also what generation reads, so any checkpoint can be used as it is.
@@ -10,6 +12,8 @@ two are also what generation reads, so any checkpoint can be used as it is.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,10 +26,24 @@ from spctrl.weights import TorchFileError, read_torch_file
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STATE = "state.pt"
+STATE, RUN, SUMS = "state.pt", "run.json", "SHA256SUMS"
 TOKENS = "learned_embeds.bin"
 _NAME = re.compile(r"checkpoint-(\d{8})")
-_PARTIAL = "partial-"
+_PARTIAL, _DAMAGED = "partial-", "damaged-"
+
+
+class DamagedCheckpointError(ExpectedError):
+    """A checkpoint that is not what was written."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The checkpoint after so many steps, whether or not it is there."""
+    return folder / f"checkpoint-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that were done before a checkpoint."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -34,7 +52,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, keep: int | None) -> Path:
-    """Write a checkpoint unless it is there, then remove the earliest beyond the number to keep.
+    """Write a checkpoint unless it is there, then remove the earliest up to it beyond the number to keep.
 
     Args:
         folder: of the checkpoints.
@@ -45,7 +63,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, 
     Raises:
         ExpectedError: it cannot be written (full disk, no permission); the earlier ones are as they were.
     """
-    final = folder / f"checkpoint-{step:08d}"
+    final = checkpoint_path(folder, step)
     if final.exists():
         return final
     partial = folder / f"{_PARTIAL}{final.name}"
@@ -53,6 +71,8 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, 
         remove_partial(folder)
         partial.mkdir(parents=True)
         write(partial)
+        sums = [f"{_sha256(partial / name)}  {name}\n" for name in _files(partial)]
+        (partial / SUMS).write_text("".join(sums))
         _sync(partial)
         partial.rename(final)
     except OSError as error:
@@ -62,7 +82,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, 
             "fix the permissions, then run again: training goes on from the latest"
         ) from error
     if keep is not None:
-        for path in checkpoints(folder)[:-keep]:
+        for path in [each for each in checkpoints(folder) if step_of(each) <= step][:-keep]:
             _remove(path)
     return final
 
@@ -79,21 +99,69 @@ def remove_checkpoints(folder: Path) -> None:
         _remove(path)
 
 
+def check_digests(checkpoint: Path, *names: str) -> None:
+    """Compare a checkpoint's files, all unless named, with the digests that were written with them.
+
+    Checkpoints of earlier versions have no digests and pass.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or has changed.
+    """
+    if not (checkpoint / SUMS).exists():
+        return
+    try:
+        lines = (checkpoint / SUMS).read_text().splitlines()
+        expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        is_whole = {STATE, *names} <= expected.keys() <= set(_files(checkpoint)) and all(
+            _sha256(checkpoint / name) == expected[name] for name in names or expected
+        )
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{checkpoint} cannot be read: {error}") from error
+    if not is_whole:
+        raise DamagedCheckpointError(
+            f"{checkpoint}: expected files with the digests in {SUMS}, found others: it was damaged after writing"
+        )
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """Step, settings, images and processes of the run that wrote a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: they cannot be read.
+    """
+    path = checkpoint / RUN
+    if not path.exists():
+        return read_state(checkpoint)  # of an earlier version, which had them there alone
+    check_digests(checkpoint, RUN)
+    try:
+        run = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(run, dict):
+        raise DamagedCheckpointError(f"{path}: expected a JSON object, found {type(run).__name__}")
+    return run
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The state of a checkpoint, on the processor; nothing in the file is executed.
 
     Raises:
-        ExpectedError: it is missing or damaged.
+        DamagedCheckpointError: it is missing or damaged.
     """
     path = checkpoint / STATE
     try:
         state: dict[str, Any] = read_torch_file(path)
     except TorchFileError as error:
-        raise ExpectedError(
-            f"{path}: the state of training cannot be read: {error}. Remove the folder {checkpoint}: training then "
-            "goes on from an earlier one"
-        ) from error
+        raise DamagedCheckpointError(f"{path}: the state of training cannot be read: {error}") from error
     return state
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be written again; returns where it is now."""
+    aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return checkpoint.rename(aside)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -101,6 +169,16 @@ def _remove(checkpoint: Path) -> None:
     partial = checkpoint.with_name(f"{_PARTIAL}{checkpoint.name}-removed")
     checkpoint.rename(partial)
     shutil.rmtree(partial)
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files below a folder, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

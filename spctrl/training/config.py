@@ -6,6 +6,7 @@ a dataset, memory-efficient attention (always on) and freeing of gradients (alwa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -258,6 +259,22 @@ WITHOUT_EFFECT = frozenset(
 )
 """Settings that the trained weights do not depend on."""
 
+RATE_SETTINGS = frozenset(
+    {
+        "num_train_epochs",
+        "max_train_steps",
+        "learning_rate",
+        "scale_lr",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "lr_num_cycles",
+        "lr_power",
+        "text_encoder_lr",
+        "text_encoder_lr_scheduler",
+    }
+)
+"""Settings that act through the number of steps and the learning rates of each step alone."""
+
 
 def read_training_config(path: Path) -> TrainingConfig:
     """A YAML file of configs/train/.
@@ -272,6 +289,11 @@ def decisive_settings(config: TrainingConfig) -> dict[str, Any]:
     """Everything that the trained weights depend on, defaults included; JSON values."""
     settings = msgspec.to_builtins(config)
     return {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+
+
+def computation_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of decisive settings those that, with its learning rates, say what one step computes."""
+    return {name: value for name, value in settings.items() if name not in RATE_SETTINGS}
 
 
 def write_training_config(config: TrainingConfig, path: Path) -> None:

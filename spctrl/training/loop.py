@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +16,23 @@ from torch.utils.data import DataLoader
 
 from spctrl.errors import ExpectedError
 from spctrl.training.checkpoints import (
+    RUN,
     STATE,
+    checkpoint_path,
     checkpoints,
     read_state,
     remove_checkpoints,
     remove_partial,
+    set_aside,
+    step_of,
     write_checkpoint,
 )
-from spctrl.training.config import TrainingConfig, decisive_settings
+from spctrl.training.config import TrainingConfig
 from spctrl.training.dataset import SpCtrlDataset
 from spctrl.training.networks import FROZEN_DTYPES, Networks, load_networks
 from spctrl.training.objective import Batch, draw, objective_of, step_seed
-from spctrl.training.schedule import (
-    Schedule,
-    base_learning_rate,
-    learning_rate_factor,
-    make_schedule,
-    token_learning_rate,
-)
+from spctrl.training.resumption import Start, carry_over, find_start, run_facts
+from spctrl.training.schedule import Schedule, learning_rates, make_schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,20 +94,22 @@ def train(
     inputs: TrainingInputs,
     output: Path,
     on_step: Callable[[StepReport], None] = lambda report: None,
+    earlier_runs: Sequence[Path] = (),
 ) -> Path:
-    """Train until the end, from the latest checkpoint where there is one.
+    """Train until the end, from the latest usable checkpoint where there is one (``resumption``).
 
-    Run it in as many processes as ``accelerate launch`` starts. On the processor, a run that is killed at any moment
-    and started again ends with the same weights, to the bit, as one that is left alone.
+    Run it in as many processes as ``accelerate launch`` starts. On the CPU, a run that is killed at any moment and
+    started again, or that continues a shorter one, ends with the same weights, to the bit, as an uninterrupted one.
 
     Args:
         config: what to train.
         inputs: where to find what it reads.
         output: folder of the checkpoints.
         on_step: told of every step, in the main process.
+        earlier_runs: folders of other runs on the same data, weights and code, whose checkpoints may be continued.
 
     Returns:
-        The last checkpoint.
+        The last checkpoint, below ``output``.
 
     Raises:
         ExpectedError: weights or data are missing or do not fit; the checkpoints are another configuration's; a
@@ -116,7 +118,7 @@ def train(
     accelerator = make_accelerator(config)
     run = prepare(config, inputs, accelerator)
     with objective_of(run.networks, config) as objective:
-        return _Loop(run, objective, accelerator, output, on_step).run()
+        return _Loop(run, objective, accelerator, output, on_step, earlier_runs).run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,17 +242,18 @@ class _Loop:
         accelerator: Accelerator,
         output: Path,
         on_step: Callable[[StepReport], None],
+        earlier_runs: Sequence[Path],
     ) -> None:
         self.config, self.schedule, self.networks = run.config, run.schedule, run.networks
         self.dataset = run.dataset
         self.accelerator = accelerator
         self.output = output
         self.on_step = on_step
+        self.earlier_runs = earlier_runs
         self.groups = dict(zip(GROUPS, self.networks.trained_groups(), strict=False))
         optimizer = make_optimizer(self.config, list(self.groups.values()))
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.base_rate = base_learning_rate(self.config, self.schedule)
-        self.rate_factor = learning_rate_factor(self.config, self.schedule.total_steps)
+        self.rates = learning_rates(self.config, self.schedule)
         self.start = 0
 
     def run(self) -> Path:
@@ -262,7 +265,7 @@ class _Loop:
             self._train_step(step, batches)
             if self._is_checkpoint(step + 1):
                 self._save(step + 1)
-        return checkpoints(self.output)[-1]
+        return self._save(self.schedule.total_steps)  # written by now, unless another run had done all steps
 
     def _is_checkpoint(self, done: int) -> bool:
         return done % self.config.checkpointing_steps == 0 or done == self.schedule.total_steps
@@ -284,10 +287,7 @@ class _Loop:
             }
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
-        rates = {
-            "control": self.base_rate * self.rate_factor(step),
-            "tokens": token_learning_rate(self.config, self.schedule, step),
-        }
+        rates = self.rates(step)
         for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
             group["lr"] = rates[name]
         losses = self._backward(step, batches)
@@ -298,7 +298,7 @@ class _Loop:
         }
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._report(step, losses, norms, {name: rates[name] for name in self.groups})
+        self._report(step, losses, norms, rates)
 
     def _backward(self, step: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
         """Add up the gradients of a step's micro-batches; returns the mean losses."""
@@ -362,64 +362,54 @@ class _Loop:
 
     # Checkpoints
 
-    def _state(self, step: int) -> dict[str, Any]:
+    def _save(self, step: int) -> Path:
+        """Write a checkpoint after so many steps, unless it is there; the other processes wait."""
+        run = {"step": step, **run_facts(self.config, self.schedule)}
         scaler = self.accelerator.scaler
-        return {
-            "step": step,
-            "settings": decisive_settings(self.config),
-            "images": self.schedule.images,
-            "processes": self.schedule.processes,
-            "optimizer": self.optimizer.state_dict(),
-            "loss_scale": None if scaler is None else scaler.state_dict(),
-        }
-
-    def _save(self, step: int) -> None:
-        """Write a checkpoint after so many steps; the other processes wait."""
+        loss_scale = None if scaler is None else scaler.state_dict()
 
         def write(folder: Path) -> None:
             self.networks.save(folder)
-            torch.save(self._state(step), folder / STATE)
+            torch.save({"optimizer": self.optimizer.state_dict(), "loss_scale": loss_scale}, folder / STATE)
+            (folder / RUN).write_text(json.dumps(run))
 
         if self.accelerator.is_main_process:
             write_checkpoint(self.output, step, write, keep=self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
+        return checkpoint_path(self.output, step)
 
     def _restore(self) -> int:
-        """Take everything from the latest checkpoint; returns the number of the next step.
+        """Restore everything from where the run starts; returns the number of the next step.
 
         Raises:
-            ExpectedError: the checkpoints were made with other settings, images or processes.
+            ExpectedError: the folder's checkpoints are those of another run.
         """
-        if self.accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            remove_partial(self.output)
-            if self.config.resume_from_checkpoint is None:
-                remove_checkpoints(self.output)
-        self.accelerator.wait_for_everyone()
-        if not (found := checkpoints(self.output)):
+        from accelerate.utils import broadcast_object_list
+
+        start = self._find_start() if self.accelerator.is_main_process else Start()
+        (checkpoint,) = broadcast_object_list([start.checkpoint])
+        if checkpoint is None:
             return 0
-        state = read_state(found[-1])
-        expected = self._state(state["step"])
-        _check_same(found[-1], state, expected)
-        self.networks.restore(found[-1])
+        state = start.state or read_state(checkpoint)
+        self.networks.restore(checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["loss_scale"] is not None:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])
-        return int(state["step"])
+        return step_of(checkpoint)
 
-
-def _check_same(checkpoint: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another run.
-
-    Raises:
-        ExpectedError: it was made with other settings, images or processes; names them.
-    """
-    pairs = [(name, found[name], expected[name]) for name in ("images", "processes")]
-    names = sorted({*found["settings"], *expected["settings"]})
-    pairs += [(name, found["settings"].get(name), expected["settings"].get(name)) for name in names]
-    changed = [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
-    if changed:
-        raise ExpectedError(
-            f"{checkpoint}: expected a checkpoint of this run, found one of another: {'; '.join(changed)}. Train into "
-            "another folder, or start anew with resume_from_checkpoint: null"
-        )
+    def _find_start(self) -> Start:
+        """Choose where the run starts, and clear its folder of what is not to stay."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        remove_partial(self.output)
+        if self.config.resume_from_checkpoint is None:
+            remove_checkpoints(self.output)
+        start = find_start(self.config, self.schedule, self.output, self.earlier_runs)
+        for checkpoint in checkpoints(self.output):
+            if (
+                checkpoint != start.checkpoint
+                and start.step <= step_of(checkpoint) <= self.schedule.total_steps
+            ):
+                set_aside(checkpoint)  # damaged, since it was not chosen
+        if start.checkpoint is not None and start.checkpoint.parent != self.output:
+            carry_over(start.checkpoint.parent, self.output, start.step, self.config.logging_dir)
+        return start

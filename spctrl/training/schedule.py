@@ -125,3 +125,17 @@ def token_learning_rate(config: TrainingConfig, schedule: Schedule, step: int) -
         return rate
     decays = (schedule.epoch(step - 1) + 1) // EPOCHS_PER_DECAY + 1
     return rate * config.text_encoder_lr_scheduler**decays
+
+
+def learning_rates(config: TrainingConfig, schedule: Schedule) -> Callable[[int], dict[str, float]]:
+    """The learning rates of a step, from 0, by group of trained parameters."""
+    base = base_learning_rate(config, schedule)
+    factor = learning_rate_factor(config, schedule.total_steps)
+
+    def rates(step: int) -> dict[str, float]:
+        control = {"control": base * factor(step)}
+        if not config.enable_learnable_kpttoken:
+            return control
+        return {**control, "tokens": token_learning_rate(config, schedule, step)}
+
+    return rates

@@ -18,6 +18,7 @@ from spctrl.inference.generator import ImageGenerator, Request, jpeg_bytes
 from spctrl.inference.methods import Sampler, image_seed
 from spctrl.training.loop import training_dataset
 from spctrl.training.networks import FROZEN_DTYPES
+from spctrl.training.resumption import HISTORY, VALIDATION, keep_history
 from spctrl.weights import find_weights
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from spctrl.training.config import TrainingConfig
     from spctrl.training.loop import StepReport, TrainingInputs
     from spctrl.training.networks import Networks
-
-HISTORY = "losses.jsonl"
-VALIDATION = "validation"
 
 Show = Callable[[dict[str, Any]], None]
 """Told of progress: step, total, epoch, losses (as far as they are known) and seconds that are left."""
@@ -123,15 +121,6 @@ class Watcher:
             levels = np.stack([np.rint(image * 255).astype(np.uint8) for image in images.values()])
             named = levels if self.config.report_to == "wandb" else np.moveaxis(levels, -1, 1)
             self._tracker.log_images({VALIDATION: named}, step=step)
-
-
-def keep_history(path: Path, step: int) -> None:
-    """Drop what a killed run wrote of steps after its last checkpoint: they are done again."""
-    if not path.is_file():
-        return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in kept))
 
 
 def _tracker(config: TrainingConfig, output: Path, name: str, resumed_at: int) -> Any:

@@ -87,7 +87,12 @@ def test_a_run_is_trained_committed_and_not_trained_again(trainable: Workspace) 
     (manifest,) = trainable.store.glob("runs/manifest/ap10k-train/*/provenance.json")
     assert provenance["inputs"]["manifest"] == manifest.parent.name
     assert "git_commit" in provenance
-    assert not list(trainable.store.glob("training/*/*"))
+    (work,) = trainable.store.glob("training/*/*")
+    assert {path.name for path in work.iterdir()} == {
+        *("checkpoint-00000006", "computation", "config.yaml", "losses.jsonl")
+    }
+    weights = "controlnet/diffusion_pytorch_model.safetensors"
+    assert (work / "checkpoint-00000006" / weights).samefile(folder / weights), "no second copy of gigabytes"
     losses = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     assert [line["step"] for line in losses] == list(range(1, 7))
 
@@ -132,20 +137,89 @@ def test_a_run_that_failed_says_why_and_goes_on(trainable: Workspace) -> None:
             train(planned.how, inputs, work, fail)
     assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-00000003"]
 
-    other = work / "checkpoint-00000003" / "state.pt"
-    state = other.read_bytes()
-    other.write_bytes(b"damaged")
     config = str(trainable.folder / "train.yaml")
+    edit(trainable, learning_rate=1.0e30)
     failed = trainable.build("Train", config=config)
     assert not failed.succeeded
-    assert any("the state of training cannot be read" in error for error in failed.errors), failed.errors
-    other.write_bytes(state)
+    assert any("expected a finite loss" in error for error in failed.errors), failed.errors
+    edit(trainable, learning_rate=1.0e-4)
 
     built = trainable.build("Train", config=config)
     assert built.succeeded, built.errors
-    folder, _ = result(trainable)
-    losses = [json.loads(line)["step"] for line in (folder / "losses.jsonl").read_text().splitlines()]
-    assert losses == [4, 5, 6]
+    assert steps_of(result(trainable)[0]) == [4, 5, 6]
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Steps whose losses a run kept."""
+    return [json.loads(line)["step"] for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_longer_run_continues_a_finished_one(
+    trainable: Workspace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of another file, too; the results are those of uninterrupted runs, and the shorter one stays as it is."""
+
+    def trained(part: str = "train", **settings: Any) -> dict[str, str]:
+        """Builds; digests of the result's files."""
+        edit(trainable, **settings)
+        path = trainable.folder / f"{part}.yaml"
+        if part != "train":
+            path.write_bytes((trainable.folder / "train.yaml").read_bytes())
+        before = set(trainable.store.glob("runs/train/*/*/provenance.json"))
+        built = trainable.build("Train", config=str(path))
+        assert built.succeeded, built.errors
+        (run,) = set(trainable.store.glob("runs/train/*/*/provenance.json")) - before
+        assert steps_of(run.parent) == list(range(1, settings["max_train_steps"] + 1))
+        files = json.loads(run.read_bytes())["files"]
+        return {name: entry["digest"] for name, entry in files.items() if name in RESULT}
+
+    trainable.configure("build", conditions=["spatext"])
+    edit(trainable, use_cached_latents=False)
+    three = trained(max_train_steps=3)
+    six = trained("longer", max_train_steps=6)
+    assert "train longer: continues after step 3, from " in capfd.readouterr().err
+    edit(trainable, max_train_steps=3)
+    assert trainable.build("Train", config=str(trainable.folder / "train.yaml")).committed == {}
+    trained(max_train_steps=5, lr_scheduler="linear", lr_warmup_steps=1)
+    assert "starts from step 1: no checkpoint of 2 earlier runs fits: " in capfd.readouterr().err
+    for name in ("training", "runs/train"):
+        shutil.rmtree(trainable.store / name)
+    again = {"lr_scheduler": "constant", "lr_warmup_steps": 500}
+    assert trained(max_train_steps=6, **again) == six
+    assert "continues" not in capfd.readouterr().err
+    assert trained(max_train_steps=3, **again) == three
+
+
+def test_only_trainings_of_the_same_computation_are_continued(trainable: Workspace, tmp_path: Path) -> None:
+    """Other data, weights, code and settings give other folders; length and learning rates do not."""
+    from dataclasses import replace
+
+    from tasks.base import Ingredients
+
+    ingredients = Ingredients(
+        code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m", "unet": "u"}
+    )
+
+    def planned(changed: dict[str, Any] | None = None, **settings: Any) -> Train:
+        edit(trainable, **settings)
+        with task(trainable) as made:
+            made._ingredients = replace(  # type: ignore[attr-defined]
+                ingredients, parameters=made.parameters(), **(changed or {})
+            )
+            made.folder.mkdir(parents=True)
+            (made.folder / "computation").write_text(made.computation())
+            return made
+
+    first = planned()
+    longer = planned(max_train_steps=9, learning_rate=1e-5, lr_scheduler="cosine", checkpointing_steps=4)
+    assert longer.folder != first.folder
+    assert longer.earlier_runs() == [first.folder]
+    others: list[dict[str, str]] = [{"manifest": "other", "unet": "u"}, {"manifest": "m", "unet": "other"}]
+    for inputs in others:
+        assert planned({"inputs": inputs}).earlier_runs() == []
+    assert planned({"code_version": "other"}).earlier_runs() == []
+    assert planned(seed=1).earlier_runs() == []
 
 
 def test_missing_weights_and_wrong_settings_are_named(

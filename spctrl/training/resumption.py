@@ -1,0 +1,183 @@
+"""Where a run starts: at the latest checkpoint whose steps are also steps of this run.
+
+A step depends on its number, on the settings and on its learning rates (``schedule``). So a checkpoint of a shorter run
+is one of a longer run too where both have the same learning rates up to it: at any step of a constant schedule, and
+within the warm-up of one that decays over the run's length.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from spctrl.errors import ExpectedError
+from spctrl.training.checkpoints import (
+    DamagedCheckpointError,
+    check_digests,
+    checkpoint_path,
+    checkpoints,
+    read_run,
+    read_state,
+    step_of,
+)
+from spctrl.training.config import RATE_SETTINGS, TrainingConfig, decisive_settings
+from spctrl.training.schedule import Schedule, learning_rates, make_schedule
+
+HISTORY, VALIDATION = "losses.jsonl", "validation"
+FACTS = ("images", "processes")
+MOST_NAMED = 3
+"""Earlier runs that a message names."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: that it continues from; None at step 0.
+        state: of that checkpoint, as ``read_state`` returns it.
+    """
+
+    checkpoint: Path | None = None
+    state: Mapping[str, Any] | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+
+def run_facts(config: TrainingConfig, schedule: Schedule) -> dict[str, Any]:
+    """What checkpoints say of the run that wrote them; JSON values."""
+    return {
+        "settings": decisive_settings(config),
+        "images": schedule.images,
+        "processes": schedule.processes,
+    }
+
+
+def find_start(
+    config: TrainingConfig, schedule: Schedule, output: Path, earlier_runs: Sequence[Path] = ()
+) -> Start:
+    """The latest usable checkpoint of a run and of earlier ones; says in the log which one, and which are not usable.
+
+    Args:
+        config: of the run.
+        schedule: of the run.
+        output: its folder. All checkpoints in it must be its own.
+        earlier_runs: folders of other runs on the same data, weights and code; those that do not fit are passed over.
+
+    Raises:
+        ExpectedError: ``output`` has checkpoints of another run, or of a longer one.
+    """
+    if config.resume_from_checkpoint is None:
+        return Start()
+    _check_own(config, schedule, output)
+    unusable = {
+        folder: f"{found[-1]}: of a longer run, without a checkpoint within the first {schedule.total_steps:,} steps"
+        for folder in earlier_runs
+        if (found := checkpoints(folder)) and step_of(found[0]) > schedule.total_steps
+    }
+    for checkpoint in _candidates(schedule.total_steps, output, earlier_runs):
+        try:
+            if difference := _difference(checkpoint, config, schedule):
+                unusable.setdefault(checkpoint.parent, f"{checkpoint}: {difference}")
+                continue
+            check_digests(checkpoint)
+            state = read_state(checkpoint)
+        except DamagedCheckpointError as error:
+            log.warning("%s. An earlier checkpoint is tried", error)
+            continue
+        log.info("continues after step %d, from %s", step_of(checkpoint), checkpoint)
+        return Start(checkpoint=checkpoint, state=state)
+    if unusable:
+        named = "; ".join([*unusable.values()][:MOST_NAMED])
+        log.info("starts from step 1: no checkpoint of %d earlier runs fits: %s", len(unusable), named)
+    return Start()
+
+
+def _candidates(total_steps: int, output: Path, earlier_runs: Sequence[Path]) -> Iterator[Path]:
+    """Checkpoints within a run's length, latest first, its own before others."""
+    found = [path for folder in (output, *earlier_runs) for path in checkpoints(folder)]
+    within = [path for path in found if step_of(path) <= total_steps]
+    yield from sorted(within, key=lambda path: (-step_of(path), path.parent != output, str(path)))
+
+
+def _check_own(config: TrainingConfig, schedule: Schedule, output: Path) -> None:
+    """Refuse a folder of another run.
+
+    Raises:
+        ExpectedError: a checkpoint in it was made with other settings, images or processes, or the folder is that of a
+            longer run without a checkpoint at the end of this one.
+    """
+    own = checkpoints(output)
+    for checkpoint in own:
+        with suppress(DamagedCheckpointError):  # reported when it is its turn to be used
+            if difference := _difference(checkpoint, config, schedule):
+                raise ExpectedError(
+                    f"{checkpoint}: expected a checkpoint of this run, found one of another: {difference}. Train into "
+                    "another folder, or start anew with resume_from_checkpoint: null"
+                )
+    is_longer = bool(own) and step_of(own[-1]) > schedule.total_steps
+    if is_longer and not checkpoint_path(output, schedule.total_steps).exists():
+        raise ExpectedError(
+            f"{output}: expected checkpoints of at most {schedule.total_steps:,} steps, found {own[-1].name} of a "
+            "longer run and none at the end of this one. Train into another folder"
+        )
+
+
+def _difference(checkpoint: Path, config: TrainingConfig, schedule: Schedule) -> str:
+    """How the run that wrote a checkpoint differs up to it from this one, in words; empty where it does not.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint cannot be read.
+    """
+    found, expected = read_run(checkpoint), run_facts(config, schedule)
+    try:
+        before, now = (
+            {**facts["settings"], **{each: facts[each] for each in FACTS}} for facts in (found, expected)
+        )
+    except (KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{checkpoint}: its settings cannot be read: {error}") from error
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    listed = "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed)
+    if not RATE_SETTINGS.issuperset(changed):
+        return listed
+    earlier = msgspec.convert(found["settings"], TrainingConfig)
+    earlier_schedule = make_schedule(earlier, images=schedule.images, processes=schedule.processes)
+    rates, earlier_rates = learning_rates(config, schedule), learning_rates(earlier, earlier_schedule)
+    for step in range(step_of(checkpoint) if changed else 0):
+        if rates(step) != earlier_rates(step):
+            return f"{listed}: the learning rates differ from step {step + 1:,} on"
+    return ""
+
+
+def carry_over(source: Path, output: Path, step: int, logging_dir: str) -> None:
+    """Copy another run's losses, validation images and TensorBoard files of the steps up to its checkpoint."""
+    if (source / HISTORY).is_file():
+        shutil.copyfile(source / HISTORY, output / HISTORY)
+        keep_history(output / HISTORY, step)
+    folders = [
+        path for path in (source / VALIDATION).glob("step-*") if int(path.name.removeprefix("step-")) <= step
+    ]
+    for folder in (*folders, source / logging_dir):
+        if folder.is_dir():
+            shutil.copytree(folder, output / folder.relative_to(source), dirs_exist_ok=True)
+
+
+def keep_history(path: Path, step: int) -> None:
+    """Drop what a killed run wrote of steps after its last checkpoint: they are done again."""
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(f"{line}\n" for line in kept))

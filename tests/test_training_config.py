@@ -11,6 +11,8 @@ import pytest
 
 from spctrl.configuration import ConfigurationError
 from spctrl.training.config import (
+    NEUTRAL,
+    RATE_SETTINGS,
     WITHOUT_EFFECT,
     TrainingConfig,
     decisive_settings,
@@ -84,6 +86,7 @@ def test_the_recommended_run_is_that_of_the_paper() -> None:
         "spatext_cond_channels": 3,
         "spatext_skeleton_type": "one",
         "add_cross_attn_loss": True,
+        "clip_tokens": "table",  # as in the released trainer
     }
     assert {name: getattr(config, name) for name in recommended} == recommended
 
@@ -151,7 +154,12 @@ def test_only_settings_that_change_the_weights_are_decisive(tmp_path: Path) -> N
     )
     assert decisive_settings(read_training_config(harmless)) == plain
     assert decisive_settings(read_training_config(write(tmp_path / "c.yaml", seed=1))) != plain
-    assert set(WITHOUT_EFFECT) <= {field.name for field in msgspec.structs.fields(TrainingConfig)}
+    table = decisive_settings(read_training_config(write(tmp_path / "d.yaml", clip_tokens="table")))
+    assert table == {**plain, "clip_tokens": "table"}
+    assert "clip_tokens" not in plain, "so that fingerprints stay those of before the setting"
+    assert set(WITHOUT_EFFECT) | RATE_SETTINGS | set(NEUTRAL) <= {
+        field.name for field in msgspec.structs.fields(TrainingConfig)
+    }
 
 
 def test_written_settings_read_back(tmp_path: Path) -> None:

@@ -25,7 +25,14 @@ from spctrl.errors import ExpectedError  # noqa: E402
 from spctrl.models import tiny  # noqa: E402
 from spctrl.training.checkpoints import STATE, checkpoints  # noqa: E402
 from spctrl.training.config import TrainingConfig  # noqa: E402
-from spctrl.training.loop import StepReport, TrainingInputs, make_optimizer, train, training_dataset  # noqa: E402
+from spctrl.training.loop import (  # noqa: E402
+    StepReport,
+    TrainingInputs,
+    clip_gradients,
+    make_optimizer,
+    train,
+    training_dataset,
+)
 from spctrl.training.networks import Networks, load_networks  # noqa: E402
 from spctrl.training.objective import draw, objective_of  # noqa: E402
 from spctrl.training.resumption import carry_over, find_start  # noqa: E402
@@ -340,8 +347,11 @@ IN_EPOCHS = {"max_train_steps": None, "num_train_epochs": 3}
 """Six steps."""
 
 
-@pytest.mark.parametrize("length", [{}, IN_EPOCHS], ids=["steps", "epochs"])
-@pytest.mark.parametrize("into", ["the same folder", "another folder"])
+@pytest.mark.parametrize(
+    ("length", "into"),
+    [({}, "the same folder"), ({}, "another folder"), (IN_EPOCHS, "another folder")],
+    ids=["the same folder", "another folder", "epochs"],
+)
 def test_a_longer_run_continues_a_shorter_one_to_the_same_bits(
     inputs: TrainingInputs,
     undisturbed: Path,
@@ -403,22 +413,19 @@ def test_a_shorter_run_takes_a_checkpoint_of_its_length(
             "lr_scheduler was constant, is cosine.*from step 1 on",
         ),
         ({"seed": 1}, "seed was 0, is 1"),
+        ({"max_train_steps": 1}, "of a longer run, without a checkpoint within the first 1 steps"),
         ({"max_train_samples": 6}, "images was 8, is 6"),
         ({"text_encoder_lr": 0.25}, r"text_encoder_lr was 0\.5, is 0\.25.*from step 1 on"),
     ],
     ids=lambda changed: str([*changed]) if isinstance(changed, dict) else "",
 )
 def test_a_run_whose_steps_differ_starts_at_the_first_and_says_why(
-    inputs: TrainingInputs,
     shorter: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     changed: dict[str, Any],
     reason: str,
 ) -> None:
-    with caplog.at_level("INFO", "spctrl.training"):
-        assert steps_of({**RESUMED, "max_train_steps": 1, **changed}, inputs, tmp_path, shorter) == [1]
-    assert not caplog.text  # no checkpoint of the earlier run is short enough
     chosen = msgspec.convert({**RESUMED, **changed}, TrainingConfig)
     images = chosen.max_train_samples or 8
     with caplog.at_level("INFO", "spctrl.training"):
@@ -548,6 +555,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "spatext_enable_learn_sks": True,
         "use_extra_mask": True,
     },
+    "spctrl, clipped with the token table": {**SPCTRL, "clip_tokens": "table"},
     "spctrl, frozen embedding": {"spatext_freeze_embedding": True},
     "whole object": {
         "add_cross_attn_loss": True,
@@ -587,14 +595,16 @@ def test_every_trained_parameter_changes_and_nothing_else(
     after = parameters_of(found[-1])
     old = parameters_of(before)
     changed = {name for name, value in after.items() if not torch.equal(value, old[name])}
-    wanted = {name for name, value in after.items() if value.requires_grad}
+    table = found[-1].token_table
+    assert (table is not None) == (chosen.clip_tokens == "table")
+    wanted = {name for name, value in after.items() if value.requires_grad and value is not table}
     assert changed == wanted
     assert {name.split(".")[0] for name in wanted} <= {"control", "text_encoder"}
     frozen = {name for name in after if "spatext_embedding" in name} - wanted
     is_frozen = variant == "spctrl, frozen embedding"
     assert (any("spatext_embedding.linear_in" in name for name in frozen)) == is_frozen
-    table = found[-1].text_encoder.get_input_embeddings().weight
-    assert torch.equal(table[:OLD_ROWS], before.text_encoder.get_input_embeddings().weight[:OLD_ROWS])
+    embedding = found[-1].text_encoder.get_input_embeddings().weight
+    assert torch.equal(embedding[:OLD_ROWS], before.text_encoder.get_input_embeddings().weight[:OLD_ROWS])
     assert ("text_encoder" in {name.split(".")[0] for name in wanted}) == bool(
         chosen.enable_learnable_kpttoken
     )
@@ -676,6 +686,98 @@ def test_a_run_can_start_from_another_ones_result(
         ExpectedError, match=r"expected conditioning_channels = 4.*found conditioning_channels = 3"
     ):
         load_networks(other, inputs.weights, with_vae=False)
+
+
+# The optimizer's step for the keypoint tokens, compared with the released trainer's (REFERENCE section 10)
+
+
+NO_CLIPPING = 1e9
+KEYPOINT_IDS = [60, 61, 62]
+"""The last rows of a small table; the others are other words'."""
+
+
+def small_text_encoder() -> Any:
+    import transformers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                vocab_size=63,
+                hidden_size=8,
+                intermediate_size=8,
+                num_attention_heads=2,
+                num_hidden_layers=2,
+                max_position_embeddings=12,
+                bos_token_id=0,
+                eos_token_id=59,
+            )
+        ).eval()
+
+
+def prompts_of_steps(steps: int) -> list[list[Tensor]]:
+    """Token ids of two micro-batches a step, in which keypoints are a quarter."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(50, (steps, 2, 4, 12), generator=generator)
+    ids[..., 3:6] = torch.randint(60, 63, (steps, 2, 4, 3), generator=generator)
+    ids[..., -1] = 59
+    return [list(step) for step in ids]
+
+
+def prompt_loss(encoder: Any, ids: Tensor) -> Tensor:
+    """Of a size that varies from batch to batch."""
+    weights = torch.linspace(-1, 1, 8) * (1 + ids[:, 0].float().mean())
+    return ((encoder(ids)[0] @ weights) ** 2).mean()
+
+
+def step_of_the_released_trainer(max_norm: float) -> Tensor:
+    """The rows after five steps that train, clip and decay the whole table, then put other words' rows back."""
+    encoder = small_text_encoder().requires_grad_(False)
+    table = encoder.get_input_embeddings().weight.requires_grad_(True)
+    old = table.detach().clone()
+    others = torch.ones(len(table), dtype=torch.bool)
+    others[KEYPOINT_IDS] = False
+    optimizer = torch.optim.AdamW([table], lr=0.1, weight_decay=1e-2)
+    for micro_batches in prompts_of_steps(5):
+        for ids in micro_batches:
+            (prompt_loss(encoder, ids) / 2).backward()
+        torch.nn.utils.clip_grad_norm_([table], max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            table[others] = old[others]
+    return table.detach()[KEYPOINT_IDS]
+
+
+def step_of_ours(max_norm: float, clip_tokens: str, loss_scale: float | None = None) -> Tensor:
+    """The rows after the same five steps, as the loop makes them."""
+    from spctrl.models.tokens import trainable_token_rows
+
+    encoder = small_text_encoder()
+    rows = trainable_token_rows(encoder, KEYPOINT_IDS)
+    weight = encoder.get_input_embeddings().weight
+    table = weight.requires_grad_(True) if clip_tokens == "table" else None
+    optimizer = make_optimizer(config(learning_rate=0.1), [[rows]])
+    scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale or 1.0, enabled=loss_scale is not None)
+    for micro_batches in prompts_of_steps(5):
+        for ids in micro_batches:
+            scaler.scale(prompt_loss(encoder, ids) / 2).backward()
+        scale = scaler.get_scale()
+        scaler.unscale_(optimizer)
+        clip_gradients({"tokens": [rows]}, table, max_norm, table_scale=scale)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return rows.detach()
+
+
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+def test_tokens_clipped_with_the_table_step_as_in_the_released_trainer(loss_scale: float | None) -> None:
+    for max_norm in (0.3, 100, NO_CLIPPING):
+        released = step_of_the_released_trainer(max_norm)
+        torch.testing.assert_close(step_of_ours(max_norm, "table", loss_scale), released)
+    torch.testing.assert_close(step_of_ours(NO_CLIPPING, "rows", loss_scale), released)
+    assert not torch.allclose(step_of_ours(0.3, "rows", loss_scale), step_of_the_released_trainer(0.3))
 
 
 # What a user meets

@@ -158,6 +158,9 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     adam_epsilon: Rate = 1e-8
     max_grad_norm: Rate = 1.0
     """Gradients are clipped to this norm, those of the control network and of the token embeddings each by itself."""
+    clip_tokens: Literal["rows", "table"] = "rows"
+    """Whose gradient's norm counts for the latter: the keypoint tokens' own, or the whole token table's, as in the
+    released trainer, where all other words of the prompts count too."""
 
     # How it is computed
 
@@ -177,7 +180,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     checkpoints_total_limit: Positive | None = 2
     """Latest checkpoints to keep; null: all."""
     resume_from_checkpoint: Literal["latest"] | None = "latest"
-    """Go on from the latest checkpoint, if there is one; null: start anew."""
+    """Continue from the latest usable checkpoint of this run or of a shorter one; null: start from step 1."""
     logging_steps: Positive = 10
     """Losses are reported every so many steps."""
     logging_dir: PathText = "logs"
@@ -259,6 +262,9 @@ WITHOUT_EFFECT = frozenset(
 )
 """Settings that the trained weights do not depend on."""
 
+NEUTRAL = {"clip_tokens": "rows"}
+"""Settings added since, with the value that changes nothing: it is left out of fingerprints, so results stay valid."""
+
 RATE_SETTINGS = frozenset(
     {
         "num_train_epochs",
@@ -286,9 +292,11 @@ def read_training_config(path: Path) -> TrainingConfig:
 
 
 def decisive_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Everything that the trained weights depend on, defaults included; JSON values."""
-    settings = msgspec.to_builtins(config)
-    return {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+    """Everything that the trained weights depend on, defaults included, except ``NEUTRAL`` ones; JSON values."""
+    settings = msgspec.to_builtins(config).items()
+    return {
+        name: value for name, value in settings if name not in WITHOUT_EFFECT and NEUTRAL.get(name) != value
+    }
 
 
 def computation_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

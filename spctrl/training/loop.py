@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +232,37 @@ def make_optimizer(config: TrainingConfig, groups: list[list[torch.nn.Parameter]
     )
 
 
+def clip_gradients(
+    groups: Mapping[str, list[torch.nn.Parameter]],
+    table: torch.nn.Parameter | None,
+    max_norm: float,
+    *,
+    table_scale: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """Clip the gradients of each group of parameters to a norm.
+
+    Args:
+        groups: by name; those of ``tokens`` are clipped together with the table's.
+        table: (V, D) a frozen token embedding, whose gradient counts and is then dropped; None counts the rows alone.
+        max_norm: of each group.
+        table_scale: what the table's gradient still has to be divided by: scalers unscale what the optimizer has.
+
+    Returns:
+        The norms before clipping, by group.
+    """
+    counted: dict[str, list[torch.nn.Parameter]] = {}
+    if table is not None and table.grad is not None:
+        table.grad /= table_scale
+        counted["tokens"] = [table]
+    norms = {
+        name: torch.nn.utils.clip_grad_norm_([*parameters, *counted.get(name, ())], max_norm)
+        for name, parameters in groups.items()
+    }
+    if table is not None:
+        table.grad = None
+    return norms
+
+
 class _Loop:
     """One process's part of a run."""
 
@@ -291,14 +322,19 @@ class _Loop:
         for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
             group["lr"] = rates[name]
         losses = self._backward(step, batches)
-        self.accelerator.unscale_gradients()
-        norms = {
-            name: torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            for name, parameters in self.groups.items()
-        }
+        norms = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._report(step, losses, norms, rates)
+
+    def _clip(self) -> dict[str, torch.Tensor]:
+        """Clip the gradients of each group; returns their norms before that."""
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        self.accelerator.unscale_gradients()
+        return clip_gradients(
+            self.groups, self.networks.token_table, self.config.max_grad_norm, table_scale=scale
+        )
 
     def _backward(self, step: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
         """Add up the gradients of a step's micro-batches; returns the mean losses."""

@@ -47,6 +47,7 @@ class Networks:
         latent_scale: what latents are multiplied by.
         control: the ControlNet or T2I-Adapter that is trained; float32.
         token_rows: (K, D) the keypoint tokens' embeddings that are trained; None where there are none.
+        token_table: (V, D) the frozen token embedding where its gradient counts for clipping; else None.
         dataset_name: whose keypoints those are.
         model: as in the configuration.
     """
@@ -59,6 +60,7 @@ class Networks:
     latent_scale: float
     control: Any
     token_rows: nn.Parameter | None
+    token_table: nn.Parameter | None
     dataset_name: str
     model: str
 
@@ -112,12 +114,14 @@ def load_networks(config: TrainingConfig, weights: Path, *, with_vae: bool) -> N
     with seeded(config.seed, "initial weights"):
         control = _load_control(config, start_folder) if start_folder else _new_control(config, unet)
     _choose_trained(config, control)
-    rows = None
+    rows = table = None
     if config.enable_learnable_kpttoken:
         ids = tokens.add_keypoint_tokens(tokenizer, text_encoder, config.dataset_name)
         if start_folder and (saved := learned_embeds_file(start_folder)):
             tokens.set_learned_embeds(tokenizer, text_encoder, tokens.load_learned_embeds(saved))
         rows = tokens.trainable_token_rows(text_encoder, ids)
+        if config.clip_tokens == "table":
+            table = text_encoder.get_input_embeddings().weight.requires_grad_(True)
     return Networks(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
@@ -127,6 +131,7 @@ def load_networks(config: TrainingConfig, weights: Path, *, with_vae: bool) -> N
         latent_scale=stable_diffusion.latent_scale(folder),
         control=control.train(),
         token_rows=rows,
+        token_table=table,
         dataset_name=config.dataset_name,
         model=config.model,
     )

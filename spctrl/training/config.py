@@ -160,7 +160,9 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Gradients are clipped to this norm, those of the control network and of the token embeddings each by itself."""
     clip_tokens: Literal["rows", "table"] = "rows"
     """Whose gradient's norm counts for the latter: the keypoint tokens' own, or the whole token table's, as in the
-    released trainer, where all other words of the prompts count too."""
+    released trainer, where all other words of the prompts count too. With random weights (CLIP's text encoder, a narrow
+    UNet) the table's norm was some 500 times the rows' in the median of 40 steps, 0.7 at most, so 1.0 clipped neither.
+    With trained weights it has not been measured."""
 
     # How it is computed
 

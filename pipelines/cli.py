@@ -218,7 +218,9 @@ def accept(
             help="whose stages: BuildDataset; or with --config Train, Generate, Evaluate, Benchmark"
         ),
     ] = "BuildDataset",
-    config: Annotated[Path | None, typer.Option(help="the target's configuration file")] = None,
+    config: Annotated[
+        Path | None, typer.Option(parser=options.path, help="the target's configuration file")
+    ] = None,
 ) -> None:
     """Take the outputs of earlier code as current, after a change of code or libraries that you know to be harmless."""
     from tasks.status import stages_in_order

@@ -20,7 +20,7 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from tasks import logs, settings
-from tasks.base import MANIFEST, StageTask
+from tasks.base import MANIFEST, REJECTS, StageTask
 from tasks.code_version import ROOT
 from tasks.conditions import Latents
 from tasks.files import is_url, write_atomic
@@ -29,9 +29,11 @@ from tasks.manifest import Manifest
 from tasks.model_stage import Weights, weights_at, weights_digest
 from tasks.paths import PathParameter
 from tasks.progress import progress
-from tasks.store import Run, digest, index_name, pack_name
+from tasks.store import Run, digest, index_name, pack_name, parquet_bytes
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from spctrl.training.config import TrainingConfig
 
 CONFIG, LOG, ERROR, COMPUTATION = "config.yaml", "train.log", "error.txt", "computation"
@@ -155,8 +157,7 @@ class Train(StageTask):
 
         how = self.how
         parts = ["unet", "text_encoder", "tokenizer", "scheduler", "vae"]
-        templates = how.prompt_templates or ROOT / "configs" / "prompts" / f"{how.dataset_name}.yaml"
-        files = {part: self.stable_diffusion / part for part in parts} | {"prompts": Path(templates)}
+        files = {part: self.stable_diffusion / part for part in parts} | {"prompts": self._templates_path}
         if how.controlnet_model_name_or_path:
             start = weights_at(how.controlnet_model_name_or_path)
             files["start"] = network_folder(start)
@@ -165,6 +166,12 @@ class Train(StageTask):
         if how.spatext_init_emb:
             files["keypoint_embeddings"] = Path(how.spatext_init_emb)
         return files
+
+    @property
+    def _templates_path(self) -> Path:
+        return Path(
+            self.how.prompt_templates or ROOT / "configs" / "prompts" / f"{self.how.dataset_name}.yaml"
+        )
 
     def weights_note(self) -> str | None:
         from spctrl.weights import are_random
@@ -197,13 +204,40 @@ class Train(StageTask):
 
     def make(self, run: Run) -> dict[str, int]:
         self._check_latents()
+        images, rejects = self._images_and_rejects()
+        counts = {"records": images, "rejected": len(rejects)}
+        run.write(REJECTS, parquet_bytes(rejects))
+        if self.reject_fault(counts) is not None:  # the caller raises it, before anything is trained
+            return counts
         self._fetch_packs()
         self._train()
         checkpoint = max(self.folder.glob("checkpoint-*"))
         self._take_result(checkpoint, run)
-        images = self.manifest_task().finished_run().provenance()["counts"]["made"]
-        steps = int(checkpoint.name.removeprefix("checkpoint-"))
-        return {"records": images, "made": steps, "rejected": 0}
+        run.write(REJECTS, parquet_bytes(rejects))
+        return {**counts, "made": int(checkpoint.name.removeprefix("checkpoint-"))}
+
+    def _images_and_rejects(self) -> tuple[int, pa.Table]:
+        """The number of images to train on, and those of them that no prompt template fits, as ``REJECT_SCHEMA``."""
+        import pyarrow.parquet as pq
+
+        from spctrl.prompts import load_templates, rows_without_prompt
+        from spctrl.records import rejects_table
+
+        templates = load_templates(self._templates_path, self.how.dataset_name).training
+        manifest = pq.read_table(self.manifest_task().finished_run().path(MANIFEST), partitioning=None)
+        images = manifest.slice(0, self.how.max_train_samples)
+        ids, names = images.column("image_id"), images.column("file_name")
+        return len(images), rejects_table(
+            [
+                {
+                    "image_id": ids[row].as_py(),
+                    "file_name": names[row].as_py(),
+                    "code": "no_prompt",
+                    "message": str(error),
+                }
+                for row, error in rows_without_prompt(templates, images).items()
+            ]
+        )
 
     def _fetch_packs(self) -> None:
         """Training reads packs on this machine; those of a store that is elsewhere are fetched first."""

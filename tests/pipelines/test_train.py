@@ -74,7 +74,7 @@ def test_a_run_is_trained_committed_and_not_trained_again(trainable: Workspace) 
     assert built.succeeded, built.errors
     assert {"index", "latents", "manifest", "train"} <= built.stages
     folder, provenance = result(trainable)
-    assert RESULT | {"config.yaml", "losses.jsonl"} == set(provenance["files"])
+    assert RESULT | {"config.yaml", "losses.jsonl", "rejects.parquet"} == set(provenance["files"])
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
         *provenance["files"],
         "provenance.json",
@@ -105,6 +105,29 @@ def test_a_run_is_trained_committed_and_not_trained_again(trainable: Workspace) 
     with task(trainable) as changed:
         assert not changed.complete()
     assert trainable.faults() == []
+
+
+@pytest.mark.slow
+def test_images_that_no_prompt_fits_are_left_out_within_the_limit(trainable: Workspace) -> None:
+    template = "{category} {keypoints} in the {background}"
+    templates = trainable.folder / "prompts.yaml"
+    templates.write_text(json.dumps({"training": [template], "evaluation": [template]}))
+    with trainable.edit_annotations("ap10k", "train") as content:
+        for position, image in enumerate(content["images"]):
+            image["background"] = 1 if position else None
+    edit(trainable, prompt_templates=str(templates))
+    config = str(trainable.folder / "train.yaml")
+    refused = trainable.build("Train", config=config)
+    assert not refused.succeeded
+    (error,) = refused.errors
+    assert "1 of 8 records cannot be used" in error and "template without background" in error
+    assert not list(trainable.store.glob("training/*/*/train.log")), "nothing is trained before that"
+
+    trainable.configure("build", max_reject_share=0.5)
+    built = trainable.build("Train", config=config)
+    assert built.succeeded, built.errors
+    _, provenance = result(trainable)
+    assert provenance["counts"] == {"records": 8, "made": 6, "rejected": 1}
 
 
 @pytest.mark.slow

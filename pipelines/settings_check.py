@@ -17,7 +17,7 @@ from luigi.configuration.cfg_parser import InterpolationMissingEnvvarError
 from pipelines.settings_files import location_of
 from spctrl.errors import ExpectedError
 
-FILES = "luigi.cfg (or the file that LUIGI_CONFIG_PATH names)"
+SETTINGS_FILE_HINT = "luigi.cfg (or the file that LUIGI_CONFIG_PATH names)"
 REASONS = {
     InterpolationSyntaxError: "expected %% for a percent sign",
     InterpolationMissingOptionError: "expected %% for a percent sign, or %(name)s for another setting of the section",
@@ -29,7 +29,7 @@ REASONS = {
 def refuse_unknown_settings(
     config: ConfigParser, known: Mapping[str, Collection[str]], others: Collection[str]
 ) -> None:
-    """Luigi passes over what it does not know, and the build would go where nobody looks for it.
+    """Luigi ignores unknown settings, so a typo would silently mean the default.
 
     Args:
         config: the settings.
@@ -41,13 +41,13 @@ def refuse_unknown_settings(
     """
     for section in sorted({*config.sections()} - {*known, *others}):
         if alike := difflib.get_close_matches(section, known, 1, 0.8):
-            raise ExpectedError(f"expected [{alike[0]}] in {FILES}, found [{section}]")
+            raise ExpectedError(f"expected [{alike[0]}] in {SETTINGS_FILE_HINT}, found [{section}]")
     for section in sorted({*config.sections()} & {*known}):
         for name in config[section]:
             if name.replace("-", "_") not in {*known[section], *config.defaults()}:
                 expected = ", ".join(known[section])
                 raise ExpectedError(
-                    f"expected settings among {expected} in [{section}] of {FILES}, found {name}"
+                    f"expected settings among {expected} in [{section}] of {SETTINGS_FILE_HINT}, found {name}"
                 )
 
 
@@ -62,7 +62,7 @@ def refuse_unreadable_values(config: ConfigParser, sections: Mapping[str, Collec
         ExpectedError: a value that Luigi cannot read; names file and line.
     """
     for section in sorted({*config.sections()} & {*sections}):
-        for name in {name.replace("-", "_") for name in config[section]} & {*sections[section]}:
+        for name in sorted({name.replace("-", "_") for name in config[section]} & {*sections[section]}):
             try:
                 config.get(section, name)
             except InterpolationError as error:

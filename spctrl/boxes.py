@@ -26,9 +26,12 @@ def clip_boxes(
 
 
 def keypoint_boxes(keypoints: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, 4) extents of the labelled ones (v > 0) of (N, K, 3) keypoints x, y, v; NaN where none is labelled."""
+    """(N, 4) extents of the labelled ones (v > 0) of (N, K, 3) keypoints x, y, v; NaN where none is labelled.
+
+    Sides are at least 1 px: of one keypoint or of keypoints in a line, a box without an area would be skipped.
+    """
     xy, is_labelled = keypoints[..., :2], keypoints[..., 2:] > 0
     first = np.where(is_labelled, xy, np.inf).min(axis=1)
     last = np.where(is_labelled, xy, -np.inf).max(axis=1)
-    boxes = np.concatenate([first, last - first], axis=1)
+    boxes = np.concatenate([first, np.maximum(last - first, 1)], axis=1)
     return np.where(is_labelled.any(axis=1), boxes, np.nan)

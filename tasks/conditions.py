@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.png_folder import PngFolder
 from tasks import settings
 from tasks.base import StageTask
 from tasks.images import FileStage
@@ -115,29 +116,11 @@ class Precomputed(FileStage):
         return str(settings.condition_folder(self.section, self.dataset))
 
     def file_paths(self, image_paths: Sequence[str]) -> list[str]:
-        return [self._file_path(self.spec.stem_of(path)) for path in image_paths]
-
-    def _file_path(self, stem: str) -> str:
-        """``<stem>.png``, or where there is no such file one whose suffix is written in upper case."""
-        folder, _, name = stem.rpartition("/")
-        if folder not in self._upper_case:
-            self._upper_case[folder] = self._upper_case_in(folder)
-        return f"{stem}{self._upper_case[folder].get(name, '.png')}"
+        return [self._files.path_of(self.spec.stem_of(path)) for path in image_paths]
 
     @functools.cached_property
-    def _upper_case(self) -> dict[str, dict[str, str]]:
-        """What ``_upper_case_in`` found, by folder."""
-        return {}
-
-    def _upper_case_in(self, folder: str) -> dict[str, str]:
-        """Suffix by stem of the files ``<stem>.PNG``, ``<stem>.Png``, ... without a ``<stem>.png`` beside them."""
-        try:
-            names = sorted(os.listdir(f"{self.folder}/{folder}"))  # noqa: PTH208 - a Path costs more than the name
-        except (OSError, ValueError):
-            return {}
-        png = [(name[:-4], name[-4:]) for name in names if name[-4:].lower() == ".png"]
-        lower = {stem for stem, suffix in png if suffix == ".png"}
-        return {stem: suffix for stem, suffix in png if stem not in lower}
+    def _files(self) -> PngFolder:
+        return PngFolder(Path(self.folder))
 
 
 class Mask(Precomputed):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.configuration import without_neutral
 from spctrl.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
 from tasks import settings
@@ -495,12 +496,9 @@ class PoseAp(MetricStage):
         return [self.index_task(), self.poses_task()]
 
     def parameters(self) -> dict[str, Any]:
-        from eval.settings import PoseApSettings
-
         found = self.settings_of("intervals", "pose_ap")
-        if found["pose_ap"]["detection_area"] == PoseApSettings().detection_area:
-            del found["pose_ap"]["detection_area"]  # results from before there was a choice stay valid
-        return {**found, "dataset": self.dataset}
+        pose_ap = without_neutral(found["pose_ap"], {"detection_area": "bbox"})
+        return {**found, "pose_ap": pose_ap, "dataset": self.dataset}
 
     def make(self, run: Run) -> dict[str, int]:
         import pyarrow as pa

@@ -14,7 +14,6 @@ from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.code_version import ROOT
 from tasks.conditions import CONDITIONS
 from tasks.export import LOCK, Export
-from tasks.files import StoreError
 from tasks.index import adjustment_notes
 from tasks.manifest import Manifest
 from tasks.names import NamesParameter
@@ -115,11 +114,13 @@ def truth_notes(task: Manifest) -> Iterator[str]:
 
     from spctrl.conditions import mask_iou
     from spctrl.images import read_image_file
+    from spctrl.png_folder import PngFolder
     from spctrl.records import RecordError
 
     if "mask" not in task.conditions:
         return
     truth = settings.condition_folder(settings.mask, task.dataset)
+    known_masks = PngFolder(truth)
     columns = ["image_id", "file_name", "width", "height"]
     images = pq.read_table(task.finished_run().path(MANIFEST), columns=columns, partitioning=None)
     rows = images.to_pylist()[:: max(images.num_rows // MASKS_COMPARED, 1)]
@@ -128,14 +129,14 @@ def truth_notes(task: Manifest) -> Iterator[str]:
     for row in rows:
         if (found := made.get(row["image_id"])) is None:  # an image that is not on disk
             continue
-        path = truth / f"{task.spec.artifact_stem(row['file_name'])}.png"
+        path = truth / known_masks.path_of(task.spec.artifact_stem(row["file_name"]))
+        mask = task.store.read("mask", found)
         try:
-            known, mask = read_image_file(path), task.store.read("mask", found)
-            ious.append(mask_iou(mask, known, (row["width"], row["height"])))
+            ious.append(mask_iou(mask, read_image_file(path), (row["width"], row["height"])))
         except FileNotFoundError:
             continue
-        except (RecordError, StoreError) as error:
-            faults.append(f"{path}: {error.message if isinstance(error, RecordError) else error}")
+        except RecordError as error:
+            faults.append(f"{path}: {error.message}")
     about = f"{task.spec.title} {task.split}, masks by {settings.mask().backend}"
     if ious:
         mean = sum(ious) / len(ious)

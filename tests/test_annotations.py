@@ -182,7 +182,9 @@ def test_a_box_that_is_absent_is_the_extent_of_the_labelled_keypoints(
     found = indexed(tmp_path, document)
     x, y = zip(*points.values(), strict=True)
     assert found.rejects == []
-    assert found.rows[2]["instances"][0]["bbox_xywh"] == [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+    assert found.rows[2]["instances"][0]["bbox_xywh"] == [
+        *(min(x), min(y), max(max(x) - min(x), 1), max(max(y) - min(y), 1)),
+    ]
     assert found.rows[1]["instances"][0]["bbox_xywh"] == [1, 2, 30, 40]
     assert found.index.adjustments["boxes_of_keypoints"] == 1
 

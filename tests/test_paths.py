@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, get_origin, get_type_hints
 
 import msgspec
 import pytest
@@ -141,6 +142,23 @@ def test_paths_of_weights_are_expanded(tmp_path: Path, monkeypatch: pytest.Monke
             spctrl.weights.known_weights()
     finally:
         spctrl.weights.known_weights.cache_clear()
+
+
+def test_every_path_among_the_options_has_a_parser_that_expands_it() -> None:
+    from pipelines.cli import app
+    from spctrl.training.__main__ import app as training
+
+    commands = [each.callback for app in (app, training) for each in app.registered_commands]
+    assert len(commands) > 10
+    found = {
+        f"{command.__name__} {name}": annotation.__metadata__[0]
+        for command in commands
+        if command is not None
+        for name, annotation in get_type_hints(command, include_extras=True).items()
+        if get_origin(annotation) is Annotated and "Path" in str(annotation.__origin__)
+    }
+    assert len(found) > 15
+    assert [name for name, option in found.items() if option.parser is None] == []
 
 
 def test_paths_of_options_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from spctrl.training.loop import (  # noqa: E402
     TrainingInputs,
     clip_gradients,
     make_optimizer,
+    show_overflow,
     train,
     training_dataset,
 )
@@ -780,6 +781,36 @@ def test_tokens_clipped_with_the_table_step_as_in_the_released_trainer(loss_scal
     assert not torch.allclose(step_of_ours(0.3, "rows", loss_scale), step_of_the_released_trainer(0.3))
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 0.5])
+def test_a_step_is_skipped_where_only_another_words_gradient_overflowed(value: float) -> None:
+    rows, table = (torch.nn.Parameter(torch.ones(size, 4)) for size in (3, 20))
+    optimizer = make_optimizer(config(learning_rate=0.1), [[rows]])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(rows.sum() + table.sum()).backward()
+    assert table.grad is not None
+    table.grad[7, 2] = value
+    show_overflow(rows, table)
+    scaler.unscale_(optimizer)
+    clip_gradients({"tokens": [rows]}, table, 1.0, table_scale=scaler.get_scale())
+    scaler.step(optimizer)
+    scaler.update()
+    is_finite = value == 0.5
+    assert bool((rows != 1).all()) is is_finite and bool(rows.isfinite().all())
+    assert (scaler.get_scale() == 8.0) is is_finite
+
+
+def test_a_logging_folder_outside_the_run_is_not_copied(tmp_path: Path) -> None:
+    source, logs = tmp_path / "a", tmp_path / "logs"
+    for folder in (source / "inside", logs):
+        folder.mkdir(parents=True)
+        (folder / "events").touch()
+    for name, logging_dir in (("b", str(logs)), ("c", "inside")):
+        (tmp_path / name).mkdir()
+        carry_over(source, tmp_path / name, 1, logging_dir)
+    assert [*(tmp_path / "b").iterdir()] == []
+    assert (tmp_path / "c" / "inside" / "events").is_file()
+
+
 # What a user meets
 
 
@@ -809,6 +840,38 @@ def test_images_of_validation_do_not_disturb_training(inputs: TrainingInputs, tm
     assert [(each["step"], each["total"]) for each in shown] == [(1, 3), (2, 3), (3, 3)]
     assert shown[0]["left_s"] is None
     assert shown[1]["left_s"] > 0
+
+
+@pytest.mark.parametrize("chosen", ["first ones", "named"])
+def test_images_of_validation_are_those_of_their_ids_where_others_have_no_prompt(
+    inputs: TrainingInputs, tmp_path: Path, chosen: str
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from spctrl.training.loop import make_accelerator, prepare
+    from spctrl.training.watch import Validation
+
+    table = pq.read_table(inputs.manifest)
+    ids = table.column("image_id").to_pylist()
+    backgrounds = [None if row in (0, 2) else "dark" for row in range(len(ids))]
+    changed = table.set_column(
+        table.schema.get_field_index("background_name"), "background_name", pa.array(backgrounds, pa.string())
+    )
+    manifest = inputs.manifest.with_name("validation.parquet")
+    pq.write_table(changed, manifest)
+    template = "{category} {keypoints} in the {background}"
+    templates = tmp_path / "prompts.yaml"
+    templates.write_text(json.dumps({"training": [template], "evaluation": [template]}))
+    common = {**SPCTRL, "prompt_templates": str(templates), "num_validation_images": 2}
+    expected = [ids[4], ids[1]] if chosen == "named" else [ids[1], ids[3]]
+    watched = config(**common, validation_image=expected if chosen == "named" else ())
+    validation = Validation(watched, inputs, manifest)
+    assert validation.image_ids == expected
+    networks = prepare(watched, inputs, make_accelerator(watched)).networks
+    assert list(validation.draw(networks)) == expected
+    with pytest.raises(ExpectedError, match=f"that a prompt template fits, found {ids[2]}"):
+        Validation(config(**common, validation_image=[ids[1], ids[2]]), inputs, manifest)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ class SplitTables:
             hex), image_phash (16 hex digits), and ``<condition>_key`` per condition.
         rejects: one row per reject: stage, image_id, annotation_id, file_name, code, message.
         conditions: names of the conditions, in the order in which they are shown.
-        read_image: encoded image file of manifest row i, None when it is not on disk; a ``RecordError`` or
-            ``ExpectedError`` says why one that is there cannot be read.
+        read_image: encoded image file of manifest row i, None when it is not on disk; a ``RecordError``
+            says why one that is there cannot be read.
         read_condition: the same for the PNG of manifest row i and condition.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from spctrl.configuration import PathText
+from spctrl.configuration import PathText, without_neutral
 
 Kind = Literal["spctrl", "controlnet", "t2i_adapter", "external"]
 Condition = Literal["spatext", "openpose", "mask", "depth", "masked_depth"]
@@ -82,9 +82,8 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         for name, value in {**DEFAULTS, **preset}.items():
             if getattr(self, name) is _NOT_GIVEN:
                 msgspec.structs.force_setattr(self, name, value)
-        msgspec.structs.force_setattr(
-            self, "preset", None
-        )  # equal settings are equal, however they were written
+        # Equal settings are equal, however they were written.
+        msgspec.structs.force_setattr(self, "preset", None)
         _check(self.steps >= 1, "steps: expected at least 1", self.steps)
         _check(
             self.resolution >= LATENT_FACTOR and self.resolution % LATENT_FACTOR == 0,
@@ -98,12 +97,11 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def sampler_parameters(sampler: Sampler) -> dict[str, Any]:
     """The settings that decide an image, as JSON values for its fingerprint.
 
-    ``preset`` is part of the others, and those of ``DEFAULTS`` count only where they differ from it: they came after
-    the first images, whose fingerprints do not have them.
+    ``preset`` is part of the others, and those of ``DEFAULTS`` are left out where they are neutral.
     """
     settings: dict[str, Any] = msgspec.to_builtins(sampler)
     del settings["preset"]
-    return {name: value for name, value in settings.items() if value != DEFAULTS.get(name)}
+    return without_neutral(settings, DEFAULTS)
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spctrl.errors import ExpectedError
 from spctrl.records import RecordError
 from spctrl.report.pictures import colourise_index_map, decode, overlay_index_map, thicken_lines
 from spctrl.report.text import number, shorten, words
@@ -187,7 +186,7 @@ def _picture(
     """A decoded picture, or None and the reason for the reader: one bad file costs one picture, not the report."""
     try:
         data = read()
-    except (RecordError, ExpectedError):
+    except RecordError:
         return None, f"{what} cannot be read"
     return decode(data, gray=gray), absent if data is None else f"{what} cannot be decoded"
 

@@ -55,8 +55,9 @@ def main(
     continue_from: Annotated[
         list[Path] | None,
         typer.Option(
+            parser=options.path,
             help="folder of an earlier run on the same data, weights and code, whose checkpoints may be continued; "
-            "may be given several times"
+            "may be given several times",
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="of the run, for trackers; default: the file's")] = None,
@@ -175,7 +176,13 @@ def _alone(output: Path) -> Iterator[None]:
 
 @contextmanager
 def _log_shown(as_json: bool) -> Iterator[None]:
-    """Show what this package logs: on standard error, or as JSON objects with a ``message`` on standard output."""
+    """Show what this package logs: on standard error, or as JSON objects with a ``message`` on standard output.
+
+    Only the first process does, as all of them log the same.
+    """
+    if not _is_main():
+        yield
+        return
     handler = _JsonHandler() if as_json else logging.StreamHandler()
     log = logging.getLogger("spctrl.training")
     log.addHandler(handler)

@@ -83,7 +83,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, 
         ) from error
     if keep is not None:
         for path in [each for each in checkpoints(folder) if step_of(each) <= step][:-keep]:
-            _remove(path)
+            remove_checkpoint(path)
     return final
 
 
@@ -96,7 +96,7 @@ def remove_partial(folder: Path) -> None:
 def remove_checkpoints(folder: Path) -> None:
     """Remove all checkpoints."""
     for path in checkpoints(folder):
-        _remove(path)
+        remove_checkpoint(path)
 
 
 def check_digests(checkpoint: Path, *names: str) -> None:
@@ -164,7 +164,7 @@ def set_aside(checkpoint: Path) -> Path:
     return checkpoint.rename(aside)
 
 
-def _remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint so that half of it is never taken for one."""
     partial = checkpoint.with_name(f"{_PARTIAL}{checkpoint.name}-removed")
     checkpoint.rename(partial)

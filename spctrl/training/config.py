@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from spctrl.configuration import PathText, read_config
+from spctrl.configuration import PathText, read_config, without_neutral
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -265,7 +265,7 @@ WITHOUT_EFFECT = frozenset(
 """Settings that the trained weights do not depend on."""
 
 NEUTRAL = {"clip_tokens": "rows"}
-"""Settings added since, with the value that changes nothing: it is left out of fingerprints, so results stay valid."""
+"""See ``without_neutral``."""
 
 RATE_SETTINGS = frozenset(
     {
@@ -295,10 +295,9 @@ def read_training_config(path: Path) -> TrainingConfig:
 
 def decisive_settings(config: TrainingConfig) -> dict[str, Any]:
     """Everything that the trained weights depend on, defaults included, except ``NEUTRAL`` ones; JSON values."""
-    settings = msgspec.to_builtins(config).items()
-    return {
-        name: value for name, value in settings if name not in WITHOUT_EFFECT and NEUTRAL.get(name) != value
-    }
+    settings = msgspec.to_builtins(config)
+    decisive = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+    return without_neutral(decisive, NEUTRAL)
 
 
 def computation_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

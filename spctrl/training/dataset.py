@@ -188,6 +188,12 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return int(self._rows.num_rows)
 
+    @property
+    def image_ids(self) -> list[int]:
+        """Of the samples, in order."""
+        ids: list[int] = self._rows.column("image_id").to_pylist()
+        return ids
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that prompts are drawn for, also in workers that are already running."""
         self._epoch.fill_(epoch)

@@ -263,6 +263,12 @@ def clip_gradients(
     return norms
 
 
+def show_overflow(rows: torch.nn.Parameter, table: torch.nn.Parameter) -> None:
+    """Make trained rows' gradients not finite where the frozen table's are: scalers skip steps by those alone."""
+    if rows.grad is not None and table.grad is not None:
+        rows.grad += 0 * table.grad.sum()
+
+
 class _Loop:
     """One process's part of a run."""
 
@@ -331,6 +337,8 @@ class _Loop:
         """Clip the gradients of each group; returns their norms before that."""
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
+        if self.networks.token_rows is not None and self.networks.token_table is not None:
+            show_overflow(self.networks.token_rows, self.networks.token_table)
         self.accelerator.unscale_gradients()
         return clip_gradients(
             self.groups, self.networks.token_table, self.config.max_grad_norm, table_scale=scale
@@ -427,7 +435,13 @@ class _Loop:
         if checkpoint is None:
             return 0
         state = start.state or read_state(checkpoint)
-        self.networks.restore(checkpoint)
+        try:
+            self.networks.restore(checkpoint)
+        except OSError as error:
+            raise ExpectedError(
+                f"{checkpoint}: expected a checkpoint, found that it was removed or cannot be read meanwhile: {error}. "
+                "Run again"
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])
         if state["loss_scale"] is not None:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])

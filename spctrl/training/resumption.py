@@ -28,7 +28,7 @@ from spctrl.training.checkpoints import (
     read_state,
     step_of,
 )
-from spctrl.training.config import RATE_SETTINGS, TrainingConfig, decisive_settings
+from spctrl.training.config import NEUTRAL, RATE_SETTINGS, TrainingConfig, decisive_settings
 from spctrl.training.schedule import Schedule, learning_rates, make_schedule
 
 HISTORY, VALIDATION = "losses.jsonl", "validation"
@@ -125,7 +125,7 @@ def _check_own(config: TrainingConfig, schedule: Schedule, output: Path) -> None
             if difference := _difference(checkpoint, config, schedule):
                 raise ExpectedError(
                     f"{checkpoint}: expected a checkpoint of this run, found one of another: {difference}. Train into "
-                    "another folder, or start anew with resume_from_checkpoint: null"
+                    "another folder, or start from step 1 with resume_from_checkpoint: null"
                 )
     is_longer = bool(own) and step_of(own[-1]) > schedule.total_steps
     if is_longer and not checkpoint_path(output, schedule.total_steps).exists():
@@ -144,7 +144,8 @@ def _difference(checkpoint: Path, config: TrainingConfig, schedule: Schedule) ->
     found, expected = read_run(checkpoint), run_facts(config, schedule)
     try:
         before, now = (
-            {**facts["settings"], **{each: facts[each] for each in FACTS}} for facts in (found, expected)
+            {**NEUTRAL, **facts["settings"], **{each: facts[each] for each in FACTS}}
+            for facts in (found, expected)
         )
     except (KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{checkpoint}: its settings cannot be read: {error}") from error
@@ -162,7 +163,10 @@ def _difference(checkpoint: Path, config: TrainingConfig, schedule: Schedule) ->
 
 
 def carry_over(source: Path, output: Path, step: int, logging_dir: str) -> None:
-    """Copy another run's losses, validation images and TensorBoard files of the steps up to its checkpoint."""
+    """Copy what another run wrote of its steps: losses and validation images up to a checkpoint, TensorBoard's files.
+
+    TensorBoard's are copied whole, since the tracker purges later steps; a folder outside the run is shared anyway.
+    """
     if (source / HISTORY).is_file():
         shutil.copyfile(source / HISTORY, output / HISTORY)
         keep_history(output / HISTORY, step)
@@ -170,7 +174,7 @@ def carry_over(source: Path, output: Path, step: int, logging_dir: str) -> None:
         path for path in (source / VALIDATION).glob("step-*") if int(path.name.removeprefix("step-")) <= step
     ]
     for folder in (*folders, source / logging_dir):
-        if folder.is_dir():
+        if folder.is_dir() and folder.is_relative_to(source):
             shutil.copytree(folder, output / folder.relative_to(source), dirs_exist_ok=True)
 
 

@@ -16,6 +16,7 @@ import torch
 from spctrl.errors import ExpectedError
 from spctrl.inference.generator import ImageGenerator, Request, jpeg_bytes
 from spctrl.inference.methods import Sampler, image_seed
+from spctrl.prompts import load_templates, rows_without_prompt
 from spctrl.training.loop import training_dataset
 from spctrl.training.networks import FROZEN_DTYPES
 from spctrl.training.resumption import HISTORY, VALIDATION, keep_history
@@ -164,7 +165,7 @@ class Validation:
         self.config = config
         self.inputs = inputs
         self.manifest = manifest
-        self.positions = _positions(config, manifest)
+        self.image_ids = _validation_ids(config, manifest)
         self._requests: dict[int, Request] = {}
 
     def draw(self, networks: Networks) -> dict[int, NDArray[np.float32]]:
@@ -198,7 +199,8 @@ class Validation:
         )
         inputs = dataclasses.replace(self.inputs, manifest=self.manifest)
         dataset = training_dataset(shown, inputs, networks.tokenizer)
-        samples = [dataset[position] for position in self.positions]
+        position_of = {image_id: position for position, image_id in enumerate(dataset.image_ids)}
+        samples = [dataset[position_of[image_id]] for image_id in self.image_ids]
         return {
             sample["image_id"]: Request(
                 sample["conditioning_image"].numpy(),
@@ -209,17 +211,25 @@ class Validation:
         }
 
 
-def _positions(config: TrainingConfig, manifest: Path) -> list[int]:
-    """Rows of the manifest to draw."""
+def _validation_ids(config: TrainingConfig, manifest: Path) -> list[int]:
+    """Images of the manifest to generate, among those that the dataset has: the ones that a prompt template fits."""
     import pyarrow.parquet as pq
 
-    ids = pq.read_table(manifest, columns=["image_id"], partitioning=None).column(0).to_pylist()
-    wanted = config.validation_image or ids[: config.num_validation_images]
+    table = pq.read_table(manifest, partitioning=None)
+    path = None if config.prompt_templates is None else Path(config.prompt_templates)
+    without_prompt = rows_without_prompt(load_templates(path, config.dataset_name).training, table)
+    ids = [
+        image_id
+        for row, image_id in enumerate(table.column("image_id").to_pylist())
+        if row not in without_prompt
+    ]
+    wanted = list(config.validation_image or ids[: config.num_validation_images])
     if missing := sorted(set(wanted) - set(ids)):
         raise ExpectedError(
-            f"validation_image: expected ids of images in {manifest}, found {', '.join(map(str, missing[:5]))}"
+            f"validation_image: expected ids of images in {manifest} that a prompt template fits, found "
+            f"{', '.join(map(str, missing[:5]))}"
         )
-    return [ids.index(image_id) for image_id in wanted]
+    return wanted
 
 
 def _pipeline(networks: Networks, config: TrainingConfig, folder: Path) -> Any:

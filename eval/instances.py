@@ -5,6 +5,7 @@ Legend: I images, G annotated instances, D predictions, C categories, K keypoint
 
 from __future__ import annotations
 
+import codecs
 import functools
 import itertools
 import json
@@ -26,6 +27,7 @@ from spctrl.entry_decoder import whole_number
 from spctrl.errors import ExpectedError
 from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 from spctrl.records import KEYPOINTS_TYPE, NUM_KEYPOINTS
+from spctrl.utf8 import utf8_fault
 
 if TYPE_CHECKING:
     from spctrl.datasets import Dataset
@@ -439,12 +441,16 @@ def check_predictions(predictions: Predictions, truth: GroundTruth) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return msgspec.json.decode(path.read_bytes())
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise InstancesError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    if fault := utf8_fault(data):
+        raise InstancesError(f"{path}: {fault}")
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
         try:  # NaN and Infinity are no JSON, but Python writes them
-            return json.loads(path.read_bytes())
+            return json.loads(data)
         except ValueError:
             raise InstancesError(f"{path} is not JSON: {error}") from error
 
@@ -489,16 +495,15 @@ def _boxes(entries: Sequence[Mapping[str, Any]], where: str) -> Floats:
 
 
 def _boxes_or_extents(annotations: Sequence[Mapping[str, Any]], keypoints: Floats, where: str) -> Floats:
-    """(G, 4) stated boxes, and of annotations without one the extent of their labelled keypoints."""
+    """(G, 4) stated boxes, and of annotations without one the extent of their labelled keypoints.
+
+    Without these either, an instance is ignored, and its box is empty.
+    """
     is_absent = np.array([not each.get("bbox") for each in annotations], bool)
-    extents = keypoint_boxes(keypoints)
-    if np.isnan(extents[is_absent]).any():
-        raise InstancesError(
-            f"{where}: expected a bbox or labelled keypoints in each annotation, found neither"
-        )
     boxes = np.empty((len(annotations), 4))
     boxes[~is_absent] = _boxes(list(itertools.compress(annotations, ~is_absent)), where)
-    boxes[is_absent] = extents[is_absent]
+    _check_finite(where, "bbox", boxes[~is_absent])
+    boxes[is_absent] = np.nan_to_num(keypoint_boxes(keypoints[is_absent]))
     return boxes
 
 

@@ -8,7 +8,6 @@ from pipelines import startup  # noqa: F401 - before anything imports Luigi
 import logging
 import re
 import traceback
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,11 +180,9 @@ def _check_settings() -> None:
         ExpectedError: names the setting.
     """
     config = luigi.configuration.get_config()
-    registered = defaultdict[str, list[str]](list)
-    for section, _, name, _ in Register.get_all_params():
-        registered[section].append(name)
+    read = {section for section, *_ in Register.get_all_params()} | {*KNOWN, "resources"}
     settings_check.refuse_unknown_settings(config, KNOWN, Register.task_names())
-    settings_check.refuse_unreadable_values(config, registered | KNOWN)
+    settings_check.refuse_unreadable_values(config, read)
 
 
 _check_settings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 from configparser import (
+    DEFAULTSECT,
     ConfigParser,
     InterpolationDepthError,
     InterpolationError,
@@ -51,18 +52,18 @@ def refuse_unknown_settings(
                 )
 
 
-def refuse_unreadable_values(config: ConfigParser, sections: Mapping[str, Collection[str]]) -> None:
+def refuse_unreadable_values(config: ConfigParser, sections: Collection[str]) -> None:
     """Luigi resolves ``%(name)s`` and ``${NAME}`` when a value is read, and shows a traceback where it cannot.
 
     Args:
         config: the settings.
-        sections: names of each section whose values are read; others may mean something else.
+        sections: those whose values are read; others may be another program's.
 
     Raises:
         ExpectedError: a value that Luigi cannot read; names file and line.
     """
-    for section in sorted({*config.sections()} & {*sections}):
-        for name in sorted({name.replace("-", "_") for name in config[section]} & {*sections[section]}):
+    for section in sorted({DEFAULTSECT, *config.sections()} & {DEFAULTSECT, *sections}):
+        for name in sorted(config[section]):
             try:
                 config.get(section, name)
             except InterpolationError as error:

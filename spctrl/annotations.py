@@ -29,6 +29,7 @@ from spctrl.boxes import keypoint_boxes
 from spctrl.entry_decoder import UNREADABLE, EntryDecoder, whole_number_in
 from spctrl.errors import ExpectedError
 from spctrl.keypoint_order import KeypointOrderError, keypoint_order
+from spctrl.utf8 import location, utf8_fault
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +51,6 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
 _PLAIN_PATH = re.compile(r"(?:[\w-][\w -]{0,99}/){0,4}[\w-][\w. -]{0,99}", re.ASCII)
 """What nearly all paths look like, and no rule of ``unsafe_path`` forbids: one look instead of seven."""
 _STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
-_DECODED_AT_ONCE = 2**20
 _ABSENT = -(2**63)
 """Stands for ``num_keypoints`` where an annotation has none."""
 _INT32 = range(-(2**31), 2**31)
@@ -269,7 +269,7 @@ def read_document(path: Path) -> Document:
     """Cut an annotation file into its entries.
 
     Raises:
-        AnnotationFileError: the file is not JSON or lacks a section; names the file and the place.
+        AnnotationFileError: the file is not JSON or has no such section; names the file and the location.
     """
     return _cut(path, _read(path))
 
@@ -280,40 +280,9 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise AnnotationFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     # msgspec looks at the text of known fields alone, and exports copy the others.
-    if (position := _invalid_utf8(data)) is not None:
-        raise AnnotationFileError(
-            f"{path}: expected JSON in UTF-8, found other bytes at {_location(data, position)}. Convert the file, "
-            f"such as by iconv -f {_likely_encoding(data)} -t UTF-8"
-        )
+    if fault := utf8_fault(data):
+        raise AnnotationFileError(f"{path}: {fault}")
     return data
-
-
-def _invalid_utf8(data: bytes) -> int | None:
-    """Position of the first byte that is no UTF-8."""
-    if data.isascii():
-        return None
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for start in range(
-        0, len(data), _DECODED_AT_ONCE
-    ):  # the text of a whole file may take four times its bytes
-        pending = len(decoder.getstate()[0])
-        stop = start + _DECODED_AT_ONCE
-        try:
-            decoder.decode(data[start:stop], final=stop >= len(data))
-        except UnicodeDecodeError as error:
-            return start - pending + error.start
-    return None
-
-
-def _likely_encoding(data: bytes) -> str:
-    return (
-        "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:4] else "LATIN1"
-    )
-
-
-def _location(data: bytes, position: int) -> str:
-    line = data.count(b"\n", 0, position) + 1
-    return f"line {line}, byte {position}, near {data[max(0, position - 20) : position + 20]!r}"
 
 
 def _cut(path: Path, data: bytes) -> Document:
@@ -359,7 +328,7 @@ def _not_json(path: Path, data: bytes, error: Exception) -> str:
     if isinstance(error, RecursionError):
         place = "(too many brackets inside each other)"
     elif "(byte " in message:
-        place = _location(data, int(message.rsplit("(byte ", 1)[1].rstrip(")")))
+        place = location(data, int(message.rsplit("(byte ", 1)[1].rstrip(")")))
     return (
         f"{path}: expected JSON, found a fault {place}: {message}. Was the file copied or downloaded whole?"
     )
@@ -374,7 +343,7 @@ def read_annotations(path: Path, dataset: Dataset, *, max_pixels: int) -> Annota
         max_pixels: largest width x height of an image that is accepted.
 
     Raises:
-        AnnotationFileError: the file is not JSON in UTF-8, lacks a section, or has no usable image or pose. Its
+        AnnotationFileError: the file is not JSON in UTF-8, or has no such section, usable image or pose. Its
             ``rejects`` are those found until then.
     """
     rejects = _Rejects(path)

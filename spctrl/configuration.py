@@ -12,6 +12,7 @@ import yaml
 
 from spctrl.errors import ExpectedError
 from spctrl.paths import expand_path
+from spctrl.utf8 import utf8_fault
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 PathText = Annotated[str, msgspec.Meta(description="a path; ~ and environment variables are expanded")]
@@ -37,7 +38,7 @@ def read_config(path: Path, kind: type[Config]) -> Config:
             f"expected a configuration at {path}, found none ({error.strerror})"
         ) from error
     try:
-        fault = _fault(text)
+        fault = utf8_fault(text) or _fault(text)
         values = None if fault else msgspec.yaml.decode(text)
     except Exception as error:  # PyYAML also lets through what int(), float() and date() raise
         raise ConfigurationError(f"{path} is not YAML: {error}") from error

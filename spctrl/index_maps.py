@@ -31,6 +31,9 @@ VALUES = frozenset(
 )
 _IS_VALUE: NDArray[np.bool_] = np.isin(np.arange(256), list(VALUES))
 _MOST_NAMED = 5
+_LOSSY_FORMATS = ("JPEG", "MPO")
+_LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
+"""Pillow's names, of TIFF."""
 
 
 def read_index_map(data: bytes, size_wh: tuple[int, int] | None = None) -> NDArray[np.uint8]:
@@ -44,6 +47,12 @@ def read_index_map(data: bytes, size_wh: tuple[int, int] | None = None) -> NDArr
         RecordError: ``bad_image``: no image, or no index map; ``image_size``.
     """
     with opened_image(data, size_wh, wide=True) as image:
+        if _is_lossy(image, data):
+            raise RecordError(
+                "bad_image",
+                f"expected an index map in a lossless format, found {image.format} with lossy compression, which "
+                "changes labels. Save the map as PNG",
+            )
         stored = next((tile[3] for tile in image.tile), "")  # type: ignore[attr-defined]  # of image files
         if len(image.getbands()) > 1 and ";16" in str(stored):
             raise RecordError(
@@ -54,6 +63,12 @@ def read_index_map(data: bytes, size_wh: tuple[int, int] | None = None) -> NDArr
         return index_map_of_image(image)
 
 
+def _is_lossy(image: Image.Image, data: bytes) -> bool:
+    if image.format == "WEBP":
+        return b"VP8 " in data  # the chunk of lossy frames; lossless ones are in VP8L
+    return image.format in _LOSSY_FORMATS or image.info.get("compression") in _LOSSY_COMPRESSIONS
+
+
 def index_map_of_image(image: Image.Image) -> NDArray[np.uint8]:
     """(H, W) uint8: the index map in an image of any mode whose colour channels are equal.
 
@@ -62,9 +77,8 @@ def index_map_of_image(image: Image.Image) -> NDArray[np.uint8]:
             index maps do not have. Names the first such pixel.
     """
     pixels = equal_channels(image, "an index map")
-    if image.has_transparency_data and not image.mode.startswith(
-        ("I", "F")
-    ):  # to which Pillow gives no alpha
+    # Pillow makes no alpha channel of the modes I and F.
+    if image.has_transparency_data and not image.mode.startswith(("I", "F")):
         hidden = (np.asarray(image.convert("RGBA").getchannel("A")) < 255) & (pixels != BACKGROUND)
         if hidden.any():
             x, y = first_pixel(hidden)

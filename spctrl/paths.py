@@ -14,7 +14,7 @@ def expand_path(path: str) -> str:
     Variables come first, so that one may hold a path that begins with ``~``. A ``$`` that begins no name stays.
 
     Raises:
-        ValueError: a variable that is not set, or a user that this machine does not know.
+        ValueError: a variable that is not set or empty, or a user that this machine does not know.
     """
     expanded = _VARIABLE.sub(_value, path)
     if not expanded.startswith("~"):
@@ -30,6 +30,8 @@ def expand_path(path: str) -> str:
 
 def _value(variable: re.Match[str]) -> str:
     name = variable["name"] or variable["braced"] or ""
-    if name not in os.environ:
-        raise ValueError(f"expected environment variables that are set, found {variable[0]}, which is not")
+    if not os.environ.get(name):  # an empty one would make another path, such as /store of $SCRATCH/store
+        raise ValueError(
+            f"expected environment variables that are set and not empty, found {variable[0]}, which is not"
+        )
     return os.environ[name]

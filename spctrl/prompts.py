@@ -190,6 +190,7 @@ def usable(templates: Sequence[str], subject: Subject) -> list[str]:
     missing = {name for name, value in known.items() if not value}
     found = [template for template in templates if not fields_of(template) & missing]
     if not found:
+        missing &= frozenset().union(*map(fields_of, templates))
         raise ExpectedError(
             f"image {subject.image_id}: expected a prompt template without {' or '.join(sorted(missing))}, which this "
             f"image does not have; found none among {len(templates)}. One at the end of the list in the file of "

@@ -311,14 +311,15 @@ def reject_examples(run: Run) -> str:
     for code, count in counts:
         lines.append(f"\n  {code} ({count:,}):")
         examples = itertools.islice((row for row in rows if row["code"] == code), each)
-        lines += [f"\n    {_described(row)}" for row in examples]
+        lines += [f"\n    {_format_reject(row)}" for row in examples]
     return f". Rejected, with examples:{''.join(lines)}\nAll of them: {run.place(REJECTS)}"
 
 
-def _described(reject: Mapping[str, Any]) -> str:
+def _format_reject(reject: Mapping[str, Any]) -> str:
     image_id, file_name = reject["image_id"], reject["file_name"]
     of_image = "" if image_id is None else f"image {image_id}{f' ({file_name})' if file_name else ''}: "
-    return f"{of_image}{textwrap.shorten(reject['message'], MAX_EXAMPLE_CHARACTERS, placeholder=' ...')}"
+    message = textwrap.shorten(reject["message"], MAX_EXAMPLE_CHARACTERS, placeholder=" ...")
+    return f"{of_image}{message.removeprefix(f'image {image_id}: ')}"
 
 
 def code_of(functions: Sequence[str], store: Store) -> dict[str, str]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.configuration import without_neutral
+from spctrl.errors import ExpectedError
 from spctrl.png_folder import PngFolder
 from tasks import settings
 from tasks.base import StageTask
@@ -131,7 +133,7 @@ class Mask(Precomputed):
     section = settings.mask
 
     def parameters(self) -> dict[str, Any]:
-        return {"empty": settings.mask().empty}
+        return without_neutral({"empty": settings.mask().empty}, {"empty": "keep"})
 
 
 class Depth(Precomputed):
@@ -151,7 +153,13 @@ class Segments(ModelStage):
     suffix = ".json"
 
     def weights_name(self) -> str:
-        return f"{settings.mask().backend}_{settings.mask().model_type}"
+        section = settings.mask()
+        if (section.backend, section.model_type) == ("sam", "vit_tiny"):
+            raise ExpectedError(
+                "[mask] model_type: expected vit_h, vit_l or vit_b with backend = sam, found vit_tiny, a model of "
+                "SAM-HQ"
+            )
+        return f"{section.backend}_{section.model_type}"
 
     def parameters(self) -> dict[str, Any]:
         section = settings.mask()

@@ -11,7 +11,7 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from tasks import settings
-from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
+from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache, reject_examples
 from tasks.conditions import FromArtifacts, condition_class
 from tasks.export import LOCK, UNFINISHED, Entry, Ledger, fingerprint_at
 from tasks.files import Files
@@ -392,6 +392,11 @@ class GeneratedImages(MethodStage):
 
         rejects: list[dict[str, object]] = []
         rows = self._external_rows(rejects) if self.is_external else self._rows()
+        if not self._poses():
+            raise ExpectedError(
+                f"{self.part}: expected poses with a prompt, found none"
+                f"{reject_examples(self.prompts_task().finished_run())}"
+            )
         if not rows:
             example = "".join(f", such as {pose['image_name']}/0.jpg" for pose in self._poses()[:1])
             raise ExpectedError(

@@ -11,7 +11,7 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from tasks import settings
-from tasks.base import MANIFEST, REJECTS, StageTask
+from tasks.base import MANIFEST, REJECTS, StageTask, reject_examples
 from tasks.conditions import CONDITIONS, INSTANCES, Segments, condition_class
 from tasks.images import Images
 from tasks.index import DatasetStage
@@ -112,7 +112,7 @@ class Manifest(DatasetStage):
         run.write(REJECTS, parquet_bytes(rejects.select(schema.names).cast(schema)))
         if not rows:
             raise ExpectedError(
-                f"{self.part}: expected at least one usable record, found none; see {run.place(REJECTS)}"
+                f"{self.part}: expected at least one usable record, found none{reject_examples(run)}"
             )
         listed = self.index_task().finished_run().provenance()["counts"]["records"]
         return {

@@ -85,8 +85,8 @@ class Train(StageTask):
         from spctrl.training.config import computation_settings
 
         ingredients = self.made_from()
-        settings = computation_settings(ingredients.parameters["settings"])
-        return replace(ingredients, parameters={**ingredients.parameters, "settings": settings}).fingerprint
+        computed = computation_settings(ingredients.parameters["settings"])
+        return replace(ingredients, parameters={**ingredients.parameters, "settings": computed}).fingerprint
 
     def earlier_runs(self) -> list[Path]:
         """Folders of other trainings, finished or not, whose steps compute the same at equal learning rates."""
@@ -192,9 +192,12 @@ class Train(StageTask):
 
     def _keep_last_checkpoint(self) -> None:
         """Remove from a finished training's folder all that a longer run has no use for."""
-        from spctrl.training.checkpoints import checkpoints
+        from spctrl.training.checkpoints import checkpoints, remove_checkpoint
 
-        kept = {*KEPT, COMPUTATION, *(path.name for path in checkpoints(self.folder)[-1:])}
+        *earlier, last = checkpoints(self.folder)
+        for checkpoint in earlier:
+            remove_checkpoint(checkpoint)  # another training may be about to read it
+        kept = {*KEPT, COMPUTATION, last.name}
         for path in self.folder.glob("*"):
             if path.is_dir() and path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -203,18 +206,20 @@ class Train(StageTask):
                     path.unlink()
 
     def make(self, run: Run) -> dict[str, int]:
+        from spctrl.training.checkpoints import checkpoints, step_of
+
         self._check_latents()
         images, rejects = self._images_and_rejects()
         counts = {"records": images, "rejected": len(rejects)}
+        run.remove()  # what a killed build left there
         run.write(REJECTS, parquet_bytes(rejects))
         if self.reject_fault(counts) is not None:  # the caller raises it, before anything is trained
             return counts
         self._fetch_packs()
         self._train()
-        checkpoint = max(self.folder.glob("checkpoint-*"))
+        checkpoint = checkpoints(self.folder)[-1]
         self._take_result(checkpoint, run)
-        run.write(REJECTS, parquet_bytes(rejects))
-        return {**counts, "made": int(checkpoint.name.removeprefix("checkpoint-"))}
+        return {**counts, "made": step_of(checkpoint)}
 
     def _images_and_rejects(self) -> tuple[int, pa.Table]:
         """The number of images to train on, and those of them that no prompt template fits, as ``REJECT_SCHEMA``."""
@@ -355,8 +360,7 @@ class Train(StageTask):
         }
 
     def _take_result(self, checkpoint: Path, run: Run) -> None:
-        """Put what is kept into the run; whatever a killed build left there goes."""
-        run.remove()
+        """Put what is kept into the run."""
         for path in (checkpoint / name for name in RESULT):
             run.add(path, link=True)  # gigabytes, and never written to again
         for path in (self.folder / name for name in KEPT):

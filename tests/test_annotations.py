@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import re
 import time
@@ -211,7 +212,7 @@ NOT_USABLE: dict[str, tuple[str | bytes, str]] = {
     "not JSON": ("\x00\x01 hello", "line 1, byte 0"),
     "HTML": ("<!DOCTYPE html><title>404</title>", "line 1, byte 0.*DOCTYPE"),
     "not JSON on line 3": ('{"images": [],\n"annotations": [],\n"categories": [oops]}', "line 3, byte.*oops"),
-    "UTF-16": (TEXT.encode("utf-16"), "line 1, byte 0, near .*iconv -f UTF-16"),
+    "UTF-16": (TEXT.encode("utf-16"), "UTF-8, found other bytes at line 1, byte 0, near .*iconv -f UTF-16"),
     "UTF-16 without a mark": (TEXT.replace("fox", "f\xf6x").encode("utf-16-be"), "iconv -f UTF-16"),
     "Latin-1": (
         TEXT.replace("fox", "f\xf6x").encode("latin-1"),
@@ -225,7 +226,9 @@ NOT_USABLE: dict[str, tuple[str | bytes, str]] = {
         b'{"info": "Caf\xe9",' + TEXT[1:].encode(),
         r"line 1, byte 13, near .*Caf\\xe9",
     ),
-    "half a character": (TEXT.encode()[:-1] + b'"\xe2\x82', "expected JSON in UTF-8"),
+    "half a character": (TEXT.encode()[:-1] + b'"\xe2\x82', "expected text in UTF-8"),
+    "UTF-16 in ASCII alone": (TEXT.encode("utf-16-le"), "iconv -f UTF-16"),
+    "compressed": (gzip.compress(TEXT.encode(), mtime=0), "and not compressed"),
     "no annotation": (
         json.dumps(edited(put(lambda d: d, "annotations", []))),
         r"expected at least one usable image, found none \(images without an annotation: 3\)",

@@ -251,6 +251,11 @@ def test_incomplete_files_are_refused(document: Json, tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text(json.dumps(document)[:-20])
     with pytest.raises(InstancesError, match=r"cut\.json is not JSON"):
         evaluate([], tmp_path / "cut.json", "ap10k")
+    (tmp_path / "latin.json").write_bytes(b'{"images": [],\n"note": "caf\xe9"}')
+    with pytest.raises(
+        InstancesError, match=r"latin\.json: expected text in UTF-8, .* line 2, byte 27.*LATIN1"
+    ):
+        evaluate([], tmp_path / "latin.json", "ap10k")
     with pytest.raises(InstancesError, match="expected the section 'images', found annotations"):
         evaluate([], {"annotations": []}, "ap10k")
     with pytest.raises(InstancesError, match="expected a COCO file's path or content, found list"):
@@ -303,9 +308,13 @@ def test_a_box_that_is_not_there_is_the_extent_of_the_labelled_keypoints(
     assert np.array_equal(found.bboxes_xywh, expected.bboxes_xywh)
     assert np.array_equal(found.areas, expected.areas)
     assert evaluate(results, document, "ap10k").scores == pytest.approx(scores, nan_ok=True)
-    document["annotations"][0] |= {"bbox": None, "keypoints": [5, 6, 0] * 17}
-    with pytest.raises(InstancesError, match="expected a bbox or labelled keypoints"):
-        read_ground_truth(document)
+    document["annotations"][0] |= {"bbox": None, "keypoints": [5, 6, 0] * 17, "num_keypoints": 0}
+    found = read_ground_truth(document)
+    assert found.ignored[0] and found.bboxes_xywh[0].tolist() == [0, 0, 0, 0]
+    for numbers in ([None] * 4, [1, 2, float("nan"), 4]):
+        document["annotations"][1]["bbox"] = numbers
+        with pytest.raises(InstancesError, match="bbox: expected finite numbers"):
+            read_ground_truth(document)
 
 
 @pytest.mark.parametrize("area", ["absent", None, 0, -3.0, float("nan")])

@@ -62,6 +62,20 @@ SAME: dict[str, bytes] = {
 }
 
 
+LOSSY = {
+    "JPEG": saved(GREY, "JPEG", quality=100),
+    "WebP": saved(GREY.convert("RGB"), "WEBP", quality=100),
+    "WebP with alpha": saved(with_alpha(255), "WEBP", quality=100, exif=b"Exif\0\0" + exif(1)),
+    "JPEG in TIFF": saved(GREY, "TIFF", compression="jpeg"),
+}
+
+
+@pytest.mark.parametrize("data", LOSSY.values(), ids=LOSSY)
+def test_an_index_map_with_lossy_compression_is_refused_whatever_its_values(data: bytes) -> None:
+    with pytest.raises(RecordError, match=r"lossless format, found .* Save the map as PNG"):
+        read_index_map(data)
+
+
 @pytest.mark.parametrize("data", SAME.values(), ids=SAME)
 def test_an_index_map_is_read_from_any_mode_whose_channels_are_equal(data: bytes) -> None:
     found = read_index_map(data)

@@ -132,7 +132,7 @@ def test_templates_whose_background_is_not_known_are_left_out() -> None:
 
 
 def test_no_template_that_fits_is_an_error_that_says_what_is_missing() -> None:
-    with pytest.raises(ExpectedError, match=r"image 7: .*without background or caption"):
+    with pytest.raises(ExpectedError, match=r"image 7: .*without caption, which"):
         build_prompt(
             subject(image_id=7, background=None, caption=None),
             only("{caption} {keypoints}"),
@@ -235,7 +235,7 @@ def test_a_blank_category_counts_as_none(name: str) -> None:
     instances = [{"category": name, "keypoints": [[1.0, 2.0, 2.0]] * K, "bbox_xywh": [0.0, 0.0, 1.0, 1.0]}]
     found = subjects_from_table(table(instances=instances))[1]
     assert found.categories == ()
-    with pytest.raises(ExpectedError, match="template without caption or category"):
+    with pytest.raises(ExpectedError, match="template without category, which"):
         usable(only("a photo of {category} {keypoints}").training, found)
 
 

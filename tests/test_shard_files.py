@@ -185,19 +185,19 @@ def test_datasets_opens_images_of_all_formats_whichever_comes_first(
 
 
 @pytest.mark.parametrize("size", [100, 3])
-@pytest.mark.parametrize("lacking", [{1}, {2, 8}, set(range(1, 7)), set(range(1, 9))])
+@pytest.mark.parametrize("without_image_ids", [{1}, {2, 8}, set(range(1, 7)), set(range(1, 9))])
 def test_samples_without_an_image_come_last_and_in_tars_of_their_own(
-    lacking: set[int], size: int, load: Load, tmp_path: Path
+    without_image_ids: set[int], size: int, load: Load, tmp_path: Path
 ) -> None:
     rows = [full_row(image_id) for image_id in range(1, 9)]
-    rows = [without_image(row) if row["image_id"] in lacking else row for row in rows]
+    rows = [without_image(row) if row["image_id"] in without_image_ids else row for row in rows]
     paths = written(tmp_path / "shards", rows, size=size)
-    expected = sorted(rows, key=lambda row: row["image_id"] in lacking)
+    expected = sorted(rows, key=lambda row: row["image_id"] in without_image_ids)
     found = load(paths)
     assert [row_of(each["json"]) for each in found] == expected
     for row, sample in zip(expected, found, strict=True):
         image = sample.get("jpg")
-        assert (image is None) == (row["image_id"] in lacking)
+        assert (image is None) == (row["image_id"] in without_image_ids)
         assert image is None or image.width == row["width"]
         assert sample["mask.png"].width == row["width"]
     apart = [{each.get("jpg") is None for each in load([path])} for path in paths]

@@ -85,12 +85,22 @@ def test_a_line_of_an_export_is_a_pose(tmp_path: Path) -> None:
         ("{", "is not a pose"),
         ('{"width": 9, "height": 9, "anns": [{"keypoints": [1, 2]}]}', "expected 51 numbers"),
         ('{"width": 9, "height": 9}', "anns"),
+        (
+            b'{"width": 9, "height": 9, "anns": [], "note": "caf\xe9"}',
+            "text in UTF-8, .* byte 50,.* -f LATIN1",
+        ),
+        ("[]".encode("utf-16"), "text in UTF-8, .*iconv -f UTF-16"),
     ],
 )
-def test_a_file_that_is_not_a_pose_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "pose.json").write_text(text)
+def test_a_file_that_is_not_a_pose_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+    (tmp_path / "pose.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigurationError, match=message):
         read_pose(tmp_path / "pose.json", AP10K)
+
+
+def test_a_byte_order_mark_before_a_pose_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "pose.json").write_bytes(b'\xef\xbb\xbf{"width": 9, "height": 8, "anns": []}')
+    assert read_pose(tmp_path / "pose.json", AP10K).size_wh == (9, 8)
 
 
 def test_a_missing_pose_is_named(tmp_path: Path) -> None:

@@ -512,6 +512,34 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(shorter: Path, tmp_path
     assert find_start(chosen, make_schedule(chosen, images=8, processes=1), folder).checkpoint == last
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("controlnet/diffusion_pytorch_model.safetensors", b"\x08\0\0\0\0\0\0\0{}"),
+        ("controlnet/diffusion_pytorch_model.safetensors", None),
+        ("learned_embeds.bin", b"PK"),
+        ("learned_embeds.bin", None),
+        (STATE, [1, 2]),
+        (STATE, {"optimizer": {}}),
+        ("run.json", {"max_train_steps": "many"}),
+    ],
+)
+def test_damage_is_found_without_digests(shorter: Path, tmp_path: Path, name: str, content: Any) -> None:
+    folder = shutil.copytree(shorter, tmp_path / "run")
+    *_, sound, last = checkpoints(folder)
+    (last / "SHA256SUMS").unlink()
+    run = json.loads((last / "run.json").read_bytes())
+    (last / name).unlink()
+    if isinstance(content, bytes):
+        (last / name).write_bytes(content)
+    elif name == "run.json":
+        (last / name).write_text(json.dumps({**run, "settings": run["settings"] | content}))
+    elif content is not None:
+        torch.save(content, last / name)
+    chosen = msgspec.convert(RESUMED, TrainingConfig)
+    assert find_start(chosen, make_schedule(chosen, images=8, processes=1), folder).checkpoint == sound
+
+
 def test_what_was_seen_of_the_earlier_steps_is_carried_over(tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "output"
     output.mkdir()
@@ -911,6 +939,13 @@ def command_line(tmp_path: Path, inputs: TrainingInputs, *arguments: str, **chos
     ]
     result = CliRunner().invoke(app, [*given, *arguments])
     return result.exit_code, result.output
+
+
+def test_a_run_to_continue_that_is_not_there_is_refused(inputs: TrainingInputs, tmp_path: Path) -> None:
+    arguments = ("--dry-run", "--output", str(tmp_path / "out"), f"--continue-from={tmp_path / 'typo'}")
+    code, output = command_line(tmp_path, inputs, *arguments, **SPCTRL)
+    assert code != 0
+    assert f"expected the folder of a run, found none at {tmp_path / 'typo'}" in output.replace("\n", "")
 
 
 def test_a_dry_run_says_what_would_be_done(inputs: TrainingInputs, tmp_path: Path) -> None:

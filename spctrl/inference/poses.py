@@ -5,6 +5,7 @@ Legend: N instances, K keypoints, H and W the picture's size in pixels.
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ from spctrl.errors import ExpectedError
 from spctrl.prompts import KeypointWords, Subject, evaluation_prompt, load_templates, subjects_from_table
 from spctrl.records import records_from_table
 from spctrl.rendering.spatext import draw_index_map
+from spctrl.utf8 import utf8_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,10 +76,14 @@ def read_pose(path: Path, dataset: Dataset) -> Pose:
         ConfigurationError: there is no such file, or it holds something else.
     """
     try:
-        file = msgspec.json.decode(path.read_bytes(), type=_PoseFile)
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ConfigurationError(f"expected a pose at {path}, found none ({error.strerror})") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    if fault := utf8_fault(data):
+        raise ConfigurationError(f"{path}: {fault}")
+    try:
+        file = msgspec.json.decode(data, type=_PoseFile)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not a pose: {error}") from error
     numbers = dataset.skeleton.num_keypoints * 3
     for i, instance in enumerate(file.anns):

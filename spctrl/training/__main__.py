@@ -62,7 +62,7 @@ def main(
     ] = None,
     name: Annotated[str | None, typer.Option(help="of the run, for trackers; default: the file's")] = None,
     validation_manifest: Annotated[
-        Path | None, typer.Option(parser=options.path, help="manifest of the images to draw")
+        Path | None, typer.Option(parser=options.path, help="manifest of the images to generate")
     ] = None,
     keypoint_radius_px: Annotated[int, typer.Option(help="in index maps and renders")] = 4,
     link_half_width_px: Annotated[int, typer.Option(help="in index maps and renders")] = 4,
@@ -97,6 +97,9 @@ def main(
             needs_vae=validation_manifest is not None and settings.validation_steps is not None,
         )
         earlier_runs = continue_from or []
+        for folder in earlier_runs:
+            if not folder.is_dir():
+                raise ExpectedError(f"--continue-from: expected the folder of a run, found none at {folder}")
         with _log_shown(json_progress):
             if dry_run:
                 _describe(settings, inputs, found, earlier_runs)

@@ -24,7 +24,7 @@ from spctrl.errors import ExpectedError
 from spctrl.weights import TorchFileError, read_torch_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 STATE, RUN, SUMS = "state.pt", "run.json", "SHA256SUMS"
 TOKENS = "learned_embeds.bin"
@@ -99,6 +99,31 @@ def remove_checkpoints(folder: Path) -> None:
         remove_checkpoint(path)
 
 
+def has_digests(checkpoint: Path) -> bool:
+    """Whether digests were written with a checkpoint; those of earlier versions have none."""
+    return (checkpoint / SUMS).exists()
+
+
+def check_contents(checkpoint: Path, names: Sequence[str]) -> None:
+    """Open files of a checkpoint, as far as their formats show damage; for those that have no digests.
+
+    Raises:
+        DamagedCheckpointError: one is missing or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for name in names:
+        path = checkpoint / name
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            else:
+                read_torch_file(path)
+        except (OSError, SafetensorError, TorchFileError) as error:
+            raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def check_digests(checkpoint: Path, *names: str) -> None:
     """Compare a checkpoint's files, all unless named, with the digests that were written with them.
 
@@ -107,7 +132,7 @@ def check_digests(checkpoint: Path, *names: str) -> None:
     Raises:
         DamagedCheckpointError: a file is missing or has changed.
     """
-    if not (checkpoint / SUMS).exists():
+    if not has_digests(checkpoint):
         return
     try:
         lines = (checkpoint / SUMS).read_text().splitlines()
@@ -150,10 +175,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / STATE
     try:
-        state: dict[str, Any] = read_torch_file(path)
+        state = read_torch_file(path)
     except TorchFileError as error:
         raise DamagedCheckpointError(f"{path}: the state of training cannot be read: {error}") from error
-    return state
+    optimizer = state.get("optimizer") if isinstance(state, dict) else None
+    if not (isinstance(optimizer, dict) and {"state", "param_groups"} <= optimizer.keys()):
+        raise DamagedCheckpointError(f"{path}: expected the state of training, found something else")
+    return dict(state)
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -76,9 +76,9 @@ _LARGE_PX = 2**16
 class SpCtrlDataset(Dataset[dict[str, Any]]):
     """The images of a manifest as training samples (REFERENCE sections 6, 8 and 10).
 
-    Images that no prompt template fits are left out, with a warning. Index maps and renders are drawn and heatmaps
-    computed on the fly; both equal the stored ones. Files are opened when a sample is asked for, and closed again. What
-    is random in a sample depends on seed, epoch and image alone.
+    Images that no prompt template fits are left out, with a warning. Index maps, renders and heatmaps are computed on
+    the fly, equal to the stored ones. Files are opened when a sample is asked for, and closed again. What is random in
+    a sample depends on seed, epoch and image alone.
 
     A sample is a dict:
 

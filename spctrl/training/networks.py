@@ -31,6 +31,7 @@ ADAPTER_SCALE = 8
 
 FOLDERS = {"controlnet": "controlnet", "t2i_adapter": "adapter"}
 """For each model the folder that its weights are saved to."""
+NETWORK_FILE = "diffusion_pytorch_model.safetensors"
 
 FROZEN_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 """Precision of the frozen networks, and of autocast around the trained ones, by ``mixed_precision``."""
@@ -80,7 +81,7 @@ class Networks:
         """Take what ``save`` wrote, to the bit."""
         from safetensors.torch import load_file
 
-        saved = load_file(folder / FOLDERS[self.model] / "diffusion_pytorch_model.safetensors")
+        saved = load_file(folder / FOLDERS[self.model] / NETWORK_FILE)
         self.control.load_state_dict(saved)
         if self.token_rows is not None:
             embeds = tokens.load_learned_embeds(folder / TOKENS)
@@ -89,6 +90,12 @@ class Networks:
             )
             with torch.no_grad():
                 self.token_rows.copy_(rows)
+
+
+def trained_files(config: TrainingConfig) -> list[str]:
+    """Files of a checkpoint that ``Networks.restore`` reads."""
+    network = f"{FOLDERS[config.model]}/{NETWORK_FILE}"
+    return [network, TOKENS] if config.enable_learnable_kpttoken else [network]
 
 
 def load_networks(config: TrainingConfig, weights: Path, *, with_vae: bool) -> Networks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,14 +22,17 @@ import msgspec
 from spctrl.errors import ExpectedError
 from spctrl.training.checkpoints import (
     DamagedCheckpointError,
+    check_contents,
     check_digests,
     checkpoint_path,
     checkpoints,
+    has_digests,
     read_run,
     read_state,
     step_of,
 )
 from spctrl.training.config import NEUTRAL, RATE_SETTINGS, TrainingConfig, decisive_settings
+from spctrl.training.networks import trained_files
 from spctrl.training.schedule import Schedule, learning_rates, make_schedule
 
 HISTORY, VALIDATION = "losses.jsonl", "validation"
@@ -87,12 +91,16 @@ def find_start(
         for folder in earlier_runs
         if (found := checkpoints(folder)) and step_of(found[0]) > schedule.total_steps
     }
+    unusable |= {folder: f"{folder}: no checkpoint" for folder in earlier_runs if not checkpoints(folder)}
     for checkpoint in _candidates(schedule.total_steps, output, earlier_runs):
         try:
             if difference := _difference(checkpoint, config, schedule):
                 unusable.setdefault(checkpoint.parent, f"{checkpoint}: {difference}")
                 continue
-            check_digests(checkpoint)
+            if has_digests(checkpoint):
+                check_digests(checkpoint)
+            else:
+                check_contents(checkpoint, trained_files(config))
             state = read_state(checkpoint)
         except DamagedCheckpointError as error:
             log.warning("%s. An earlier checkpoint is tried", error)
@@ -153,7 +161,10 @@ def _difference(checkpoint: Path, config: TrainingConfig, schedule: Schedule) ->
     listed = "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed)
     if not RATE_SETTINGS.issuperset(changed):
         return listed
-    earlier = msgspec.convert(found["settings"], TrainingConfig)
+    try:
+        earlier = msgspec.convert(found["settings"], TrainingConfig)
+    except msgspec.ValidationError as error:
+        raise DamagedCheckpointError(f"{checkpoint}: its settings cannot be read: {error}") from error
     earlier_schedule = make_schedule(earlier, images=schedule.images, processes=schedule.processes)
     rates, earlier_rates = learning_rates(config, schedule), learning_rates(earlier, earlier_schedule)
     for step in range(step_of(checkpoint) if changed else 0):
@@ -171,10 +182,12 @@ def carry_over(source: Path, output: Path, step: int, logging_dir: str) -> None:
         shutil.copyfile(source / HISTORY, output / HISTORY)
         keep_history(output / HISTORY, step)
     folders = [
-        path for path in (source / VALIDATION).glob("step-*") if int(path.name.removeprefix("step-")) <= step
+        path
+        for path in (source / VALIDATION).glob("step-*")
+        if (number := path.name.removeprefix("step-")).isdigit() and int(number) <= step
     ]
-    for folder in (*folders, source / logging_dir):
-        if folder.is_dir() and folder.is_relative_to(source):
+    for folder in (*folders, source / os.path.normpath(logging_dir)):
+        if folder.is_dir() and source in folder.parents and ".." not in folder.relative_to(source).parts:
             shutil.copytree(folder, output / folder.relative_to(source), dirs_exist_ok=True)
 
 

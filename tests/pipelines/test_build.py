@@ -540,6 +540,15 @@ def test_precomputed_masks_without_foreground_are_rejected_or_kept(workspace: Wo
     assert len(workspace.manifest("ap10k", "train")) == IMAGES
 
 
+def test_a_model_that_the_backend_does_not_have_is_refused_in_a_line(workspace: Workspace) -> None:
+    workspace.configure("build", conditions=["mask"])
+    workspace.configure("mask", backend="sam", model_type="vit_tiny")
+    build = workspace.run()
+    assert build.exit_code != 0
+    assert "expected vit_h, vit_l or vit_b with backend = sam, found vit_tiny" in build.output
+    assert "Traceback" not in build.output
+
+
 def test_masks_and_depth_maps_are_found_whatever_the_case_of_their_suffix(workspace: Workspace) -> None:
     workspace.configure(
         "build", conditions=CONDITIONS, datasets=["ap10k"], splits=["val"], max_reject_share=0

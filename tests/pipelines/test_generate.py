@@ -169,6 +169,11 @@ def test_poses_that_no_prompt_fits_are_set_aside_within_the_limit(drawing: Works
     assert not refused.succeeded and "samples" not in refused.stages
     (error,) = refused.errors
     assert f"2 of {POSES} records cannot be used" in error and "template without background" in error
+    templates.write_text("training: ['{keypoints}']\nevaluation: ['{caption} {keypoints}']")
+    drawing.configure("build", max_reject_share=1)
+    (error,) = generate(drawing, method).errors
+    assert "expected poses with a prompt, found none" in error and "template without caption" in error
+    templates.write_text("training: ['{keypoints}']\nevaluation: ['{category} {keypoints} in {background}']")
     drawing.configure("build", max_reject_share=0.25)
     built = generate(drawing, method)
     assert built.succeeded, built.errors

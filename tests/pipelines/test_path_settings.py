@@ -64,7 +64,10 @@ def test_an_unknown_variable_or_user_is_named_with_the_setting(
 def test_the_options_of_targets_and_files_of_settings_say_so_in_one_line(workspace: Workspace) -> None:
     built = workspace.run("--config", "$NOT_SET_ANYWHERE/x.yaml", family="Train")
     assert built.output.count("\n") == 1
-    assert "--config: expected environment variables that are set, found $NOT_SET_ANYWHERE" in built.output
+    assert (
+        "--config: expected environment variables that are set and not empty, found $NOT_SET_ANYWHERE"
+        in built.output
+    )
     built = workspace.run("--paths-data=~nobody-of-this-name")
     assert built.output.count("\n") == 1
     assert "[paths] data: expected the home folder of a user" in built.output

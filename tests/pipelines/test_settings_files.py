@@ -113,19 +113,26 @@ def test_a_value_that_luigi_cannot_resolve_is_named_with_the_line(
 ) -> None:
     config = parsed(folder, f"[log]\n[paths]\ndata = {value}\n")
     with pytest.raises(ExpectedError, match=f"^luigi.cfg, {message}"):
-        refuse_unreadable_values(config, {"paths": ["data"], "log": ["format"]})
+        refuse_unreadable_values(config, {"paths", "log"})
+
+
+@pytest.mark.parametrize("section", ["DEFAULT", "resources", "retcode"])
+def test_every_value_that_luigi_reads_is_looked_at(folder: Path, section: str) -> None:
+    config = parsed(folder, f"[paths]\ndata = a\n[{section}]\ngpu = %x\n")
+    with pytest.raises(ExpectedError, match=rf"line 4: expected %% .*\[{section}\] gpu, found %x"):
+        refuse_unreadable_values(config, {"paths", "resources", "retcode"})
 
 
 def test_the_line_is_that_of_the_file_that_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUIGI_CONFIG_PATH", "my.cfg")
     config = parsed(
-        folder, "[paths]\ndata = 5%\n", "\n\n[paths]\nstore = a\n[DEFAULT]\nstore = b\ndata = 6%\n"
+        folder, "[paths]\ndata = 5%\n", "\n\n[paths]\nstore = a\n[DEFAULT]\nstore = b\ndata = 6\n"
     )
     with pytest.raises(ExpectedError, match=r"luigi\.cfg, line 2: .* found 5%"):
-        refuse_unreadable_values(config, {"paths": ["data"]})
-    config = parsed(folder, "[DEFAULT]\ndata = 5%\n[paths]\n", "[log]\ndata = 1\n[paths]\ndata = 6%\n")
+        refuse_unreadable_values(config, {"paths"})
+    config = parsed(folder, "[DEFAULT]\ndata = 5\n[paths]\n", "[log]\ndata = 1\n[paths]\ndata = 6%\n")
     with pytest.raises(ExpectedError, match=r"my\.cfg, line 4: .* found 6%"):
-        refuse_unreadable_values(config, {"paths": ["data"]})
+        refuse_unreadable_values(config, {"paths"})
 
 
 def test_values_that_luigi_resolves_and_those_of_others_are_fine(
@@ -134,9 +141,9 @@ def test_values_that_luigi_resolves_and_those_of_others_are_fine(
     monkeypatch.setenv("SCRATCH", "/x/50%")
     config = parsed(
         folder,
-        "[DEFAULT]\ntop = /top\nother = %s\n[paths]\ndata = %(top)s/50%%\nstore = ${SCRATCH}\n[theirs]\nformat = %q\n",
+        "[DEFAULT]\ntop = /top\n[paths]\ndata = %(top)s/50%%\nstore = ${SCRATCH}\n[theirs]\nformat = %q\n",
     )
-    refuse_unreadable_values(config, {"paths": ["data", "store"]})
+    refuse_unreadable_values(config, {"paths"})
     assert (config.get("paths", "data"), config.get("paths", "store")) == ("/top/50%", "/x/50%")
 
 

@@ -234,7 +234,8 @@ def test_names_of_images_in_parquet_have_the_suffix_of_their_contents(
 
 
 def webdataset_samples(paths: Sequence[str], spec: str) -> Iterator[Row]:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
+
     yield from webdataset.WebDataset(list(paths), shardshuffle=False).decode(spec)
 
 

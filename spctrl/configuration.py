@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -59,17 +58,6 @@ def read_config(path: Path, kind: type[Config]) -> Config:
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{path}: {error}") from error
     return with_expanded_paths(config, f"{path}: ")
-
-
-def without_neutral(settings: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as part of a fingerprint.
-
-    Args:
-        settings: by name.
-        neutral: of settings that came later, the values under which results are as before; left out of fingerprints,
-            so that earlier results stay valid.
-    """
-    return {name: value for name, value in settings.items() if name not in neutral or neutral[name] != value}
 
 
 def with_expanded_paths(config: Config, where: str) -> Config:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
-from spctrl.configuration import without_neutral
 from spctrl.errors import ExpectedError
+from spctrl.fingerprints import without_neutral
 from spctrl.png_folder import PngFolder
 from tasks import settings
 from tasks.base import StageTask

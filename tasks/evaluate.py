@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
-from spctrl.configuration import without_neutral
 from spctrl.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
+from spctrl.fingerprints import without_neutral
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.generate import IMAGES, GeneratedImages, MethodStage, prompts_of

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from spctrl.configuration import PathText, without_neutral
+from spctrl.configuration import PathText
+from spctrl.fingerprints import without_neutral
 
 Kind = Literal["spctrl", "controlnet", "t2i_adapter", "external"]
 Condition = Literal["spatext", "openpose", "mask", "depth", "masked_depth"]

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from spctrl.configuration import PathText, read_config, without_neutral
+from spctrl.configuration import PathText, read_config
+from spctrl.fingerprints import without_neutral
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]

@@ -244,8 +244,11 @@ class Terminal:
     def interrupt(self) -> int:
         """Ctrl-C; gives the exit code."""
         self.process.send_signal(signal.SIGINT)
+        end = time.monotonic() + TIMEOUT_S
         while self._read(5):
-            pass
+            assert time.monotonic() < end, (
+                "Ctrl-C was ignored, as by jobs that a script starts in the background"
+            )
         return self.process.wait(TIMEOUT_S)
 
     def _read(self, seconds: float) -> bool:

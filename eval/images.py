@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from spctrl.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
-from spctrl.images import opened_image
+from spctrl.images import opened_image, read_image_file
 from spctrl.orientation import without_orientation
 from spctrl.records import RecordError
 
@@ -125,7 +124,7 @@ def file_without_orientation(path: Path, copy: Path) -> tuple[Path, tuple[int, i
         ImageError: see ``read_rgb``; also a tag that cannot be rewritten.
     """
     with _of_file(path):
-        data = _read(path)
+        data = read_image_file(path)
         with opened_image(data) as image:
             size_wh = image.size
         rewritten = without_orientation(data)
@@ -137,15 +136,8 @@ def file_without_orientation(path: Path, copy: Path) -> tuple[Path, tuple[int, i
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    with _of_file(path), opened_image(_read(path)) as image:
+    with _of_file(path), opened_image(read_image_file(path)) as image:
         yield image
-
-
-def _read(path: Path) -> bytes:
-    """A file's bytes, if they are not too many: a sparse file may claim any size."""
-    if (size := path.stat().st_size) > MAX_IMAGE_FILE_BYTES:
-        raise ImageError(f"{path}: expected at most {MAX_IMAGE_FILE_BYTES:,} bytes, found {size:,}")
-    return path.read_bytes()
 
 
 @contextmanager

@@ -120,6 +120,8 @@ def truth_notes(task: Manifest) -> Iterator[str]:
     if "mask" not in task.conditions:
         return
     truth = settings.condition_folder(settings.mask, task.dataset)
+    if not truth.is_dir():
+        return
     known_masks = PngFolder(truth)
     columns = ["image_id", "file_name", "width", "height"]
     images = pq.read_table(task.finished_run().path(MANIFEST), columns=columns, partitioning=None)
@@ -130,9 +132,9 @@ def truth_notes(task: Manifest) -> Iterator[str]:
         if (found := made.get(row["image_id"])) is None:  # an image that is not on disk
             continue
         path = truth / known_masks.path_of(task.spec.artifact_stem(row["file_name"]))
-        mask = task.store.read("mask", found)
         try:
-            ious.append(mask_iou(mask, read_image_file(path), (row["width"], row["height"])))
+            known = read_image_file(path)  # first: most stores have no folder of known masks
+            ious.append(mask_iou(task.store.read("mask", found), known, (row["width"], row["height"])))
         except FileNotFoundError:
             continue
         except RecordError as error:

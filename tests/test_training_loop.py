@@ -139,8 +139,8 @@ RESUMED = settings(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(inputs: TrainingInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(inputs: TrainingInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     train(msgspec.convert(RESUMED, TrainingConfig), inputs, folder)
     return folder
 
@@ -242,7 +242,7 @@ def test_a_run_of_several_micro_batches_resumed_at_every_step_ends_with_the_same
 
 @pytest.mark.parametrize("stop_after", [1, 3, 6])
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    inputs: TrainingInputs, undisturbed: Path, tmp_path: Path, stop_after: int
+    inputs: TrainingInputs, uninterrupted: Path, tmp_path: Path, stop_after: int
 ) -> None:
     def stop(report: StepReport) -> None:
         if report.step == stop_after:
@@ -257,13 +257,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     )
     assert steps[0] == 2 * ((stop_after - 1) // 2) + 1
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000007"]
-    assert equal(trained(tmp_path), trained(undisturbed))
+    assert equal(trained(tmp_path), trained(uninterrupted))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process")
 def test_a_killed_run_goes_on_to_the_same_bits(
-    inputs: TrainingInputs, undisturbed: Path, tmp_path: Path
+    inputs: TrainingInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
     configuration = tmp_path / "run.yaml"
     configuration.write_bytes(msgspec.yaml.encode(RESUMED))
@@ -287,23 +287,23 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert reached, output
     assert reached[-1] != "checkpoint-00000007"
     train(msgspec.convert(RESUMED, TrainingConfig), inputs, tmp_path / "out")
-    assert equal(trained(tmp_path / "out"), trained(undisturbed))
+    assert equal(trained(tmp_path / "out"), trained(uninterrupted))
 
 
-def test_nothing_is_done_where_all_is_done(inputs: TrainingInputs, undisturbed: Path) -> None:
+def test_nothing_is_done_where_all_is_done(inputs: TrainingInputs, uninterrupted: Path) -> None:
     last = train(
         msgspec.convert(RESUMED, TrainingConfig),
         inputs,
-        undisturbed,
+        uninterrupted,
         lambda report: pytest.fail("another step"),
     )
-    assert last == undisturbed / "checkpoint-00000007"
+    assert last == uninterrupted / "checkpoint-00000007"
 
 
-def test_checkpoints_of_other_settings_are_refused(inputs: TrainingInputs, undisturbed: Path) -> None:
+def test_checkpoints_of_other_settings_are_refused(inputs: TrainingInputs, uninterrupted: Path) -> None:
     other = msgspec.convert({**RESUMED, "learning_rate": 1e-4}, TrainingConfig)
     with pytest.raises(ExpectedError, match=r"learning_rate was 0\.001, is 0\.0001"):
-        train(other, inputs, undisturbed)
+        train(other, inputs, uninterrupted)
 
 
 def test_a_run_can_start_anew(inputs: TrainingInputs, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_run_can_start_anew(inputs: TrainingInputs, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shorter(inputs: TrainingInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first four steps of ``undisturbed``, as a run of that length; to be copied, not changed."""
+    """The first four steps of ``uninterrupted``, as a run of that length; to be copied, not changed."""
     folder = tmp_path_factory.mktemp("shorter")
     train(msgspec.convert({**RESUMED, "max_train_steps": 4}, TrainingConfig), inputs, folder)
     assert names(folder) == ["checkpoint-00000002", "checkpoint-00000004"]
@@ -355,7 +355,7 @@ IN_EPOCHS = {"max_train_steps": None, "num_train_epochs": 3}
 )
 def test_a_longer_run_continues_a_shorter_one_to_the_same_bits(
     inputs: TrainingInputs,
-    undisturbed: Path,
+    uninterrupted: Path,
     shorter: Path,
     tmp_path: Path,
     length: dict[str, Any],
@@ -366,7 +366,7 @@ def test_a_longer_run_continues_a_shorter_one_to_the_same_bits(
         shutil.copytree(shorter, folder)
     before = {path: path.read_bytes() for path in shorter.rglob("*") if path.is_file()}
     assert steps_of({**RESUMED, **length}, inputs, folder, shorter)[0] == 5
-    whole = undisturbed
+    whole = uninterrupted
     if length:
         whole = tmp_path / "uninterrupted"
         assert steps_of({**RESUMED, **length}, inputs, whole) == [1, 2, 3, 4, 5, 6]
@@ -375,7 +375,7 @@ def test_a_longer_run_continues_a_shorter_one_to_the_same_bits(
 
 
 def test_a_longer_run_that_is_stopped_goes_on_from_its_own_latest_checkpoint(
-    inputs: TrainingInputs, undisturbed: Path, shorter: Path, tmp_path: Path
+    inputs: TrainingInputs, uninterrupted: Path, shorter: Path, tmp_path: Path
 ) -> None:
     def stop(report: StepReport) -> None:
         if report.step == 7:
@@ -387,7 +387,7 @@ def test_a_longer_run_that_is_stopped_goes_on_from_its_own_latest_checkpoint(
     assert names(tmp_path) == ["checkpoint-00000006"]
     assert steps_of(longer, inputs, tmp_path, shorter) == [7]
     assert names(tmp_path) == ["checkpoint-00000007"]
-    assert equal(trained(tmp_path), trained(undisturbed))
+    assert equal(trained(tmp_path), trained(uninterrupted))
 
 
 def test_a_shorter_run_takes_a_checkpoint_of_its_length(
@@ -491,13 +491,13 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 def test_a_run_with_a_damaged_last_checkpoint_ends_with_the_same_bits(
-    inputs: TrainingInputs, undisturbed: Path, shorter: Path, tmp_path: Path
+    inputs: TrainingInputs, uninterrupted: Path, shorter: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(shorter, tmp_path / "run")
     flip(folder / "checkpoint-00000004" / "controlnet" / "diffusion_pytorch_model.safetensors")
     assert steps_of(RESUMED, inputs, folder) == [3, 4, 5, 6, 7]
     assert names(folder) == ["checkpoint-00000006", "checkpoint-00000007", "damaged-checkpoint-00000004"]
-    assert equal(trained(folder), trained(undisturbed))
+    assert equal(trained(folder), trained(uninterrupted))
 
 
 def test_a_checkpoint_of_an_earlier_version_is_continued(shorter: Path, tmp_path: Path) -> None:
@@ -640,7 +640,7 @@ def test_every_trained_parameter_changes_and_nothing_else(
 
 
 def test_all_old_token_rows_of_a_saved_run_are_those_of_the_start(
-    inputs: TrainingInputs, undisturbed: Path
+    inputs: TrainingInputs, uninterrupted: Path
 ) -> None:
     """Put into a fresh text encoder, the saved tokens leave its other rows as they are."""
     from spctrl.models import stable_diffusion, tokens
@@ -648,7 +648,7 @@ def test_all_old_token_rows_of_a_saved_run_are_those_of_the_start(
     folder = inputs.weights / known_weights()["stable_diffusion"].file
     fresh = stable_diffusion.load_text_encoder(folder).get_input_embeddings().weight.clone()
     tokenizer, encoder = stable_diffusion.load_tokenizer(folder), stable_diffusion.load_text_encoder(folder)
-    embeds = tokens.load_learned_embeds(checkpoints(undisturbed)[-1] / "learned_embeds.bin")
+    embeds = tokens.load_learned_embeds(checkpoints(uninterrupted)[-1] / "learned_embeds.bin")
     ids = tokens.set_learned_embeds(tokenizer, encoder, embeds)
     assert len(fresh) == OLD_ROWS
     assert ids == list(range(OLD_ROWS, OLD_ROWS + 17))
@@ -698,13 +698,15 @@ def test_cached_latents_are_those_of_the_image_encoder(inputs: TrainingInputs) -
 
 
 def test_a_run_can_start_from_another_ones_result(
-    inputs: TrainingInputs, undisturbed: Path, tmp_path: Path
+    inputs: TrainingInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    start = checkpoints(undisturbed)[-1]
+    start = checkpoints(uninterrupted)[-1]
     chosen = config(**SPCTRL, controlnet_model_name_or_path=str(start))
     networks = load_networks(chosen, inputs.weights, with_vae=False)
     networks.save(tmp_path)
-    before = {name: value for name, value in trained(undisturbed).items() if not name.startswith("optimizer")}
+    before = {
+        name: value for name, value in trained(uninterrupted).items() if not name.startswith("optimizer")
+    }
     from safetensors.torch import load_file
 
     after = load_file(tmp_path / "controlnet" / "diffusion_pytorch_model.safetensors")

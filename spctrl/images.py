@@ -1,13 +1,10 @@
 """Looking at image files: real size, whether they can be decoded, and a perceptual hash."""
 
-# ruff: noqa: PTH114, PTH120 - a Path for every image costs more than the check
-
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import os
 import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +18,7 @@ from spctrl.orientation import TURNED, UPRIGHT, orientation_in, orientation_of, 
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -253,17 +250,3 @@ def perceptual_hash(gray: NDArray[np.uint8]) -> str:
     frequencies = cv2.dct(gray.astype(np.float32))[:HASH_SIDE, :HASH_SIDE]
     bits = frequencies > np.median(frequencies)
     return np.packbits(bits.reshape(-1)).tobytes().hex()
-
-
-def outside_folders(paths: Sequence[str], folders: Sequence[str]) -> list[bool]:
-    """For each path whether symbolic links lead it out of its folder; the folder itself may be a link."""
-    inside = {folder: os.path.realpath(folder) + os.sep for folder in set(folders)}
-    parents = {parent: os.path.realpath(parent) for parent in {os.path.dirname(path) for path in paths}}
-
-    def resolved(path: str) -> str:
-        parent, name = os.path.split(path)
-        return os.path.realpath(path) if os.path.islink(path) else f"{parents[parent]}{os.sep}{name}"
-
-    return [
-        not resolved(path).startswith(inside[folder]) for path, folder in zip(paths, folders, strict=True)
-    ]

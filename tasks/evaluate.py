@@ -101,6 +101,7 @@ class EvaluatedImages(OfEvaluation, MethodStage):
 
         prompts = self.prompts_task().finished_run()
         generated = pq.read_table(self.generated_task().finished_run().path(IMAGES), partitioning=None)
+        self.generated_task().files(generated.column("path").to_pylist())  # refuses paths that lead out
         checked = check_images(
             generated.to_pylist(),
             list(prompts_of(prompts)),
@@ -151,8 +152,8 @@ class OfImages(OfEvaluation, MethodStage):
         import pyarrow.parquet as pq
 
         table = pq.read_table(self.images_task().finished_run().path(IMAGES), partitioning=None)
-        folder, paths = self.images_task().folder, table.column("path").to_pylist()
-        files = [str(folder / path) for path in paths]
+        paths = table.column("path").to_pylist()
+        files = list(map(str, self.images_task().generated_task().files(paths)))
         listing = self.images_task().generated_task().finished_run().path(IMAGES)
         listed = pq.read_table(listing, columns=["path", "digest"], partitioning=None).to_pydict()
         digests = dict(zip(listed["path"], listed["digest"], strict=True))
@@ -404,9 +405,7 @@ class RealFeatures(InceptionStage):
             columns=["image_id", "file_name"],
             partitioning=None,
         )
-        files = [
-            str(self.root / self.spec.image_path(name)) for name in table.column("file_name").to_pylist()
-        ]
+        files = list(map(str, self.image_files(table.column("file_name").to_pylist())))
         count = self.write_features(run, table.column("image_id").to_pylist(), [0] * len(files), files)
         return {"records": count, "made": count, "rejected": 0}
 

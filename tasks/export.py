@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from spctrl.paths import UnsafePathError, is_safe_relative_path
 from tasks import settings
-from tasks.base import MANIFEST, code_of
-from tasks.files import Files, StoreError, cannot_write, file_digest, leads_below, temporary_name
+from tasks.base import MANIFEST, code_of, digest_cache
+from tasks.files import Files, Folder, StoreError, cannot_write, file_digest
 from tasks.index import AnnotationFile
 from tasks.inputs import InputChangedError
 from tasks.manifest import Manifest
@@ -111,7 +112,9 @@ class Ledger:
 
 def _may_be_exported(path: object) -> bool:
     """Whether a ledger's entry is a path below the export folder."""
-    return isinstance(path, str) and leads_below(path) and not {"", ".", LEDGERS} & set(path.split("/"))
+    if not isinstance(path, str) or not is_safe_relative_path(path):
+        return False
+    return not {"", ".", LEDGERS} & set(path.split("/"))
 
 
 def _list_name(ledger: str) -> str:
@@ -195,9 +198,9 @@ class Export(Manifest):
         return settings.export_files(self.layout.folder)
 
     @functools.cached_property
-    def folder(self) -> Path:
+    def folder(self) -> Folder:
         """The same as a folder, for triplet folders."""
-        return settings.export_folder("export.format = folders") / self.layout.folder
+        return Folder(settings.export_folder("export.format = folders") / self.layout.folder, LEDGERS)
 
     @functools.cached_property
     def has_heatmaps(self) -> bool:
@@ -233,6 +236,7 @@ class Export(Manifest):
         wanted = {each.path: each for each in self._wanted(source)} if FOLDERS in self.formats else {}
         shards = {each.path: each for each in self._wanted_shards(source)}
         texts = dict(self._texts(source))
+        _check_paths([*wanted, *shards, *texts], source)
         old = Ledger.read(self.place, self.ledger_name)
         there = self.place.sizes([*shards, *texts])
         changed = [
@@ -364,15 +368,13 @@ class Export(Manifest):
 
         locations = {name: Artifacts(task.finished_run()) for name, task in self.condition_tasks().items()}
         heatmaps = {each.image_id: each for each in changed if each.kind == HEATMAPS}
-        link = settings.export().link
+        link, images = settings.export().link, self._unchanged_images(changed)
         for count, each in enumerate(changed, 1):
-            target = self.folder / each.path
             if each.kind == IMAGE:
+                source, target = images[each.file_name], self.folder.local(each.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                source = self.root / self.spec.image_path(each.file_name)
-                temporary = self.folder / LEDGERS / temporary_name("link")
                 try:
-                    link_file(source, target, link, temporary=temporary)
+                    link_file(source, target, link, temporary=self.folder.temporary(each.path))
                 except OSError as error:
                     if error.errno not in LINKS_REFUSED:
                         raise cannot_write(target, error) from error
@@ -393,13 +395,27 @@ class Export(Manifest):
                 advance(DISPLAY_EVERY)
         self._write_heatmaps(heatmaps, ledger)
 
+    def _unchanged_images(self, wanted: Iterable[Wanted]) -> dict[str, Path]:
+        """The source images to be linked, by name, which are what the manifest says: a link is not read."""
+        digests = {each.file_name: each.made_from.split(" ")[1] for each in wanted if each.kind == IMAGE}
+        images = self.image_files(list(digests))
+        found = digest_cache(self.store).file_digests([str(path) for path in images])
+        for path, present, expected in zip(images, found, digests.values(), strict=True):
+            if present != expected:
+                raise InputChangedError(f"{path} changed during the build; run again once it is stable")
+        return dict(zip(digests, images, strict=True))
+
+    def _image(self, file_name: str, image_digest: str) -> bytes:
+        from tasks.work import FileSource
+
+        (path,) = self.image_files([file_name])
+        return self._read(FileSource(str(path), image_digest))
+
     def _upright_image(self, file_name: str, image_digest: str) -> bytes:
         """A source image with its orientation tag set to 1."""
         from spctrl.orientation import without_orientation
-        from tasks.work import FileSource
 
-        path = self.root / self.spec.image_path(file_name)
-        return without_orientation(self._read(FileSource(str(path), image_digest)))
+        return without_orientation(self._image(file_name, image_digest))
 
     def _read(self, source: Source) -> bytes:
         from tasks.work import read_source
@@ -448,7 +464,7 @@ class Export(Manifest):
 
     def _file_reader(self, rows: pa.Table, locations: dict[str, Artifacts]) -> ReadFiles:
         """What reads the image, with its orientation tag set to 1, and the conditions of one of the rows."""
-        from tasks.work import ArtifactSource, FileSource
+        from tasks.work import ArtifactSource
 
         columns = ["image_id", "file_name", "image_digest", "image_orientation"]
         listed = {row["image_id"]: row for row in rows.select(columns).to_pylist()}
@@ -458,8 +474,7 @@ class Export(Manifest):
             if not _is_upright(row):
                 files[IMAGE] = self._upright_image(row["file_name"], row["image_digest"])
             elif row["image_digest"] is not None:
-                path = self.root / self.spec.image_path(row["file_name"])
-                files[IMAGE] = self._read(FileSource(str(path), row["image_digest"]))
+                files[IMAGE] = self._image(row["file_name"], row["image_digest"])
             for name, places in locations.items():
                 files[name] = self._read(ArtifactSource(name, places[image_id]))
             return files
@@ -507,7 +522,7 @@ class Export(Manifest):
         """Write a small file of the triplet folders. The ledger says if it was cut off, so a new one is written as it
         is; what is there is replaced, never written into: it may link to a source.
         """
-        target = self.folder / path
+        target = self.folder.local(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as file:
@@ -521,6 +536,20 @@ class Export(Manifest):
 def _is_upright(row: dict[str, Any]) -> bool:
     """Whether a manifest's image, if there is one, looks the same to readers that apply orientation tags."""
     return row["image_orientation"] in (None, 1)
+
+
+def _check_paths(paths: Iterable[str], source: Run) -> None:
+    """Refuse paths of exported files that lead out of the export, or to where its ledgers are.
+
+    Raises:
+        UnsafePathError: names one.
+    """
+    for path in paths:
+        if not _may_be_exported(path):
+            raise UnsafePathError(
+                f"expected paths of files below the export folder in {source.place(MANIFEST)}, found {path!r}. No "
+                f"build writes such a manifest: remove {source.place()} and build again"
+            )
 
 
 def damaged_files(ledger: Ledger) -> list[str]:

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from spctrl.errors import ExpectedError
+from spctrl.paths import is_safe_relative_path
 
 TEMPORARY = ".tmp-"
 PATTERN_LETTERS = frozenset("*?[")
@@ -96,6 +97,10 @@ class Files(ABC):
         """All files below a folder, and whole ones only; none where there is no such folder."""
 
     @abstractmethod
+    def folders(self) -> list[str]:
+        """Names of the folders at the top, sorted."""
+
+    @abstractmethod
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Sizes in bytes of those that are there."""
 
@@ -136,12 +141,17 @@ def files_at(place: str | Path, *, temporaries: str | None = None) -> Files:
 
 
 class Folder(Files):
-    """Files on a disk of this machine, or on one that it shares."""
+    """Files on a disk of this machine, or on one that it shares.
+
+    The folder itself may be a symbolic link. Links to folders below it are refused: who made the store or export may
+    have them lead anywhere.
+    """
 
     def __init__(self, path: Path, temporaries: str | None = None) -> None:
         self.path = path
         self.root = str(path)
         self._temporaries = temporaries
+        self._checked_folders: set[Path] = {path}
 
     @property
     def address(self) -> str:
@@ -149,7 +159,7 @@ class Folder(Files):
 
     def read(self, name: str) -> bytes:
         try:
-            return self._path(name).read_bytes()
+            return self.local(name).read_bytes()
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -163,11 +173,11 @@ class Folder(Files):
         return found
 
     def write(self, name: str, data: bytes) -> None:
-        write_atomic(self._path(name), data, temporary=self._temporary(name))
+        write_atomic(self.local(name), data, temporary=self.temporary(name))
 
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
-        path, temporary = self._path(name), self._temporary(name)
+        path, temporary = self.local(name), self.temporary(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -180,19 +190,26 @@ class Folder(Files):
                 temporary.unlink(missing_ok=True)
 
     def fetch(self, name: str, folder: Path, *, digest: str | None = None) -> Path:
-        return self._path(name)
+        return self.local(name)
 
     def listing(self, prefix: str) -> dict[str, Info]:
         # Whoever takes a folder that cannot be read for an empty one remakes, or removes, what is needed.
         return {name: info for name, info in self._walk(prefix, _must_be_gone) if not _is_temporary(name)}
 
+    def folders(self) -> list[str]:
+        try:
+            return sorted(each.name for each in self.path.iterdir() if each.is_dir())
+        except OSError as error:
+            _must_be_gone(error)
+            return []
+
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        return {name: found.st_size for name in names if (found := _stat(self._path(name))) is not None}
+        return {name: found.st_size for name in names if (found := _stat(self.local(name))) is not None}
 
     def remove(self, names: Iterable[str]) -> None:
         folders = set()
         for name in names:
-            path = self._path(name)
+            path = self.local(name)
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
@@ -211,28 +228,59 @@ class Folder(Files):
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
-        with exclusive(self._path(name)):
+        with exclusive(self.local(name)):
             yield
 
     def digest(self, name: str) -> str:
-        return file_digest(self._path(name))
+        return file_digest(self.local(name))
 
     def version(self, name: str) -> str:
-        found = self._path(name).stat()
+        found = self.local(name).stat()
         return f"{found.st_size:x}-{found.st_mtime_ns:x}-{found.st_ino:x}"
 
-    def _path(self, name: str) -> Path:
-        return self.path / _checked(name, self.root)
+    def local(self, name: str) -> Path:
+        """The path of a file, which may itself be a link: whoever writes there has to replace it.
 
-    def _temporary(self, name: str) -> Path:
-        path = self._path(name)
-        folder = path.parent if self._temporaries is None else self.path / self._temporaries
-        return folder / temporary_name(path.name)
+        Raises:
+            StoreError: the name, or a link in it, leads out of the folder.
+        """
+        path = self.path / _checked(name, self.root)
+        self._refuse_links(path.parent)
+        return path
+
+    def temporary(self, name: str) -> Path:
+        """A free path on the same disk, for a file that is to become the named one."""
+        path = self.local(name)
+        if self._temporaries is None:
+            return path.with_name(temporary_name(path.name))
+        return self.local(f"{self._temporaries}/{temporary_name(path.name)}")
+
+    def _refuse_links(self, folder: Path) -> None:
+        if folder in self._checked_folders or self.path not in folder.parents:
+            return
+        for each in (folder, *folder.parents):
+            if each == self.path:
+                break
+            with suppress(OSError):  # of a folder that cannot be looked at, what is done there says so
+                if each.is_symlink():
+                    raise self._linked(each)
+        self._checked_folders.add(folder)
+
+    def _linked(self, folder: Path) -> StoreError:
+        return StoreError(
+            f"expected no symbolic links to folders below {self.root}, found {folder}. Move the folder there, or make "
+            f"{self.root} itself the link"
+        )
 
     def _walk(
         self, prefix: str, on_error: Callable[[OSError], None] | None = None
     ) -> Iterator[tuple[str, Info]]:
-        for folder, _, files in os.walk(self.path / prefix, onerror=on_error, followlinks=True):
+        if prefix:
+            self._refuse_links(self.local(prefix))
+        for folder, folders, files in os.walk(self.path / prefix, onerror=on_error):
+            for each in folders:
+                if (linked := Path(folder, each)).is_symlink():
+                    raise self._linked(linked)
             for file in files:
                 path = Path(folder, file)
                 if (found := _stat(path)) is not None:
@@ -354,6 +402,9 @@ class ObjectStore(Files):
             if info["type"] == "file" and not key.endswith("/")
         }
 
+    def folders(self) -> list[str]:
+        return sorted(name for name, each in self._at_top().items() if each["type"] == "directory")
+
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """By a listing of each folder, as asking for one file costs as much as a list of a thousand.
 
@@ -397,18 +448,21 @@ class ObjectStore(Files):
 
     def leftovers(self, older_than_s: float) -> dict[str, Info]:
         """Those at the top; parts of an upload that was cut off are the bucket's, whose rules remove them."""
-        with self._faults("list", ""):
-            try:
-                found = {self._name(each["name"]): each for each in self._system.ls(self._top, detail=True)}
-            except FileNotFoundError:
-                return {}
         infos = {
             name: Info(int(each["size"]), _modified_at_s(each))
-            for name, each in found.items()
+            for name, each in self._at_top().items()
             if each["type"] == "file" and _is_temporary(name)
         }
         now = time.time()
         return {name: info for name, info in infos.items() if now - info.modified_at_s > older_than_s}
+
+    def _at_top(self) -> dict[str, dict[str, Any]]:
+        """What the file system says of the files and folders at the top, by name."""
+        with self._faults("list", ""):
+            try:
+                return {self._name(each["name"]): each for each in self._system.ls(self._top, detail=True)}
+            except FileNotFoundError:
+                return {}
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
@@ -447,13 +501,8 @@ class ObjectStore(Files):
         )
 
 
-def leads_below(name: str) -> bool:
-    """Whether a name is that of a file below a place. Names come out of files too, and those from anywhere."""
-    return not (name.startswith("/") or "\0" in name or ".." in name.split("/"))
-
-
 def _checked(name: str, root: str) -> str:
-    if not leads_below(name):
+    if not is_safe_relative_path(name):
         raise StoreError(f"expected a name below {root}, found {name!r}")
     return name
 

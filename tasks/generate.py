@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 from spctrl.errors import ExpectedError
+from spctrl.paths import listed_files
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache, reject_examples
 from tasks.conditions import FromArtifacts, condition_class
@@ -373,7 +374,15 @@ class GeneratedImages(MethodStage):
 
     def _digests_at(self, paths: Sequence[str]) -> list[str]:
         """Of images below the folder, as they are now."""
-        return digest_cache(self.store).file_digests([str(self.folder / path) for path in paths])
+        return digest_cache(self.store).file_digests(list(map(str, self.files(paths))))
+
+    def files(self, paths: Sequence[str]) -> list[Path]:
+        """Image files by their paths below the folder.
+
+        Raises:
+            UnsafePathError: one of them leads out of it.
+        """
+        return listed_files(self.folder, paths, follow_links=self.is_external)
 
     def run(self) -> None:
         if self.is_external:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import luigi
 
 from spctrl.datasets import MAX_IMAGE_FILE_BYTES
+from spctrl.paths import outside_folders, refuse_unsafe_paths
 from tasks.base import digest_cache
 from tasks.index import DatasetStage
 from tasks.inputs import MISSING, TOO_LARGE
@@ -72,10 +73,10 @@ class FileStage(DatasetStage, RecordStage):
                 advance(len(some))
 
     def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
-        from spctrl.images import outside_folders
         from tasks.work import FileSource
 
         image_paths = [self.spec.image_path(name) for name in rows.column("file_name").to_pylist()]
+        refuse_unsafe_paths(self.root, image_paths)
         file_paths = self.file_paths(image_paths)
         paths = [f"{self.folder}/{path}" for path in file_paths]
         confines = [self.confines(path) for path in file_paths]

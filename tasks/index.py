@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.paths import listed_files, refuse_unsafe_paths
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, OfSettings, StageTask, digest_cache, reject_examples
 from tasks.executor import warm_up
@@ -70,6 +71,14 @@ class DatasetStage(StageTask):
     def root(self) -> Path:
         return settings.dataset_root(self.dataset)
 
+    def image_files(self, file_names: Sequence[str]) -> list[Path]:
+        """The image files of records, by ``file_name``.
+
+        Raises:
+            UnsafePathError: one of them leads out of the dataset, which the index stage lets no name do.
+        """
+        return listed_files(self.root, [self.spec.image_path(name) for name in file_names])
+
     def index_task(self) -> Index:
         return Index(**self.common_parameters())
 
@@ -82,7 +91,9 @@ class DatasetStage(StageTask):
         run = self.index_task().current_run()
         if run is None or not run.is_whole():
             return None
-        return run.path(IMAGE_PATHS).read_text().split("\n")[:-1]
+        paths = run.path(IMAGE_PATHS).read_text().split("\n")[:-1]
+        refuse_unsafe_paths(self.root, paths, table=run.place(IMAGE_PATHS))
+        return paths
 
 
 class Index(DatasetStage):

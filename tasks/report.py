@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.paths import listed_files, refuse_unsafe_paths
 from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.code_version import ROOT
@@ -131,7 +131,9 @@ def truth_notes(task: Manifest) -> Iterator[str]:
     for row in rows:
         if (found := made.get(row["image_id"])) is None:  # an image that is not on disk
             continue
-        path = truth / known_masks.path_of(task.spec.artifact_stem(row["file_name"]))
+        stem = task.spec.artifact_stem(row["file_name"])
+        refuse_unsafe_paths(truth, [stem])
+        path = truth / known_masks.path_of(stem)
         try:
             known = read_image_file(path)  # first: most stores have no folder of known masks
             ious.append(mask_iou(task.store.read("mask", found), known, (row["width"], row["height"])))
@@ -180,7 +182,7 @@ def split_tables(task: Manifest) -> SplitTables:
         if image_paths[row] is None:
             return None
         try:
-            return read_image_file(Path(task.root, image_paths[row]))
+            return read_image_file(*listed_files(task.root, [image_paths[row]]))
         except FileNotFoundError:
             return None  # gone since the build looked: the page says that there is no image
 

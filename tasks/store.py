@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.files import Files, Info, StoreError, cannot_read, files_at, is_url, leads_below, write_atomic
+from spctrl.paths import is_safe_relative_path
+from tasks.files import Files, Info, StoreError, cannot_read, files_at, is_url, write_atomic
 from tasks.packs import SAFETENSORS, TAR, container_of, container_size, write_container
 
 if TYPE_CHECKING:
@@ -536,7 +537,7 @@ def _is_provenance(found: Any) -> bool:
         and all(_is_digest(each.get("digest")) for each in files.values())
         and all(isinstance(size, int) for size in packs.values())
         and all(isinstance(each, str) for each in (inputs or {}).values())
-        and all(leads_below(name) for name in (*files, *packs))
+        and all(is_safe_relative_path(name) for name in (*files, *packs))
     )
 
 

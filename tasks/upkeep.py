@@ -86,10 +86,11 @@ def verify(
 
 def ledgers(exports: str | Path) -> Iterator[Ledger]:
     """The ledgers of all exports below ``[paths] export``."""
-    for name in sorted(files_at(exports).listing("")):
-        folder, _, file = name.partition(f"/{LEDGERS}/")
-        if "/" not in folder and file.endswith(".json"):
-            yield Ledger.read(files_at(f"{exports}/{folder}", temporaries=LEDGERS), f"{LEDGERS}/{file}")
+    for folder in files_at(exports).folders():
+        files = files_at(f"{exports}/{folder}", temporaries=LEDGERS)
+        for name in sorted(files.listing(LEDGERS)):
+            if name.endswith(".json"):
+                yield Ledger.read(files, name)
 
 
 def _damaged_members(store: Store, stage: str, pack: str, *, repair: bool) -> Iterator[tuple[str, str]]:

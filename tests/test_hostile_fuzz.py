@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 REGRESSIONS = sorted((Path(__file__).parent / "fuzz" / "regressions").glob("*/*"))
 NEEDS_TORCH = {"weights"}
-EXAMPLES = {"store": 40}
+EXAMPLES = {"store": 40, "tables": 15}
 """Of the targets that write many files; others try 150 inputs."""
 
 

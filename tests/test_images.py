@@ -18,7 +18,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from spctrl.datasets import MAX_IMAGE_FILE_BYTES
-from spctrl.images import outside_folders, perceptual_hash, probe_image, read_image_file
+from spctrl.images import perceptual_hash, probe_image, read_image_file
+from spctrl.paths import outside_folders
 from spctrl.records import Record, RecordError
 from spctrl.sample.scenes import draw_animal_scene, draw_people_scene
 

@@ -14,7 +14,7 @@ from eval.settings import Evaluation
 from spctrl import options
 from spctrl.configuration import ConfigurationError, read_config
 from spctrl.inference.methods import Generation
-from spctrl.paths import expand_path
+from spctrl.paths import UnsafePathError, expand_path, listed_files, refuse_unsafe_paths
 from spctrl.training.config import decisive_settings, read_training_config
 
 
@@ -170,3 +170,46 @@ def test_paths_of_options_are_expanded(tmp_path: Path, monkeypatch: pytest.Monke
     for parse, value in ((options.path, "$NOWHERE"), (options.file, "~/none.png"), (options.file, "~")):
         with pytest.raises(typer.BadParameter, match="expected"):
             parse(value)
+
+
+# Paths that files list
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset whose folders of images are a folder and a link to one, with links to files in them."""
+    root = tmp_path / "dataset"
+    for path in (root / "data/1.jpg", tmp_path / "disk/2.jpg", tmp_path / "secret/3.jpg"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    (root / "images").symlink_to(tmp_path / "disk")
+    (root / "data/inside.jpg").symlink_to("1.jpg")
+    (root / "data/outside.jpg").symlink_to(tmp_path / "secret/3.jpg")
+    (root / "images/outside").symlink_to(tmp_path / "secret")
+    return root
+
+
+SAFE = ("data/1.jpg", "images/2.jpg", "data/inside.jpg", "data/missing.jpg", "a..b/..c", "data/./1.jpg")
+LINKED = ("data/outside.jpg", "images/outside/3.jpg")
+UNSAFE = ("../secret/3.jpg", "/etc/passwd", "data/../../secret/3.jpg", "data/..", "..", "a\0b")
+
+
+def test_listed_files_are_those_below_the_folder(dataset: Path) -> None:
+    assert listed_files(dataset, SAFE) == [dataset / name for name in SAFE]
+    assert listed_files(dataset, LINKED, follow_links=True) == [dataset / name for name in LINKED]
+    assert listed_files(dataset, []) == []
+
+
+@pytest.mark.parametrize("name", [*LINKED, *UNSAFE, "", ".", "data/outside.jpg/"])
+def test_a_listed_path_that_leads_out_is_refused(dataset: Path, name: str) -> None:
+    with pytest.raises(UnsafePathError, match="which leads out of it") as caught:
+        listed_files(dataset, [*SAFE, name])
+    assert repr(name) in str(caught.value) and f"below {dataset}, found" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_a_path_that_leads_out_by_its_text_is_refused_everywhere(dataset: Path, name: str) -> None:
+    with pytest.raises(UnsafePathError):
+        listed_files(dataset, [name], follow_links=True)
+    with pytest.raises(UnsafePathError, match=r"in table\.parquet, found"):
+        refuse_unsafe_paths(dataset, [name], table="table.parquet")

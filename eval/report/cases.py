@@ -16,6 +16,7 @@ import numpy as np
 from eval.pose_ap import KEYPOINT_SCORE_THRESHOLD
 from spctrl.datasets import DATASETS
 from spctrl.images import read_image_file
+from spctrl.paths import listed_files
 from spctrl.records import RecordError
 from spctrl.rendering.spatext import draw_index_map
 from spctrl.report.pictures import THUMBNAIL_SIDE, colourise_index_map, decode, overlay_index_map
@@ -117,11 +118,10 @@ def draw_case(
     spec = DATASETS[dataset]
     size_wh = row["width"], row["height"]
     annotated = np.array([each["keypoints"] for each in row["instances"]], np.float64)
+    (real_image,) = listed_files(root, [spec.image_path(row["file_name"])])
     panels = [
         Panel(column="condition", caption="", picture=_condition(annotated, size_wh, spec.skeleton)),
-        Panel(
-            column="real image", caption="", picture=_small(_read(root / spec.image_path(row["file_name"])))
-        ),
+        Panel(column="real image", caption="", picture=_small(_read(real_image))),
     ]
     for view in views:
         oks = view.oks.get(chosen.image_id)

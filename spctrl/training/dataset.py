@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from spctrl.annotations import unsafe_path
 from spctrl.crops import LONGEST_SIDES, crop_of, nearest_crop, training_crop
 from spctrl.datasets import DATASETS
 from spctrl.errors import ExpectedError
 from spctrl.images import equal_channels, open_rgb, opened_image
 from spctrl.index_maps import read_index_map
+from spctrl.paths import refuse_unsafe_paths
 from spctrl.prompts import (
     Subject,
     build_prompt,
@@ -173,7 +173,7 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         self._rows = _read_manifest(manifest, max_samples, [stage for stage in stages.values() if stage])
         self.dataset = self._rows.column("dataset")[0].as_py()
         self.templates = load_templates(templates, self.dataset)
-        self._check_images(needed=not latents)
+        self._check_images(manifest, needed=not latents)
         self._check_prompts()
         self._leave_out_rows_without_prompt()
         found = {
@@ -289,7 +289,7 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
 
     # What must be there
 
-    def _check_images(self, *, needed: bool) -> None:
+    def _check_images(self, manifest: Path, *, needed: bool) -> None:
         paths = self._rows.column("image_path")
         missing = paths.null_count
         if needed and missing:
@@ -297,12 +297,11 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
                 f"expected images of all {len(self):,} records, found none of {missing:,}: they were built with "
                 "[build] images = optional. Put them in place and build again, or train on cached latents"
             )
-        if needed and (unsafe := next((path for path in paths.to_pylist() if unsafe_path(path)), None)):
-            raise ExpectedError(
-                f"expected paths of images below {self.data_root}, found {unsafe!r}, which {unsafe_path(unsafe)}. "
-                "BuildDataset writes no such manifest"
-            )
-        if needed and (self.data_root is None or not self._image_path(0).is_file()):
+        if not needed:
+            return
+        if self.data_root is not None:
+            refuse_unsafe_paths(self.data_root, paths.to_pylist(), table=manifest)
+        if self.data_root is None or not self._image_path(0).is_file():
             where = "no data_root" if self.data_root is None else f"no {self._image_path(0)}"
             raise ExpectedError(
                 f"expected the folder of the images, found {where}. It is that of the raw dataset or of its export; "

@@ -12,7 +12,7 @@ import math
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -22,8 +22,10 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from conftest import Workspace
 from PIL import Image
 from stores import locations
+from tampering import Rows, correct_provenance, run_folder, tamper
 
 from spctrl.annotations import FAR_AWAY_IN_SIZES, AnnotationFileError, unsafe_path
 from spctrl.conditions import check_depth, check_mask
@@ -628,6 +630,116 @@ def use_store(store: Store, exports: Path) -> None:
             step()
 
 
+ARTIFACT_COLUMNS = ["key", "pack", "digest"]
+CONDITION_COLUMNS = [f"{name}_{what}" for name in ("spatext", "mask") for what in ("path", "digest")]
+NAMES_IN_TABLES = {
+    "manifest": ["file_name", "image_path", "image_digest", *CONDITION_COLUMNS],
+    "index": ["file_name", "drawing_digest"],
+    "images": ARTIFACT_COLUMNS,
+    "mask": ARTIFACT_COLUMNS,
+    "spatext": ARTIFACT_COLUMNS,
+}
+"""Columns that hold names of files or what is found under them, by stage."""
+IMAGE_PATHS, ARENA = "images.txt", "ARENA"
+
+
+@functools.cache
+def built_store() -> Path:
+    """The store of a small dataset, with a report and all exports made."""
+    workspace = tampered_workspace(folder() / "built")
+    assert workspace.build().succeeded
+    return workspace.store
+
+
+def tampered_workspace(at: Path) -> Workspace:
+    workspace = Workspace(at / "work", sample())
+    workspace.configure("build", datasets=["ap10k"], splits=["train"], conditions=["spatext", "mask"])
+    workspace.configure("export", format="folders,webdataset", heatmaps="yes")
+    return workspace
+
+
+def tables_seeds() -> list[bytes]:
+    """Names in the tables of a store, as JSON."""
+    tables = {
+        stage: pq.read_table(
+            run_folder(built_store(), stage) / "manifest.parquet", columns=columns, partitioning=None
+        ).to_pydict()
+        for stage, columns in NAMES_IN_TABLES.items()
+    }
+    lines = (run_folder(built_store(), "index") / IMAGE_PATHS).read_text().splitlines()
+    return [json.dumps({**tables, IMAGE_PATHS: lines}).encode()]
+
+
+def run_tables(data: bytes) -> None:
+    """Whatever names the tables of a store hold, with digests that fit: it is exported or refused, and nothing that
+    lies elsewhere is read into the export, linked, changed or removed.
+    """
+    try:
+        said = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    arena = folder() / "tampered"
+    shutil.rmtree(arena, ignore_errors=True)
+    workspace = tampered_workspace(arena)
+    shutil.copytree(built_store(), workspace.store)
+    baits = [arena / "x", workspace.folder / "x", workspace.exports / "x", workspace.exports / "other/x"]
+    for path in baits:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"bait")
+    for stage, columns in NAMES_IN_TABLES.items():
+        found = said.get(stage) if isinstance(said, dict) else None
+        if isinstance(found, dict):
+            tamper(
+                workspace.store,
+                stage,
+                "manifest.parquet",
+                functools.partial(_replace_names, columns=columns, values=found),
+            )
+    lines = said.get(IMAGE_PATHS) if isinstance(said, dict) else None
+    if isinstance(lines, list):
+        path = run_folder(workspace.store, "index") / IMAGE_PATHS
+        path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass"))
+        correct_provenance(path)
+    workspace.build()
+    own = (workspace.store, workspace.export_folder("ap10k"))
+    others = {path for path in arena.rglob("*") if not any(path.is_relative_to(each) for each in own)}
+    names = {"work", "x", "luigi-test.cfg", "store", "exports", "other", "report.html", ".spctrl", "lock"}
+    same({path.name for path in others} - names, set())
+    same([(path.read_bytes(), path.stat().st_nlink) for path in baits], [(b"bait", 1)] * len(baits))
+    exported = [path for path in workspace.export_folder("ap10k").rglob("*") if path.is_file()]
+    same([path for path in exported if path.read_bytes() == b"bait"], [])
+
+
+def mutate_names(data: bytes, chance: Random) -> bytes:
+    """Some names replaced by ways out of their folders, else as ``mutate_json``."""
+    try:
+        said = json.loads(data)
+        for _ in range(chance.randint(1, 3)):
+            column = chance.choice(list(said[chance.choice(list(NAMES_IN_TABLES))].values()))
+            ways = ("", "data/", "/", f"{ARENA}/", "./", ".spctrl/")
+            column[chance.randrange(len(column))] = (
+                chance.choice(ways)
+                + "../" * chance.randrange(7)
+                + chance.choice(("x", "new", "x/new", "", "lock"))
+            )
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
+        return mutate_json(data, chance)
+    return json.dumps(said).encode() if chance.random() < 0.7 else mutate_json(data, chance)
+
+
+def is_surrogate(letter: str) -> bool:
+    return "\ud800" <= letter <= "\udfff"
+
+
+def _replace_names(rows: Rows, columns: Sequence[str], values: dict[str, object]) -> None:
+    """Texts of columns, row by row, where there are texts that Arrow can hold."""
+    for column in columns:
+        found = values.get(column)
+        for row, value in zip(rows, found if isinstance(found, list) else [], strict=False):
+            if isinstance(value, str) and not any(map(is_surrogate, value)):
+                row[column] = value.replace(ARENA, str(folder() / "tampered"))
+
+
 def _write_table(path: Path, rows: object, names: tuple[str, ...]) -> None:
     """Rows as a Parquet file, in whatever types they have; nothing where Arrow finds none for them."""
     listed = [row for row in rows if isinstance(row, list)] if isinstance(rows, list) else []
@@ -685,5 +797,6 @@ TARGETS = {
     "poses": Target(pose_seeds, run_pose, mutate_json),
     "weights": Target(weight_seeds, run_weights, mutate_pickle),
     "store": Target(store_seeds, run_store, mutate_json),
+    "tables": Target(tables_seeds, run_tables, mutate_names),
     "parquet": Target(parquet_seeds, run_parquet, mutate_bytes),
 }

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tampering import tamper
 
 for _package in ("torch", "transformers", "torch_fidelity", "matplotlib"):
     pytest.importorskip(_package, reason="the eval extra is not installed")
@@ -251,7 +252,7 @@ def test_images_without_a_prompt_are_set_aside_as_other_bad_records_are(
     assert row["images"] == IMAGES - 1 and f"{IMAGES - 1} of 995 images" in row["note"]
 
 
-def test_images_that_change_while_they_are_measured_are_refused(
+def test_images_that_change_while_they_are_measured_or_lead_out_are_refused(
     measuring: Workspace, fast: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import eval.checks
@@ -272,6 +273,13 @@ def test_images_that_change_while_they_are_measured_are_refused(
     monkeypatch.undo()
     again = benchmark(measuring, **fast)
     assert again.succeeded, again.errors
+
+    # A store that lists an image elsewhere, with a digest that fits.
+    tamper(measuring.store, "generate", "images.parquet", lambda rows: rows[0].update(path="../secret.png"))
+    shutil.rmtree(measuring.store / "runs/evaluated_images")
+    tampered = benchmark(measuring, **fast)
+    assert not tampered.succeeded
+    assert any("'../secret.png', which leads out of it" in each for each in tampered.errors), tampered.errors
 
 
 def test_networks_that_do_not_fit_are_named(

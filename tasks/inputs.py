@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spctrl.errors import ExpectedError
-from tasks.files import Files, Folder, file_digest
+from tasks.files import Files, Folder, StoreError, file_digest
 from tasks.store import digest_of
 
 RACY_NS = 2_000_000_000
@@ -29,6 +29,8 @@ HASHING_THREADS = 8
 MISSING, TOO_LARGE = "missing", "too-large"
 EMPTY = hashlib.sha256().hexdigest()
 FILES_AT_ONCE = 16_384
+SQLITE_SUFFIXES = ("journal", "wal", "shm")
+"""Of files that SQLite keeps beside a database."""
 LOOK_UPS_TO_A_SCAN = 4
 """How many rows are scanned in the time that one takes to look up."""
 
@@ -49,10 +51,19 @@ class DigestCache:
     """Digests of files and other facts, in an SQLite file that several processes may share.
 
     A cache that cannot be opened or written (read-only disk) is done without.
+
+    Raises:
+        StoreError: the file is a link, which SQLite would write through.
     """
 
     def __init__(self, path: Path) -> None:
         self._database: sqlite3.Connection | None = None
+        for each in (path, *(path.with_name(f"{path.name}-{suffix}") for suffix in SQLITE_SUFFIXES)):
+            if each.is_symlink():
+                raise StoreError(
+                    f"expected a database at {each}, found a symbolic link. Remove it; [paths] cache says where the "
+                    "database goes"
+                )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, timeout=30, isolation_level=None)

@@ -472,3 +472,16 @@ def test_latents_are_not_read_from_impossible_places(tmp_path: Path) -> None:
         pq.write_table(table, folder / "x.parquet")
         with pytest.raises(ExpectedError, match="found none of 1"):
             StoredArtifacts(tmp_path, "latents", pa.array(["k"]))
+
+
+@pytest.mark.parametrize("name", ["cache.sqlite", "cache.sqlite-journal", "cache.sqlite-wal"])
+def test_no_cache_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim.db"
+    with sqlite3.connect(victim) as database:
+        database.execute("CREATE TABLE own (x INT)")
+    before = victim.read_bytes()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / name).symlink_to(victim)
+    with pytest.raises(StoreError, match=f"expected a database at .*/{name}, found a symbolic link"):
+        DigestCache(tmp_path / "store/cache.sqlite")
+    assert victim.read_bytes() == before

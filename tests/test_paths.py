@@ -14,7 +14,7 @@ from eval.settings import Evaluation
 from spctrl import options
 from spctrl.configuration import ConfigurationError, read_config
 from spctrl.inference.methods import Generation
-from spctrl.paths import UnsafePathError, expand_path, listed_files, refuse_unsafe_paths
+from spctrl.paths import UnsafePathError, expand_path, listed_files, outside_folders, refuse_unsafe_paths
 from spctrl.training.config import decisive_settings, read_training_config
 
 
@@ -170,6 +170,74 @@ def test_paths_of_options_are_expanded(tmp_path: Path, monkeypatch: pytest.Monke
     for parse, value in ((options.path, "$NOWHERE"), (options.file, "~/none.png"), (options.file, "~")):
         with pytest.raises(typer.BadParameter, match="expected"):
             parse(value)
+
+
+# Links that lead out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """``data`` with images; ``secret`` beside it; links of each kind."""
+    data, secret = tmp_path / "data", tmp_path / "secret"
+    (data / "deep").mkdir(parents=True)
+    secret.mkdir()
+    for path in (data / "1.jpg", data / "deep/2.jpg", secret / "3.jpg"):
+        path.write_bytes(b"")
+    (data / "inside.jpg").symlink_to("deep/2.jpg")
+    (data / "out.jpg").symlink_to(secret / "3.jpg")
+    (data / "relative.jpg").symlink_to("../secret/3.jpg")
+    (data / "twice.jpg").symlink_to("out.jpg")
+    (data / "loop.jpg").symlink_to("loop.jpg")
+    (data / "out").symlink_to(secret)
+    (data / "in").symlink_to("deep")
+    return data
+
+
+CASES = {
+    "1.jpg": False,
+    "deep/2.jpg": False,
+    "inside.jpg": False,
+    "in/2.jpg": False,
+    "out.jpg": True,
+    "relative.jpg": True,
+    "twice.jpg": True,
+    "out/3.jpg": True,
+    "out/missing.jpg": True,
+    "missing.jpg": False,
+    "deep/../../secret/3.jpg": True,
+}
+
+
+@pytest.mark.parametrize("root", ["plain", "link", "trailing slash", "relative"])
+def test_links_that_lead_out_of_the_folder_are_found(
+    folder: Path, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = {"plain": f"{folder}", "trailing slash": f"{folder}/", "relative": "data"}.get(root, "")
+    if root == "link":
+        link = folder.parent.parent / f"{folder.parent.name}-link"
+        link.symlink_to(folder)
+        text = str(link)
+    monkeypatch.chdir(folder.parent)
+    paths = [f"{text}/{name}" for name in CASES]
+    assert dict(zip(CASES, outside_folders(paths, [text] * len(paths)), strict=True)) == CASES
+
+
+def test_a_neighbour_whose_name_starts_alike_is_outside(folder: Path) -> None:
+    neighbour = folder.with_name("data-private")
+    neighbour.mkdir()
+    (neighbour / "4.jpg").write_bytes(b"")
+    (folder / "4.jpg").symlink_to(neighbour / "4.jpg")
+    assert outside_folders([f"{folder}/4.jpg"], [str(folder)]) == [True]
+
+
+def test_no_paths_are_no_answers() -> None:
+    assert outside_folders([], []) == []
+
+
+def test_each_file_has_its_own_folder(folder: Path) -> None:
+    paths = [f"{folder}/out/3.jpg", f"{folder}/out/3.jpg", f"{folder}/in/2.jpg", f"{folder}/in/2.jpg"]
+    folders = [str(folder), f"{folder}/out", f"{folder}/in", str(folder.parent / "secret")]
+    assert outside_folders(paths, folders) == [True, False, False, True]
 
 
 # Paths that files list

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 STATE, RUN, SUMS = "state.pt", "run.json", "SHA256SUMS"
 TOKENS = "learned_embeds.bin"
+LOCK = "lock"
+"""Beside the checkpoints, held by the one run that writes there."""
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
 
@@ -85,6 +87,35 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, 
         for path in [each for each in checkpoints(folder) if step_of(each) <= step][:-keep]:
             remove_checkpoint(path)
     return final
+
+
+def adopt_checkpoint(checkpoint: Path, folder: Path) -> Path:
+    """Put another run's checkpoint among those of a folder, for as long as this folder needs it.
+
+    Files are hard-linked where the file system can: a checkpoint is never written to again.
+
+    Raises:
+        ExpectedError: it cannot be written, or the other run removed its own meanwhile.
+    """
+
+    def write(partial: Path) -> None:
+        shutil.copytree(
+            checkpoint,
+            partial,
+            ignore=shutil.ignore_patterns(SUMS),  # is written to
+            copy_function=_link_or_copy,
+            dirs_exist_ok=True,
+        )
+        checkpoint.stat()  # fails if it was removed, and so perhaps copied in part
+
+    return write_checkpoint(folder, step_of(checkpoint), write, keep=None)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
 
 
 def remove_partial(folder: Path) -> None:

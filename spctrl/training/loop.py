@@ -19,11 +19,9 @@ from spctrl.training.checkpoints import (
     RUN,
     STATE,
     checkpoint_path,
-    checkpoints,
     read_state,
     remove_checkpoints,
     remove_partial,
-    set_aside,
     step_of,
     write_checkpoint,
 )
@@ -31,7 +29,7 @@ from spctrl.training.config import TrainingConfig
 from spctrl.training.dataset import SpCtrlDataset
 from spctrl.training.networks import FROZEN_DTYPES, Networks, load_networks
 from spctrl.training.objective import Batch, draw, objective_of, step_seed
-from spctrl.training.resumption import Start, carry_over, find_start, run_facts
+from spctrl.training.resumption import Start, run_facts, take_start
 from spctrl.training.schedule import Schedule, learning_rates, make_schedule
 
 if TYPE_CHECKING:
@@ -453,13 +451,4 @@ class _Loop:
         remove_partial(self.output)
         if self.config.resume_from_checkpoint is None:
             remove_checkpoints(self.output)
-        start = find_start(self.config, self.schedule, self.output, self.earlier_runs)
-        for checkpoint in checkpoints(self.output):
-            if (
-                checkpoint != start.checkpoint
-                and start.step <= step_of(checkpoint) <= self.schedule.total_steps
-            ):
-                set_aside(checkpoint)  # damaged, since it was not chosen
-        if start.checkpoint is not None and start.checkpoint.parent != self.output:
-            carry_over(start.checkpoint.parent, self.output, start.step, self.config.logging_dir)
-        return start
+        return take_start(self.config, self.schedule, self.output, self.earlier_runs)

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import msgspec
 from spctrl.errors import ExpectedError
 from spctrl.training.checkpoints import (
     DamagedCheckpointError,
+    adopt_checkpoint,
     check_contents,
     check_digests,
     checkpoint_path,
@@ -29,6 +30,7 @@ from spctrl.training.checkpoints import (
     has_digests,
     read_run,
     read_state,
+    set_aside,
     step_of,
 )
 from spctrl.training.config import NEUTRAL, RATE_SETTINGS, TrainingConfig, decisive_settings
@@ -103,6 +105,8 @@ def find_start(
                 check_contents(checkpoint, trained_files(config))
             state = read_state(checkpoint)
         except DamagedCheckpointError as error:
+            if not checkpoint.exists():  # another run removed it, which may have written a later one
+                return find_start(config, schedule, output, earlier_runs)
             log.warning("%s. An earlier checkpoint is tried", error)
             continue
         log.info("continues after step %d, from %s", step_of(checkpoint), checkpoint)
@@ -111,6 +115,32 @@ def find_start(
         named = "; ".join([*unusable.values()][:MOST_NAMED])
         log.info("starts from step 1: no checkpoint of %d earlier runs fits: %s", len(unusable), named)
     return Start()
+
+
+def take_start(
+    config: TrainingConfig, schedule: Schedule, output: Path, earlier_runs: Sequence[Path] = ()
+) -> Start:
+    """``find_start``, with its checkpoint in the run's own folder: another run may remove its own at any moment.
+
+    Own checkpoints that were passed over are damaged and set aside.
+
+    Raises:
+        ExpectedError: as ``find_start``, or a checkpoint of another run cannot be copied.
+        OSError: what another run wrote of its steps cannot be copied.
+    """
+    while True:
+        start = find_start(config, schedule, output, earlier_runs)
+        for checkpoint in checkpoints(output):
+            if checkpoint != start.checkpoint and start.step <= step_of(checkpoint) <= schedule.total_steps:
+                set_aside(checkpoint)
+        if start.checkpoint is None or start.checkpoint.parent == output:
+            return start
+        try:
+            carry_over(start.checkpoint.parent, output, start.step, config.logging_dir)
+            return replace(start, checkpoint=adopt_checkpoint(start.checkpoint, output))
+        except (OSError, ExpectedError):
+            if start.checkpoint.exists():
+                raise  # or else the other run removed it, and may have written a later one
 
 
 def _candidates(total_steps: int, output: Path, earlier_runs: Sequence[Path]) -> Iterator[Path]:
@@ -197,4 +227,6 @@ def keep_history(path: Path, step: int) -> None:
         return
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in kept))
+    partial = path.with_name(f"partial-{path.name}")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.replace(path)  # another run may be reading it

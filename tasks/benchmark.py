@@ -81,7 +81,7 @@ class OfMethods(OfEvaluation, StageTask):
         return found == [each["digest"] for each in files.values()]
 
     def run(self) -> None:
-        with exclusive(self.folder / LOCK):
+        with exclusive(self.folder / LOCK, f"writing to {self.folder}"):
             super().run()
 
     def publish(self, run: Run, files: Mapping[str, bytes]) -> None:

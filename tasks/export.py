@@ -228,7 +228,7 @@ class Export(Manifest):
 
     def run(self) -> None:
         # Another build may be writing the same folder; when it is done, there may be nothing left to do.
-        with self.place.exclusive(LOCK):
+        with self.place.exclusive(LOCK, f"exporting to {self.place.root}"):
             super().run()
 
     def make(self, run: Run) -> dict[str, int]:

@@ -7,7 +7,6 @@ version. Object stores are reached through fsspec, so any of its URLs will do: `
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import hashlib
 import os
@@ -16,11 +15,12 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from spctrl import locks
 from spctrl.errors import ExpectedError
 from spctrl.paths import is_safe_relative_path
 
@@ -113,8 +113,8 @@ class Files(ABC):
         """Files that a killed writer left half written."""
 
     @abstractmethod
-    def exclusive(self, name: str) -> AbstractContextManager[None]:
-        """A context that only one process at a time is in, where the place has locks."""
+    def exclusive(self, name: str, activity: str) -> AbstractContextManager[None]:
+        """A context that only one process at a time is in, where the place has locks; see ``exclusive`` below."""
 
     def exists(self, name: str) -> bool:
         return name in self.sizes([name])
@@ -226,10 +226,8 @@ class Folder(Files):
             if _is_temporary(name) and time.time() - info.modified_at_s > older_than_s
         }
 
-    @contextmanager
-    def exclusive(self, name: str) -> Iterator[None]:
-        with exclusive(self.local(name)):
-            yield
+    def exclusive(self, name: str, activity: str) -> AbstractContextManager[None]:
+        return exclusive(self.local(name), activity)
 
     def digest(self, name: str) -> str:
         return file_digest(self.local(name))
@@ -464,9 +462,8 @@ class ObjectStore(Files):
             except FileNotFoundError:
                 return {}
 
-    @contextmanager
-    def exclusive(self, name: str) -> Iterator[None]:
-        yield
+    def exclusive(self, name: str, activity: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def digest(self, name: str) -> str:
         with self._faults("read", name), self._system.open(self._key(name), "rb") as file:
@@ -547,15 +544,23 @@ def cannot_read(place: str | Path, error: OSError) -> StoreError:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file, which the system gives up for a process that dies; waits for whoever holds it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def exclusive(path: Path, activity: str) -> Iterator[None]:
+    """Hold a lock file; a process that waits for it says so in one line.
+
+    Args:
+        path: of the lock file.
+        activity: what a process that holds the lock is doing, such as "exporting to exports/AP-10K_triplet".
+
+    Raises:
+        StoreError: the file cannot be made.
+    """
+    from tasks import logs  # which needs settings, and those need this module
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locks.exclusive(path, activity, logs.notify))
+        except OSError as error:
+            raise cannot_write(path, error) from error
         yield
 
 

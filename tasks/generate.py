@@ -389,7 +389,7 @@ class GeneratedImages(MethodStage):
             super().run()
             return
         # Another build may be writing the same folder; when it is done, there may be nothing left to do.
-        with self._place.exclusive(LOCK):
+        with self._place.exclusive(LOCK, f"writing to {self.folder}"):
             super().run()
 
     def weights_note(self) -> str | None:

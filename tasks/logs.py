@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,6 +46,14 @@ def event(message: str, **facts: Any) -> None:
     if are_json():
         follow_setting()
         LOGGER.info(message, extra={"facts": facts})
+
+
+def notify(message: str) -> None:
+    """Tell people and machines in one line."""
+    if are_json():
+        event(message)
+    else:
+        print(message, file=sys.stderr, flush=True)
 
 
 def follow_setting() -> None:

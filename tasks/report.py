@@ -69,7 +69,7 @@ class Report(StageTask):
         return {"templates": digest_cache(self.store).file_digests([str(ROOT / each) for each in TEMPLATES])}
 
     def run(self) -> None:
-        with settings.export_files().exclusive(LOCK):
+        with settings.export_files().exclusive(LOCK, "writing the report"):
             super().run()
 
     def make(self, run: Run) -> dict[str, int]:

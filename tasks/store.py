@@ -9,6 +9,7 @@ What only one machine needs is in ``[paths] cache``, which may be the store's ow
 
     cache.sqlite                    digests of files, by path and stat (tasks/inputs.py)
     packs/, copies/, training/      of a store in object storage: what was fetched of it, and checkpoints
+    locks/                          of runs that are being made
 
 Every file is whole or absent (tasks/files.py). A pack counts once its Parquet index is there, a run once its
 provenance is there: each is written last. Names come from contents, so two builds that write the same thing write
@@ -23,7 +24,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -43,6 +44,7 @@ PROVENANCE = "provenance.json"
 ACCEPTED = "accepted.json"
 CACHE = "~/.cache/spctrl"
 COPIES = "copies"
+LOCKS = "locks"
 INDICES_AT_ONCE = 64
 ODD_NUMBER, LARGEST_NUMBER = 0x9E3779B97F4A7C15, 2**64 - 1
 
@@ -291,6 +293,11 @@ class Run:
     fingerprint: str
 
     @property
+    def lock(self) -> Path:
+        """The lock file of whoever makes it on this machine."""
+        return self.store.home / LOCKS / f"{self.stage}-{self.fingerprint}"
+
+    @property
     def prefix(self) -> str:
         return f"runs/{self.stage}/{self.part}/{self.fingerprint}"
 
@@ -366,18 +373,24 @@ class Run:
         self.forget()
         return self.store.files.create(self.name(name))
 
-    def add(self, path: Path, *, link: bool = False) -> None:
-        """Copy a file, or a folder with all that is in it, into the run.
+    def add(self, path: Path, *, link: bool = False) -> set[str]:
+        """Copy a file, or a folder with all that is in it, into the run; returns the names there.
 
         Args:
             path: of the file or folder.
             link: hard-link files where the file system can; for files that nobody writes to again.
         """
-        for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if each.is_file():
-                with self.create(each.relative_to(path.parent).as_posix()) as destination:
-                    if not (link and _is_linked(each, destination)):
-                        shutil.copyfile(each, destination)
+        files = [each for each in (sorted(path.rglob("*")) if path.is_dir() else [path]) if each.is_file()]
+        names = {each.relative_to(path.parent).as_posix(): each for each in files}
+        for name, each in names.items():
+            with self.create(name) as destination:
+                if not (link and _is_linked(each, destination)):
+                    shutil.copyfile(each, destination)
+        return set(names)
+
+    def keep_only(self, names: Set[str]) -> None:
+        """Remove all other files, such as those of a killed build."""
+        self.store.files.remove([self.name(name) for name in self.files().keys() - names])
 
     def commit(self, packs: Iterable[str], provenance: Mapping[str, Any]) -> None:
         """Declare the run done: name its files and packs, then what it was made of."""

@@ -23,7 +23,7 @@ from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask
 from tasks.code_version import ROOT
 from tasks.conditions import Latents
-from tasks.files import is_url, write_atomic
+from tasks.files import exclusive, is_url, write_atomic
 from tasks.inputs import MISSING
 from tasks.manifest import Manifest
 from tasks.model_stage import Weights, weights_at, weights_digest
@@ -185,19 +185,31 @@ class Train(StageTask):
 
     # How it is made
 
-    def run(self) -> None:
-        super().run()
-        if self.is_up_to_date():
-            self._keep_last_checkpoint()
+    @property
+    def activity(self) -> str:
+        return f"training {self.part}"
+
+    def commit(self, run: Run, counts: Mapping[str, int], started: float) -> None:
+        """Take the result of the training, unless another machine has committed one to an object store meanwhile."""
+        from spctrl.training.checkpoints import LOCK
+
+        # No run of the training processes, of a killed build or started by hand, may be in the folder now.
+        with exclusive(self.folder / LOCK, f"training in {self.folder}"):
+            run.forget()
+            if not self.is_up_to_date():
+                self._take_result(run)
+                super().commit(run, counts, started)
+            if self.is_up_to_date():  # or else the checkpoints may still be needed
+                self._keep_last_checkpoint()
 
     def _keep_last_checkpoint(self) -> None:
         """Remove from a finished training's folder all that a longer run has no use for."""
-        from spctrl.training.checkpoints import checkpoints, remove_checkpoint
+        from spctrl.training.checkpoints import LOCK, checkpoints, remove_checkpoint
 
         *earlier, last = checkpoints(self.folder)
         for checkpoint in earlier:
             remove_checkpoint(checkpoint)  # another training may be about to read it
-        kept = {*KEPT, COMPUTATION, last.name}
+        kept = {*KEPT, COMPUTATION, LOCK, last.name}
         for path in self.folder.glob("*"):
             if path.is_dir() and path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -211,15 +223,12 @@ class Train(StageTask):
         self._check_latents()
         images, rejects = self._images_and_rejects()
         counts = {"records": images, "rejected": len(rejects)}
-        run.remove()  # what a killed build left there
         run.write(REJECTS, parquet_bytes(rejects))
         if self.reject_fault(counts) is not None:  # the caller raises it, before anything is trained
             return counts
         self._fetch_packs()
         self._train()
-        checkpoint = checkpoints(self.folder)[-1]
-        self._take_result(checkpoint, run)
-        return {**counts, "made": step_of(checkpoint)}
+        return {**counts, "made": step_of(checkpoints(self.folder)[-1])}
 
     def _images_and_rejects(self) -> tuple[int, pa.Table]:
         """The number of images to train on, and those of them that no prompt template fits, as ``REJECT_SCHEMA``."""
@@ -359,12 +368,18 @@ class Train(StageTask):
             **chosen,
         }
 
-    def _take_result(self, checkpoint: Path, run: Run) -> None:
-        """Put what is kept into the run."""
+    def _take_result(self, run: Run) -> None:
+        """Put what is kept into the run, and nothing else."""
+        from spctrl.training.checkpoints import checkpoints
+
+        run.uncommit()
+        checkpoint, names = checkpoints(self.folder)[-1], {REJECTS}
         for path in (checkpoint / name for name in RESULT):
-            run.add(path, link=True)  # gigabytes, and never written to again
+            names |= run.add(path, link=True)  # gigabytes, and never written to again
         for path in (self.folder / name for name in KEPT):
-            run.add(path)
+            names |= run.add(path)
+        # Last: another machine may be putting the same files there, and is not to commit a run without them.
+        run.keep_only(names)
 
 
 def _text(path: Path) -> str | None:

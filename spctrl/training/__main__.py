@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
+import select
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spctrl import options
+from spctrl import locks, options
 from spctrl.errors import ExpectedError
+from spctrl.training.checkpoints import LOCK
 from spctrl.training.config import TrainingConfig, read_training_config
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 ERROR = "error.txt"
 """Below the output: why a run stopped, in words."""
 LINE_EVERY_S, JSON_EVERY_S = 5.0, 0.5
+LOG = logging.getLogger("spctrl.training")
 
 app = typer.Typer(add_completion=False)
 
@@ -80,6 +83,8 @@ def main(
     --num_processes N -m spctrl.training CONFIG ...
     """
     found = output
+    if json_progress:
+        _end_without_reader()
     try:
         settings = read_training_config(config)
         found = output or (Path(settings.output_dir) if settings.output_dir else None)
@@ -163,18 +168,39 @@ def _describe(config: TrainingConfig, inputs: Any, output: Path, earlier_runs: S
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Be the only run that writes to a folder; wait for one that is about to end."""
-    if not _is_main():
-        yield
+    """Be the only run that writes to a folder; wait for one that does.
+
+    The lock is the first process's. The others wait with it: a process group gives up on a process that is not there
+    after some minutes.
+    """
+    lock, run_id = output / LOCK, _run_id()
+    if _is_main():
+        with locks.exclusive(lock, f"training in {output}", LOG.info, owner=run_id):
+            yield
         return
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{output}: another run is training here; waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    while locks.is_held_by_another(lock, run_id):
+        time.sleep(locks.POLL_S)
+    yield
+
+
+def _run_id() -> str:
+    """The same in all processes of a run, and another one in any other run at that time."""
+    return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', os.getpid())}"
+
+
+def _end_without_reader() -> None:
+    """End this process as soon as nobody reads its standard output: the build that started it was killed.
+
+    It could go on for hours otherwise, say while it waits for another run, and train beside the next build.
+    """
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # nothing but the end of the reader
+
+    def watch() -> None:
+        poll.poll()
+        os._exit(1)  # checkpoints are whole or absent, whenever that comes
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -187,13 +213,12 @@ def _log_shown(as_json: bool) -> Iterator[None]:
         yield
         return
     handler = _JsonHandler() if as_json else logging.StreamHandler()
-    log = logging.getLogger("spctrl.training")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        LOG.removeHandler(handler)
 
 
 class _JsonHandler(logging.Handler):
@@ -221,7 +246,7 @@ def _throttled(write: Show, every_s: float) -> Show:
 
 
 def _write_json(progress: dict[str, Any]) -> None:
-    """For the process that started this one; fails, and so ends this run, when that one is gone."""
+    """For the process that started this one."""
     print(json.dumps(progress), flush=True)
 
 

@@ -1,0 +1,212 @@
+"""Processes that build the same thing beside each other: one does the work, the others say that they wait for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import luigi
+import pytest
+
+from spctrl import locks
+from tasks import logs
+from tasks.base import Ingredients, StageTask
+from tasks.store import Run
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+    from tasks.train import Train
+
+HANG_S = 300
+"""Only against hanging."""
+MADE_FROM = Ingredients(code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m"})
+
+
+class Counted(StageTask):
+    """A stage that counts how often it is made."""
+
+    stage = "counted"
+    function = "spctrl.records:rejects_table"
+    part = "all"
+    number = luigi.IntParameter()
+    makes: list[int]
+    on_make: Callable[[], object]
+
+    def make(self, run: Run) -> dict[str, int]:
+        self.makes.append(self.number)
+        self.on_make()
+        run.write("file", b"content")
+        return {"records": 1, "rejected": 0}
+
+    def parameters(self) -> dict[str, Any]:
+        return {}
+
+
+def test_what_two_processes_need_is_made_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from conftest import _luigi_settings
+
+    lines: list[str] = []
+    waits = threading.Event()
+    monkeypatch.setattr(logs, "notify", lambda line: (lines.append(line), waits.set()))
+    with _luigi_settings(workspace.settings_file()):
+        first, second = Counted(number=1), Counted(number=2)
+        makes: list[int] = []
+        first.makes = second.makes = makes
+        first.on_make = second.on_make = lambda: waits.wait(HANG_S)
+        threads = [threading.Thread(target=each.run) for each in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG_S)
+        assert first.is_up_to_date()
+    assert len(makes) == 1
+    assert lines == ["another process is building counted for all; waiting for it"]
+    assert [*(workspace.store / "locks").iterdir()] == []
+
+
+def lock_of(workspace: Workspace, dataset: str, split: str) -> Path:
+    """The lock of an index."""
+    from conftest import _luigi_settings
+
+    from tasks.index import Index
+
+    with _luigi_settings(workspace.settings_file()):
+        run = Index(dataset=dataset, split=split).current_run()
+    assert run is not None
+    return run.lock
+
+
+@contextlib.contextmanager
+def group_of(build: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Leaves nothing of a build behind."""
+    try:
+        yield build
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(build.pid, signal.SIGKILL)
+        build.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_a_build_that_waits(workspace: Workspace, workers: int) -> None:
+    lock = lock_of(workspace, "ap10k", "train")
+    with (
+        locks.exclusive(lock, "", pytest.fail),
+        group_of(workspace.start("--workers", str(workers))) as build,
+    ):
+        assert build.stdout is not None
+        lines = iter(build.stdout)
+        assert any(
+            line == "another process is building index for ap10k-train; waiting for it\n" for line in lines
+        )
+        os.killpg(build.pid, signal.SIGINT)
+        output, _ = build.communicate(timeout=HANG_S)
+        assert build.returncode == -signal.SIGINT, output
+
+
+# Training
+
+
+@pytest.fixture
+def trainable(workspace: Workspace, tmp_path: Path) -> Workspace:
+    """A workspace with tiny weights and ``train.yaml``: the smoke run, on latents that are not cached."""
+    import msgspec
+
+    pytest.importorskip("torch", reason="the train extra is not installed")
+    pytest.importorskip("accelerate", reason="the train extra is not installed")
+    from spctrl.models import tiny
+    from spctrl.weights import known_weights
+
+    tiny.build_stable_diffusion(tmp_path / "weights" / known_weights()["stable_diffusion"].file)
+    workspace.configure("paths", weights=tmp_path / "weights")
+    workspace.configure("executor", device="cpu")
+    workspace.configure("build", conditions=["spatext"])
+    smoke = Path(__file__).parents[2] / "configs" / "train" / "smoke.yaml"
+    settings = {**msgspec.yaml.decode(smoke.read_bytes()), "use_cached_latents": False, "max_train_steps": 2}
+    (workspace.folder / "train.yaml").write_bytes(msgspec.yaml.encode(settings))
+    return workspace
+
+
+@pytest.mark.slow
+def test_two_trainings_of_one_configuration_at_once_are_one(trainable: Workspace) -> None:
+    arguments = ("--config", str(trainable.folder / "train.yaml"))
+    builds = [trainable.start(*arguments, family="Train") for _ in range(2)]
+    outputs = [build.communicate(timeout=HANG_S)[0] for build in builds]
+    assert [build.returncode for build in builds] == [0, 0], "\n".join(outputs)
+    both = "".join(outputs)
+    assert both.count("another process is training train; waiting for it\n") == 1
+    assert "continues after" not in both, "the second found the result, and started nothing"
+    (run,) = trainable.store.glob("runs/train/train/*/provenance.json")
+    losses = (run.parent / "losses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in losses] == [1, 2]
+    assert [path.name for path in trainable.store.glob("training/*/*/*")].count("checkpoint-00000002") == 1
+    assert not [*trainable.store.glob("training/*/*/lock"), *trainable.store.glob("locks/*")]
+    assert trainable.faults() == []
+
+
+@contextlib.contextmanager
+def planned_training(workspace: Workspace) -> Iterator[Train]:
+    """A training whose inputs are known, and whose run is over: a checkpoint is there."""
+    from conftest import _luigi_settings
+
+    from tasks.train import Train
+
+    with _luigi_settings(workspace.settings_file()):
+        task = Train(config=str(workspace.folder / "train.yaml"))
+        task._ingredients = replace(MADE_FROM, parameters=task.parameters())  # type: ignore[attr-defined]
+        network = task.folder / "checkpoint-00000002" / "controlnet"
+        network.mkdir(parents=True)
+        (network / "config.json").write_text("own")
+        (task.folder / "checkpoint-00000001").mkdir()
+        (task.folder / "losses.jsonl").write_text("own")
+        yield task
+
+
+COUNTS = {"records": 8, "made": 2, "rejected": 0}
+
+
+def test_a_result_that_another_machine_committed_meanwhile_stays(trainable: Workspace) -> None:
+    """Machines that share an object store have no locks; on GPUs they make different bytes."""
+    with planned_training(trainable) as task:
+        run = task.current_run()
+        assert run is not None
+        run.write("controlnet/config.json", b"of the other machine")
+        run.commit([], {"inputs": {}, "counts": COUNTS})
+        before = {name: run.path(name).read_bytes() for name in run.files()}
+        task.commit(run, COUNTS, 0.0)
+        assert {name: run.path(name).read_bytes() for name in run.files()} == before
+        assert [path.name for path in task.folder.glob("checkpoint-*")] == ["checkpoint-00000002"]
+
+
+def test_a_training_removes_nothing_of_its_run_before_it_has_a_result(
+    trainable: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine may be putting its result there, and would commit what is left of it."""
+    from spctrl.records import rejects_table
+
+    with planned_training(trainable) as task:
+        run = task.current_run()
+        assert run is not None
+        run.write("controlnet/config.json", b"of the other machine")
+        run.write("stale", b"of a killed build")
+        at_training: list[set[str]] = []
+        monkeypatch.setattr(type(task), "_images_and_rejects", lambda self: (8, rejects_table([])))
+        monkeypatch.setattr(type(task), "_train", lambda self: at_training.append(set(run.files())))
+        counts = task.make(run)
+        assert counts == COUNTS
+        assert at_training == [{"controlnet/config.json", "stale", "rejects.parquet"}]
+        task.commit(run, counts, 0.0)
+        assert set(run.files()) == {
+            *("controlnet/config.json", "losses.jsonl", "rejects.parquet", "provenance.json")
+        }
+        assert run.path("controlnet/config.json").read_text() == "own"

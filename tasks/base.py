@@ -228,7 +228,7 @@ class StageTask(MeetsBadRecords):
         run = self.store.run(self.stage, self.part, self.made_from().fingerprint)
         # Two processes would do the same work, and on a GPU each would damage what the other wrote.
         with exclusive(run.lock, self.activity):
-            run.forget()  # whoever has it made found it missing, perhaps on another machine and earlier
+            run.forget()  # whoever has it made found it missing, perhaps on another machine and later
             if not self.is_up_to_date():
                 self._make_and_commit(run)
 

@@ -227,6 +227,6 @@ def keep_history(path: Path, step: int) -> None:
         return
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    partial = path.with_name(f"partial-{path.name}")
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(f"{line}\n" for line in kept))
     partial.replace(path)  # another run may be reading it

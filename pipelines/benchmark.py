@@ -43,13 +43,12 @@ class Evaluate(MeetsBadRecords, luigi.WrapperTask):
         return list(self.metric_tasks())
 
     def run(self) -> None:
-        import pyarrow.parquet as pq
-
         from eval.scores import SCORES
         from eval.tables import METRIC, printed
+        from spctrl.parquet import read_table
 
         for task in self.metric_tasks():
-            for row in pq.read_table(task.finished_run().path(SCORES), partitioning=None).to_pylist():
+            for row in read_table(task.finished_run().path(SCORES)).to_pylist():
                 if not row["kind"]:
                     metric = METRIC[row["metric"]]
                     numbers = [printed(metric.scale * row[name], metric) for name in ("value", "low", "high")]

@@ -488,9 +488,9 @@ def _pose(path: Path | None, image_id: int | None, dataset: str, split: str) -> 
 def _annotated(image_id: int, dataset: str, split: str) -> Pose:
     """The pose of an annotated image, from the dataset's index."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     from spctrl.inference.poses import pose_of_row
+    from spctrl.parquet import read_table
 
     splits = _dataset(dataset).split_words
     if split not in splits:
@@ -501,7 +501,7 @@ def _annotated(image_id: int, dataset: str, split: str) -> Pose:
             f"expected an index of {dataset}, {split}, found none. Any build makes it, such as `luigi --module "
             f"pipelines BuildDataset --dataset {dataset} --split {split}`"
         )
-    table = pq.read_table(run.path(MANIFEST), partitioning=None)
+    table = read_table(run.path(MANIFEST))
     row = table.filter(pc.equal(table.column("image_id"), image_id))
     if len(row) != 1:
         raise ExpectedError(

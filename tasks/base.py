@@ -308,9 +308,9 @@ class StageTask(MeetsBadRecords):
 
 def reject_examples(run: Run) -> str:
     """The commonest reasons among a run's rejects, with examples, as an addition to an error message."""
-    import pyarrow.parquet as pq
+    from spctrl.parquet import read_table
 
-    rows = pq.read_table(run.path(REJECTS), partitioning=None).to_pylist()
+    rows = read_table(run.path(REJECTS)).to_pylist()
     if not rows:
         return ""
     counts = Counter(row["code"] for row in rows).most_common(MAX_REASONS)

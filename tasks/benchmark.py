@@ -233,22 +233,21 @@ class BenchmarkReport(OfMethods):
 
     def _annotated(self, view: MethodView) -> dict[int, dict[str, Any]]:
         """Rows of the index by image id."""
-        import pyarrow.parquet as pq
+        from spctrl.parquet import read_table
 
         index = self.images_of(view.method).index_task().finished_run()
-        rows = pq.read_table(index.path(MANIFEST), partitioning=None).to_pylist()
+        rows = read_table(index.path(MANIFEST)).to_pylist()
         return {row["image_id"]: row for row in rows}
 
     def _view(self, method: str) -> MethodView:
-        import pyarrow.parquet as pq
-
         from eval.instances import read_poses
         from eval.report import MethodView
+        from spctrl.parquet import read_table
 
         scored: PoseAp = self._of_method(PoseAp, method)
         images = scored.first_images().to_pylist()
         oks: dict[int, list[float]] = {row["image_id"]: [] for row in images}
-        for row in pq.read_table(scored.finished_run().path(INSTANCES), partitioning=None).to_pylist():
+        for row in read_table(scored.finished_run().path(INSTANCES)).to_pylist():
             if row["image_id"] in oks:  # a missing image is no case to look at
                 oks[row["image_id"]].append(row["oks"])
         return MethodView(

@@ -94,13 +94,13 @@ class EvaluatedImages(OfEvaluation, MethodStage):
 
     def make(self, run: Run) -> dict[str, int]:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         from eval.checks import IMAGES_SCHEMA, check_images
+        from spctrl.parquet import read_table
         from spctrl.records import rejects_table
 
         prompts = self.prompts_task().finished_run()
-        generated = pq.read_table(self.generated_task().finished_run().path(IMAGES), partitioning=None)
+        generated = read_table(self.generated_task().finished_run().path(IMAGES))
         self.generated_task().files(generated.column("path").to_pylist())  # refuses paths that lead out
         checked = check_images(
             generated.to_pylist(),
@@ -110,7 +110,7 @@ class EvaluatedImages(OfEvaluation, MethodStage):
             size_wh=self.how_measured.expected_size_wh(self.how),
         )
         run.write(IMAGES, parquet_bytes(pa.Table.from_pylist(checked.rows, schema=IMAGES_SCHEMA)))
-        without_prompt = pq.read_table(prompts.path(REJECTS), partitioning=None)
+        without_prompt = read_table(prompts.path(REJECTS))
         rejects = pa.concat_tables([rejects_table(checked.rejects), without_prompt])
         run.write(REJECTS, parquet_bytes(rejects))
         return {
@@ -149,13 +149,13 @@ class OfImages(OfEvaluation, MethodStage):
 
     def images(self) -> pa.Table:
         """Rows of ``eval.checks.IMAGES_SCHEMA`` with the file of each image as ``file``."""
-        import pyarrow.parquet as pq
+        from spctrl.parquet import read_table
 
-        table = pq.read_table(self.images_task().finished_run().path(IMAGES), partitioning=None)
+        table = read_table(self.images_task().finished_run().path(IMAGES))
         paths = table.column("path").to_pylist()
         files = list(map(str, self.images_task().generated_task().files(paths)))
         listing = self.images_task().generated_task().finished_run().path(IMAGES)
-        listed = pq.read_table(listing, columns=["path", "digest"], partitioning=None).to_pydict()
+        listed = read_table(listing, columns=["path", "digest"]).to_pydict()
         digests = dict(zip(listed["path"], listed["digest"], strict=True))
         found = digest_cache(self.store).file_digests(files)
         changed = [
@@ -277,12 +277,11 @@ class PredictedPoses(WithNetwork, OfImages):
         return [*super().random(), *self.random_network()]
 
     def make(self, run: Run) -> dict[str, int]:
-        import pyarrow.parquet as pq
-
         from eval.instances import poses_table, read_ground_truth
         from eval.poses import annotated_boxes, detected_boxes, estimate_poses, make_estimator, sizes_of
+        from spctrl.parquet import read_table
 
-        index = pq.read_table(self.index_task().finished_run().path(MANIFEST), partitioning=None)
+        index = read_table(self.index_task().finished_run().path(MANIFEST))
         images, truth, sizes_wh = self.first_images(), read_ground_truth(index), sizes_of(index)
         ids, names = (images.column(name).to_pylist() for name in ("image_id", "file"))
         files = dict(zip(ids, map(Path, names), strict=True))
@@ -398,12 +397,11 @@ class RealFeatures(InceptionStage):
         return RANDOM if self.random_network() else None
 
     def make(self, run: Run) -> dict[str, int]:
-        import pyarrow.parquet as pq
+        from spctrl.parquet import read_table
 
-        table = pq.read_table(
+        table = read_table(
             self.index_task().finished_run().path(MANIFEST),
             columns=["image_id", "file_name"],
-            partitioning=None,
         )
         files = list(map(str, self.image_files(table.column("file_name").to_pylist())))
         count = self.write_features(run, table.column("image_id").to_pylist(), [0] * len(files), files)
@@ -501,12 +499,12 @@ class PoseAp(MetricStage):
 
     def make(self, run: Run) -> dict[str, int]:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         from eval.instances import read_ground_truth, read_poses
         from eval.scores import pose_scores
+        from spctrl.parquet import read_table
 
-        index = pq.read_table(self.index_task().finished_run().path(MANIFEST), partitioning=None)
+        index = read_table(self.index_task().finished_run().path(MANIFEST))
         truth = read_ground_truth(index)
         scores, oks = pose_scores(
             read_poses(self.poses_task().finished_run().path(POSES)),
@@ -611,13 +609,10 @@ class ClipScore(MetricStage):
         return [self.clone(ClipCosines)]
 
     def make(self, run: Run) -> dict[str, int]:
-        import pyarrow.parquet as pq
-
         from eval.scores import mean_scores
+        from spctrl.parquet import read_table
 
-        found = pq.read_table(
-            self.clone(ClipCosines).finished_run().path(CLIP_SCORES), partitioning=None
-        ).to_pydict()
+        found = read_table(self.clone(ClipCosines).finished_run().path(CLIP_SCORES)).to_pydict()
         values = dict(zip(found["image_id"], found["score"], strict=True))
         return self.write(run, mean_scores("CLIP-score", values, self.how_measured.intervals))
 

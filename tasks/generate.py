@@ -72,14 +72,14 @@ class Prompts(DatasetStage):
 
     def make(self, run: Run) -> dict[str, int]:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
+        from spctrl.parquet import read_table
         from spctrl.prompts import evaluation_prompt, load_templates, subjects_from_table
         from spctrl.records import rejects_table
 
         words: KeypointWords | None = self.keypoint_words or None  # type: ignore[assignment]
         templates = load_templates(self.templates_path, self.dataset)
-        table = pq.read_table(self.index_task().finished_run().path(MANIFEST), partitioning=None)
+        table = read_table(self.index_task().finished_run().path(MANIFEST))
         prompts: dict[int, str] = {}
         rejects: list[dict[str, object]] = []
         for subject in subjects_from_table(table):
@@ -97,9 +97,9 @@ class Prompts(DatasetStage):
 
 def prompts_of(run: Run) -> dict[int, str]:
     """Prompts of a run of ``Prompts``, by image id."""
-    import pyarrow.parquet as pq
+    from spctrl.parquet import read_table
 
-    columns = pq.read_table(run.path(PROMPTS), partitioning=None).to_pydict()
+    columns = read_table(run.path(PROMPTS)).to_pydict()
     return dict(zip(columns["image_id"], columns["prompt"], strict=True))
 
 
@@ -367,9 +367,9 @@ class GeneratedImages(MethodStage):
 
     def _view_is_whole(self, run: Run) -> bool:
         """Whether the folder holds the images of a run, whatever became of it since: they are measured there."""
-        import pyarrow.parquet as pq
+        from spctrl.parquet import read_table
 
-        listed = pq.read_table(run.path(IMAGES), columns=["path", "digest"], partitioning=None).to_pydict()
+        listed = read_table(run.path(IMAGES), columns=["path", "digest"]).to_pydict()
         return bool(self._digests_at(listed["path"]) == listed["digest"])
 
     def _digests_at(self, paths: Sequence[str]) -> list[str]:
@@ -420,12 +420,10 @@ class GeneratedImages(MethodStage):
 
     def _image_names(self) -> dict[int, str]:
         """Image names of all records of the index, by image id."""
-        import pyarrow.parquet as pq
+        from spctrl.parquet import read_table
 
         columns = ["image_id", "file_name"]
-        index = pq.read_table(
-            self.index_task().finished_run().path(MANIFEST), columns=columns, partitioning=None
-        )
+        index = read_table(self.index_task().finished_run().path(MANIFEST), columns=columns)
         return {row["image_id"]: self.spec.artifact_stem(row["file_name"]) for row in index.to_pylist()}
 
     def _poses(self) -> list[dict[str, Any]]:

@@ -73,6 +73,7 @@ class Manifest(DatasetStage):
         import pyarrow.parquet as pq
 
         from spctrl.manifest import ConditionFacts, count_instances, manifest_batch, manifest_schema
+        from spctrl.parquet import open_table
         from spctrl.records import REJECT_SCHEMA
 
         tasks = self.condition_tasks()
@@ -80,7 +81,7 @@ class Manifest(DatasetStage):
         artifacts = {name: InOrder(task.finished_run().path(MANIFEST)) for name, task in tasks.items()}
         probes = InOrder(self.clone(Images).finished_run().path(MANIFEST))
         segments = self._segments()
-        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST), pre_buffer=False)
+        index = open_table(self.index_task().finished_run().path(MANIFEST))
         rejects = self._gather_rejects()
         rejected = set(rejects.column("image_id").to_pylist())
         rows = instances = images_on_disk = 0
@@ -126,11 +127,12 @@ class Manifest(DatasetStage):
     def _gather_rejects(self) -> pa.Table:
         """The rejects of all stages before this one, with the stage's name."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
+
+        from spctrl.parquet import read_table
 
         tables = []
         for task in self._stages_before():
-            table = pq.read_table(task.finished_run().path(REJECTS), partitioning=None)
+            table = read_table(task.finished_run().path(REJECTS))
             tables.append(table.append_column("stage", pa.repeat(task.stage, len(table))))
         return pa.concat_tables(tables)
 

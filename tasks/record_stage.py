@@ -139,9 +139,9 @@ class RecordStage(StageTask):
         return _Plan(self).count_missing()
 
     def packs_of(self, run: Run) -> Sequence[str]:
-        import pyarrow.parquet as pq
+        from spctrl.parquet import read_table
 
-        packs = pq.read_table(run.path(MANIFEST), columns=["pack"], partitioning=None).column(0)
+        packs = read_table(run.path(MANIFEST), columns=["pack"]).column(0)
         return sorted(packs.unique().to_pylist())
 
 
@@ -157,12 +157,13 @@ class _Plan:
 
     def __init__(self, task: RecordStage) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
+
+        from spctrl.parquet import open_table
 
         records_run = task.records_run()
         assert records_run is not None
         self._task = task
-        self._index: pq.ParquetFile = pq.ParquetFile(records_run.path(MANIFEST), pre_buffer=False)
+        self._index: pq.ParquetFile = open_table(records_run.path(MANIFEST))
         self._salt = task.salt()
         self.total: int = self._index.metadata.num_rows
         self._per_pack = task.records_per_pack(self.total)
@@ -314,9 +315,9 @@ def artifact_schema() -> pa.Schema:
 
 def rows_in(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file, few of them in memory at a time."""
-    import pyarrow.parquet as pq
+    from spctrl.parquet import open_table
 
-    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(DECODED_AT_ONCE):
+    for batch in open_table(path).iter_batches(DECODED_AT_ONCE):
         yield from batch.to_pylist()
 
 
@@ -356,11 +357,12 @@ class Artifacts(Mapping[int, Location]):
     """Places of the artifacts of a record stage's run, by image id; in columns, since they may be millions."""
 
     def __init__(self, run: Run) -> None:
-        import pyarrow.parquet as pq
+        from spctrl.parquet import read_table
 
         path, columns = run.path(MANIFEST), ["image_id", *PLACE]
-        table = pq.read_table(path, columns=columns, partitioning=None, read_dictionary=["pack"])
-        table = table.sort_by("image_id").unify_dictionaries()
+        table = read_table(path, columns)
+        packs = table.column("pack").dictionary_encode()
+        table = table.set_column(1, "pack", packs).sort_by("image_id").unify_dictionaries()
         self._ids = table.column("image_id").to_numpy()
         self._columns = [table.column(name).combine_chunks() for name in columns[1:]]
 

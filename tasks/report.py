@@ -110,10 +110,9 @@ def truth_notes(task: Manifest) -> Iterator[str]:
 
     Nothing is made from these files, so one that cannot be compared is left out, and said to be.
     """
-    import pyarrow.parquet as pq
-
     from spctrl.conditions import mask_iou
     from spctrl.images import read_image_file
+    from spctrl.parquet import read_table
     from spctrl.png_folder import PngFolder
     from spctrl.records import RecordError
 
@@ -124,7 +123,7 @@ def truth_notes(task: Manifest) -> Iterator[str]:
         return
     known_masks = PngFolder(truth)
     columns = ["image_id", "file_name", "width", "height"]
-    images = pq.read_table(task.finished_run().path(MANIFEST), columns=columns, partitioning=None)
+    images = read_table(task.finished_run().path(MANIFEST), columns=columns)
     rows = images.to_pylist()[:: max(images.num_rows // MASKS_COMPARED, 1)]
     made = Artifacts(task.condition_tasks()["mask"].finished_run())
     ious, faults = [], []
@@ -152,11 +151,10 @@ def truth_notes(task: Manifest) -> Iterator[str]:
 def orientation_notes(task: Manifest) -> Iterator[str]:
     """How many images have an EXIF orientation tag that other readers apply."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    table = pq.read_table(
-        task.finished_run().path(MANIFEST), columns=["image_orientation"], partitioning=None
-    )
+    from spctrl.parquet import read_table
+
+    table = read_table(task.finished_run().path(MANIFEST), columns=["image_orientation"])
     if count := pc.sum(pc.not_equal(table.column(0), 1)).as_py():
         images = "image has" if count == 1 else "images have"
         yield (
@@ -167,13 +165,12 @@ def orientation_notes(task: Manifest) -> Iterator[str]:
 
 def split_tables(task: Manifest) -> SplitTables:
     """What the audit reads of one split."""
-    import pyarrow.parquet as pq
-
     from spctrl.audit import SplitTables
     from spctrl.images import read_image_file
+    from spctrl.parquet import read_table
 
     run, store = task.finished_run(), task.store
-    manifest = pq.read_table(run.path(MANIFEST), partitioning=None)
+    manifest = read_table(run.path(MANIFEST))
     ids = manifest.column("image_id").to_pylist()
     locations = {name: Artifacts(each.finished_run()) for name, each in task.condition_tasks().items()}
     image_paths = manifest.column("image_path").to_pylist()
@@ -195,7 +192,7 @@ def split_tables(task: Manifest) -> SplitTables:
         title=task.spec.title,
         split=task.split,
         manifest=manifest,
-        rejects=pq.read_table(run.path(REJECTS), partitioning=None),
+        rejects=read_table(run.path(REJECTS)),
         conditions=tuple(name for name in task.conditions if name != "latents"),  # nothing to look at
         read_image=read_image,
         read_condition=read_condition,

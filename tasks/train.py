@@ -232,13 +232,12 @@ class Train(StageTask):
 
     def _images_and_rejects(self) -> tuple[int, pa.Table]:
         """The number of images to train on, and those of them that no prompt template fits, as ``REJECT_SCHEMA``."""
-        import pyarrow.parquet as pq
-
+        from spctrl.parquet import read_table
         from spctrl.prompts import load_templates, rows_without_prompt
         from spctrl.records import rejects_table
 
         templates = load_templates(self._templates_path, self.how.dataset_name).training
-        manifest = pq.read_table(self.manifest_task().finished_run().path(MANIFEST), partitioning=None)
+        manifest = read_table(self.manifest_task().finished_run().path(MANIFEST))
         images = manifest.slice(0, self.how.max_train_samples)
         ids, names = images.column("image_id"), images.column("file_name")
         return len(images), rejects_table(

@@ -159,7 +159,7 @@ def verify(
     store, exports = settings.store(), settings.paths().export
     total = (
         len([pack for stage in store.stages() for pack in store.packs(stage)])
-        + len(store.runs())
+        + len(store.runs(damaged=True))
         + len(list(ledgers(exports)))
     )
     with progress("verify", total, lambda percentage: None) as advance:

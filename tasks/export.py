@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from spctrl.paths import UnsafePathError, is_safe_relative_path
 from tasks import settings
 from tasks.base import MANIFEST, code_of, digest_cache
-from tasks.files import Files, Folder, StoreError, cannot_write, file_digest
+from tasks.documents import read_document
+from tasks.files import Files, FileTooLargeError, Folder, StoreError, cannot_write, file_digest
 from tasks.index import AnnotationFile
 from tasks.inputs import InputChangedError
 from tasks.manifest import Manifest
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from tasks.work import Source
 
 LOCK = f"{LEDGERS}/lock"
+MAX_LIST_BYTES = 2**30
+"""Of a ledger's list, which has some 50 bytes for each file of an export."""
 CATEGORIES = ".categories"
 """Suffix of a split's own categories, which lie beside its ledger."""
 IMAGE, HEATMAPS = "image", "heatmaps"
@@ -82,12 +85,15 @@ class Ledger:
         not taken for a file of the export, and so never removed.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
+
+        from spctrl.parquet import read_table
 
         try:
-            listed = pq.read_table(pa.BufferReader(place.read(_list_name(name)))).drop_null().to_pydict()
+            listed = (
+                read_table(place.read(_list_name(name), max_bytes=MAX_LIST_BYTES)).drop_null().to_pydict()
+            )
             rows = zip(*(listed[column] for column in ("path", *Entry._fields)), strict=True)
-        except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: names that are no UTF-8
+        except (OSError, FileTooLargeError, ValueError, KeyError, pa.ArrowException):  # ValueError: no UTF-8
             return cls(place, name)
         files = {path: Entry(*entry) for path, *entry in rows if _may_be_exported(path)}
         return cls(place, name, fingerprint_at(place, name), files)
@@ -124,8 +130,8 @@ def _list_name(ledger: str) -> str:
 def fingerprint_at(place: Files, ledger: str) -> str:
     """The fingerprint of a ledger alone, without loading anything heavy."""
     try:
-        return str(json.loads(place.read(ledger))["fingerprint"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return str(read_document(place, ledger)["fingerprint"])
+    except (FileNotFoundError, FileTooLargeError, ValueError, KeyError, TypeError):
         return ""
 
 
@@ -311,7 +317,7 @@ class Export(Manifest):
 
     def _wanted(self, source: Run) -> Iterator[Wanted]:
         """Every file that belongs to one image."""
-        import pyarrow.parquet as pq
+        from spctrl.parquet import open_table
 
         link = settings.export().link
         code = digest(json.dumps(self.code_and_parameters()["code"]))
@@ -319,7 +325,7 @@ class Export(Manifest):
         rewriting = self._rewriting_code()
         columns = ["image_id", "file_name", "image_path", "image_digest", "image_orientation"]
         columns += [f"{name}_{what}" for name in self.conditions for what in ("path", "digest")]
-        for batch in pq.ParquetFile(source.path(MANIFEST), pre_buffer=False).iter_batches(columns=columns):
+        for batch in open_table(source.path(MANIFEST)).iter_batches(columns=columns):
             for row in batch.to_pylist():
                 image_id, name = row["image_id"], row["file_name"]
                 if row["image_path"] is not None:
@@ -338,10 +344,11 @@ class Export(Manifest):
             return
         import pyarrow.parquet as pq
 
+        from spctrl.parquet import read_table
         from spctrl.shards import shard_columns, shard_rows
 
         path, size = source.path(MANIFEST), settings.export().shard_images
-        table = pq.read_table(path, columns=shard_columns(pq.read_schema(path)), partitioning=None)
+        table = read_table(path, columns=shard_columns(pq.read_schema(path)))
         for kind in self.shard_kinds:
             code = digest(json.dumps(code_of((f"spctrl.shards:write_{kind}",), self.store)))
             for number, rows in enumerate(shard_rows(table, kind, size)):
@@ -355,12 +362,10 @@ class Export(Manifest):
         return digest(json.dumps(code_of(("spctrl.orientation:without_orientation",), self.store)))
 
     def _drawing_digests(self) -> dict[int, str]:
-        import pyarrow.parquet as pq
+        from spctrl.parquet import read_table
 
         columns = ["image_id", "drawing_digest"]
-        table = pq.read_table(
-            self.index_task().finished_run().path(MANIFEST), columns=columns, partitioning=None
-        )
+        table = read_table(self.index_task().finished_run().path(MANIFEST), columns=columns)
         return dict(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
 
     def _write_changed(self, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
@@ -430,12 +435,11 @@ class Export(Manifest):
     def _write_heatmaps(self, wanted: dict[int, Wanted], ledger: Ledger) -> None:
         if not wanted:
             return
-        import pyarrow.parquet as pq
-
         from spctrl.export import heatmaps_npy
+        from spctrl.parquet import open_table
         from spctrl.records import records_from_table
 
-        index = pq.ParquetFile(self.index_task().finished_run().path(MANIFEST), pre_buffer=False)
+        index = open_table(self.index_task().finished_run().path(MANIFEST))
         with progress(f"{HEATMAPS} {self.part}", len(wanted), self.set_progress_percentage) as advance:
             for batch in index.iter_batches(DISPLAY_EVERY):
                 records = [record for record in records_from_table(batch) if record.image_id in wanted]
@@ -488,17 +492,12 @@ class Export(Manifest):
         yield self.layout.manifest, source.path(MANIFEST).read_bytes()
         if FOLDERS not in self.formats:
             return
-        import pyarrow.parquet as pq
-
         from spctrl.export import categories_json, merged_categories, record_lines
+        from spctrl.parquet import read_table
 
         layout = self.layout
         annotation_path = AnnotationFile(dataset=self.dataset, split=self.split).path
-        ids = (
-            pq.read_table(source.path(MANIFEST), columns=["image_id"], partitioning=None)
-            .column(0)
-            .to_pylist()
-        )
+        ids = read_table(source.path(MANIFEST), columns=["image_id"]).column(0).to_pylist()
         lines = []
         for file_name, line in record_lines(annotation_path, layout, set(ids)):
             lines.append(line)

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from spctrl import locks
 from spctrl.errors import ExpectedError
 from spctrl.paths import is_safe_relative_path
+from spctrl.real_size import is_sparse
 
 TEMPORARY = ".tmp-"
 PATTERN_LETTERS = frozenset("*?[")
@@ -33,6 +34,10 @@ NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOL
 
 class StoreError(ExpectedError):
     """The store or an export cannot be read or written; the message names the place."""
+
+
+class FileTooLargeError(StoreError):
+    """A file is larger than one that this project wrote can be, or mostly holes: it is damaged."""
 
 
 class Info(NamedTuple):
@@ -67,8 +72,16 @@ class Files(ABC):
         return f"{self.root}/{name}"
 
     @abstractmethod
-    def read(self, name: str) -> bytes:
-        """A file's contents."""
+    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        """A file's contents.
+
+        Raises:
+            FileTooLargeError: it has more than ``max_bytes``, or is mostly a hole; nothing was read.
+        """
+
+    @abstractmethod
+    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """A file to read piece by piece."""
 
     @abstractmethod
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
@@ -157,9 +170,15 @@ class Folder(Files):
     def address(self) -> str:
         return str(self.path.absolute())
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        with self.open(name) as file:
+            return file.read() if max_bytes is None else read_bounded(file, self.place(name), max_bytes)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
         try:
-            return self.local(name).read_bytes()
+            with self.local(name).open("rb") as file:
+                yield file
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -322,9 +341,16 @@ class ObjectStore(Files):
     def _name(self, key: str) -> str:
         return key.removeprefix("/").removeprefix(f"{self._top.removeprefix('/')}/")
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        if max_bytes is not None and (size := self._size(name) or 0) > max_bytes:
+            raise too_large(self.place(name), size, max_bytes)
         with self._faults("read", name):
             return bytes(self._system.cat_file(self._key(name)))
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        with self._faults("read", name), self._system.open(self._key(name), "rb") as file:
+            yield file
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
         if not names:
@@ -540,6 +566,26 @@ def cannot_read(place: str | Path, error: OSError) -> StoreError:
     return StoreError(
         f"cannot read {place}: {error.strerror or error}. See to its permissions and the disk; `spctrl verify` drops "
         "what is damaged"
+    )
+
+
+def read_bounded(file: BinaryIO, place: str, max_bytes: int) -> bytes:
+    """The contents of an open file on this machine.
+
+    Raises:
+        FileTooLargeError: it has more than ``max_bytes``, or is mostly a hole; nothing was read.
+    """
+    found = os.fstat(file.fileno())
+    if found.st_size > max_bytes or is_sparse(found):
+        raise too_large(place, found.st_size, max_bytes)
+    return file.read(found.st_size)
+
+
+def too_large(place: str, size: int, max_bytes: int) -> FileTooLargeError:
+    """The error for a file that is not read because of its size."""
+    return FileTooLargeError(
+        f"cannot read {place}: expected at most {max_bytes:,} bytes, and no hole, found a file of {size:,}. "
+        "`spctrl verify` drops what is damaged"
     )
 
 

@@ -13,7 +13,7 @@ from spctrl.paths import listed_files, refuse_unsafe_paths
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, OfSettings, StageTask, digest_cache, reject_examples
 from tasks.executor import warm_up
-from tasks.files import file_digest
+from tasks.files import file_digest, read_bounded
 from tasks.inputs import MISSING, InputChangedError
 from tasks.progress import progress
 from tasks.store import Run, parquet_bytes
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 IMAGE_PATHS = "images.txt"
 """Lists the images of the index, for stages that ask after their files without loading Parquet."""
+MAX_PATHS_BYTES = 2**28
+"""Of that list: paths of several million images."""
 
 
 class AnnotationFile(OfSettings, luigi.ExternalTask):
@@ -91,7 +93,7 @@ class DatasetStage(StageTask):
         run = self.index_task().current_run()
         if run is None or not run.is_whole():
             return None
-        paths = run.path(IMAGE_PATHS).read_text().split("\n")[:-1]
+        paths = read_image_paths(run)
         refuse_unsafe_paths(self.root, paths, table=run.place(IMAGE_PATHS))
         return paths
 
@@ -179,9 +181,21 @@ class Index(DatasetStage):
         return super().reject_fault(counts)
 
 
+def read_image_paths(run: Run) -> list[str]:
+    """What an index run says of its images' paths.
+
+    Raises:
+        FileTooLargeError: it is damaged.
+    """
+    path = run.path(IMAGE_PATHS)
+    with path.open("rb") as file:
+        return read_bounded(file, str(path), MAX_PATHS_BYTES).decode().split("\n")[:-1]
+
+
 def adjustment_notes(part: str, adjustments: Mapping[str, int]) -> Iterator[str]:
     """Sentences on what was read in another way than an annotation file states it."""
     from spctrl.annotations import ADJUSTMENTS
 
     for name, count in adjustments.items():
-        yield f"{part}: {ADJUSTMENTS[name].format(count)}"
+        if name in ADJUSTMENTS:  # another version may know others
+            yield f"{part}: {ADJUSTMENTS[name].format(count)}"

@@ -15,6 +15,8 @@ from pathlib import Path
 TAR, SAFETENSORS = ".tar", ".safetensors"
 LATENT_CHANNELS = 8
 """Mean and log variance of Stable Diffusion's four channels."""
+MAX_ARTIFACT_BYTES = 2**29
+"""Of the largest image that a stage makes, many times over."""
 
 Place = tuple[int, int]
 """Offset and size in bytes."""
@@ -44,9 +46,14 @@ def suffix_in(pack: Path) -> str:
     """Suffix of a pack's artifacts; empty where it holds none."""
     if pack.suffix == SAFETENSORS:
         return SAFETENSORS
-    with tarfile.open(pack) as tar:
-        member = tar.next()
-    return Path(member.name).suffix if member else ""
+    with pack.open(
+        "rb"
+    ) as file:  # not tarfile.open: it decompresses, and reads the long names of other kinds of tar
+        header = file.read(tarfile.BLOCKSIZE)
+    try:
+        return Path(tarfile.TarInfo.frombuf(header, "utf-8", "strict").name).suffix
+    except (tarfile.HeaderError, UnicodeDecodeError):  # the empty block at the end, or damage
+        return ""
 
 
 def _tar(suffix: str, artifacts: Sequence[tuple[str, bytes]]) -> tuple[bytes, list[Place]]:

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -30,13 +31,24 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from spctrl.paths import is_safe_relative_path
-from tasks.files import Files, Info, StoreError, cannot_read, files_at, is_url, write_atomic
-from tasks.packs import SAFETENSORS, TAR, container_of, container_size, write_container
+from tasks.documents import MAX_DOCUMENT_BYTES, read_document
+from tasks.files import (
+    Files,
+    FileTooLargeError,
+    Info,
+    StoreError,
+    cannot_read,
+    files_at,
+    is_url,
+    write_atomic,
+)
+from tasks.packs import MAX_ARTIFACT_BYTES, SAFETENSORS, TAR, container_of, container_size, write_container
+from tasks.provenance import ProvenanceError, parse_provenance
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import pyarrow.parquet as pq
     from numpy.typing import NDArray
 
 KEY_BYTES = 16
@@ -46,6 +58,9 @@ CACHE = "~/.cache/spctrl"
 COPIES = "copies"
 LOCKS = "locks"
 INDICES_AT_ONCE = 64
+MAX_INDEX_BYTES, MAX_INDEX_ROWS, FREE_INDEX_BYTES = 2**25, 2**18, 2**26
+"""Of a pack's index, which has some ten thousand rows at most; the last is what it may expand to whatever its size."""
+LARGEST_OFFSET = 2**62
 ODD_NUMBER, LARGEST_NUMBER = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
@@ -139,12 +154,7 @@ class Store:
 
     def packs(self, stage: str) -> dict[str, Info]:
         """File names of a stage's packs, with sizes and ages; also of those that lack an index."""
-        listing = self.files.listing(f"packs/{stage}")
-        return {
-            PurePosixPath(name).name: info
-            for name, info in sorted(listing.items())
-            if name.endswith((TAR, SAFETENSORS))
-        }
+        return _packs_in(self.files.listing(f"packs/{stage}"))
 
     def pack_path(self, stage: str, pack: str) -> Path:
         """A pack on this machine, fetched where the store is elsewhere."""
@@ -192,8 +202,9 @@ class Store:
         import numpy as np
         import pyarrow as pa
 
-        packs = self.packs(stage)
-        names = sorted(packs, reverse=True)
+        listing = self.files.listing(f"packs/{stage}")
+        packs = _packs_in(listing)
+        names = [name for name in sorted(packs, reverse=True) if _has_index(stage, name, listing)]
         wanted = np.sort(np.concatenate([*map(_numbers, keys.chunks), [LARGEST_NUMBER]]))
         found = [results_table({})]
         for start in range(0, len(names), INDICES_AT_ONCE):
@@ -206,8 +217,11 @@ class Store:
 
     def pack_locations(self, stage: str, pack: str) -> dict[str, Location]:
         """What one pack holds, by key; an index that cannot be read holds nothing."""
-        name = index_name(stage, pack)
-        return _locations(pack, self.files.read_many([name]).get(name))
+        try:
+            index = self.files.read(index_name(stage, pack), max_bytes=MAX_INDEX_BYTES)
+        except (FileNotFoundError, FileTooLargeError):
+            return {}
+        return _locations(pack, index)
 
     def read(self, stage: str, place: Location) -> bytes:
         """An artifact's bytes.
@@ -231,6 +245,9 @@ class Store:
     def _read(self, stage: str, place: Location) -> bytes:
         try:
             with self.pack_path(stage, place.pack).open("rb") as file:
+                there = os.fstat(file.fileno()).st_size - place.offset
+                if not (place.offset >= 0 and 0 <= place.size <= min(there, MAX_ARTIFACT_BYTES)):
+                    return b""  # nothing that could have the digest
                 file.seek(place.offset)
                 return file.read(place.size)
         except OSError as error:
@@ -241,14 +258,25 @@ class Store:
     def run(self, stage: str, part: str, fingerprint: str) -> Run:
         return Run(self, stage, part, fingerprint)
 
-    def runs(self, stage: str = "*", part: str = "*") -> list[Run]:
-        """Committed runs, latest first."""
+    def runs(self, stage: str = "*", part: str = "*", *, damaged: bool = False) -> list[Run]:
+        """Committed runs, latest first.
+
+        Args:
+            stage: whose; by default of all.
+            part: of the data; by default all.
+            damaged: whether those without a sound provenance are listed too, at the end.
+        """
         listing = self.files.listing("runs" if stage == "*" else f"runs/{stage}")
         parts = [name.split("/")[1:] for name in listing if name.endswith(f"/{PROVENANCE}")]
         found = [Run(self, *each[:3]) for each in parts if len(each) == 4 and part in ("*", each[1])]
-        finished = self.files.read_many([run.name(PROVENANCE) for run in found])
-        times = {run: _provenance(finished.get(run.name(PROVENANCE))).get("finished_at", "") for run in found}
-        return sorted(found, key=lambda run: str(times[run]), reverse=True)
+        names = [run.name(PROVENANCE) for run in found]
+        contents = self.files.read_many([name for name in names if listing[name].size <= MAX_DOCUMENT_BYTES])
+        times = {
+            run: _provenance(run.stage, contents.get(name, b"")).get("finished_at")
+            for run, name in zip(found, names, strict=True)
+        }
+        listed = [run for run in found if damaged or times[run] is not None]
+        return sorted(listed, key=lambda run: times[run] or "", reverse=True)
 
     # Code versions that were declared equal
 
@@ -263,18 +291,20 @@ class Store:
 
     def _read_accepted(self) -> dict[str, str]:
         try:
-            found = json.loads(self.files.read(ACCEPTED))
+            found = read_document(self.files, ACCEPTED)
         except FileNotFoundError:
             return {}
-        except (ValueError, RecursionError) as error:
-            raise StoreError(
-                f"{self.files.place(ACCEPTED)}: expected a JSON object, found a fault: {error}"
-            ) from error
+        except (FileTooLargeError, ValueError) as error:
+            raise self._accepted_error(f"JSON object, found a fault: {error}") from error
         if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
-            raise StoreError(
-                f"{self.files.place(ACCEPTED)}: expected a JSON object of texts, found something else"
-            )
+            raise self._accepted_error("JSON object of texts, found something else")
         return found
+
+    def _accepted_error(self, expected: str) -> StoreError:
+        return StoreError(
+            f"{self.files.place(ACCEPTED)}: expected a {expected}. Restore the file, or remove it: what it declared "
+            "equal is then rebuilt"
+        )
 
     def accept(self, code_version: str, as_version: str) -> None:
         _accepted_elsewhere.pop(self, None)
@@ -336,13 +366,23 @@ class Run:
         return {name.removeprefix(f"{self.prefix}/"): info for name, info in sorted(listing.items())}
 
     def provenance(self) -> dict[str, Any]:
-        """What the run was made of and what it made; empty when it is not committed."""
+        """What the run was made of and what it made; empty when it is not committed, or its file is damaged."""
         if self in _whole_elsewhere:
             return _whole_elsewhere[self]
         try:
-            return _provenance(self.store.files.read(self.name(PROVENANCE)))
-        except FileNotFoundError:
+            return self.read_provenance()
+        except (FileNotFoundError, FileTooLargeError, ProvenanceError):
             return {}
+
+    def read_provenance(self) -> dict[str, Any]:
+        """The same from its file.
+
+        Raises:
+            FileNotFoundError: the run is not committed.
+            FileTooLargeError, ProvenanceError: it is damaged; the message says how.
+        """
+        data = self.store.files.read(self.name(PROVENANCE), max_bytes=MAX_DOCUMENT_BYTES)
+        return parse_provenance(self.stage, data)
 
     def is_whole(self) -> bool:
         """Committed, and the files and packs that it names are there in their sizes.
@@ -458,22 +498,32 @@ def results_table(locations: Mapping[str, Location]) -> pa.Table:
     return pa.table([list(locations), *columns], schema=_index_schema().insert(1, pack))
 
 
+def _packs_in(listing: Mapping[str, Info]) -> dict[str, Info]:
+    names = sorted(name for name in listing if name.endswith((TAR, SAFETENSORS)))
+    return {PurePosixPath(name).name: listing[name] for name in names}
+
+
+def _has_index(stage: str, pack: str, listing: Mapping[str, Info]) -> bool:
+    """Whether a pack has an index of a size that can be read."""
+    found = listing.get(index_name(stage, pack))
+    return found is not None and found.size <= MAX_INDEX_BYTES
+
+
 def _results(pack: str, size: int, index: bytes, wanted: NDArray[np.uint64]) -> pa.Table:
     """Rows of a pack's index whose keys have a wanted number; none where the pack or its index is damaged."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     nothing = results_table({})
     try:
-        file = pq.ParquetFile(pa.BufferReader(index), pre_buffer=False)
+        file = _open_index(index)
         keys = file.read(["key"], use_threads=False).column("key").cast(pa.string())
         numbers = _numbers(keys)
     except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: keys that are not ASCII
         return nothing
     is_wanted = wanted[np.searchsorted(wanted, numbers)] == numbers
-    if not is_wanted.any() or (table := _index_table(index)) is None:
+    if not is_wanted.any() or (table := _index_table(file)) is None:
         return nothing
     end = pc.max(pc.add(table.column("offset"), table.column("size"))).as_py()
     if size != container_size(PurePosixPath(pack).suffix, [(0, end)]):
@@ -490,31 +540,57 @@ def _numbers(keys: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
     return words[:, 0] * ODD_NUMBER + words[:, 1]
 
 
-def _locations(pack: str, index: bytes | None) -> dict[str, Location]:
-    if (table := _index_table(index or b"")) is None:
+def _locations(pack: str, index: bytes) -> dict[str, Location]:
+    import pyarrow as pa
+
+    try:
+        table = _index_table(_open_index(index))
+    except (OSError, ValueError, pa.ArrowException):
+        table = None
+    if table is None:
         return {}
     columns = (column.to_pylist() for column in table.columns)
     return {key: Location(pack, *row) for key, *row in zip(*columns, strict=True)}
 
 
-def _index_table(index: bytes) -> pa.Table | None:
+def _open_index(index: bytes) -> pq.ParquetFile:
+    """A pack's index, before it is decoded.
+
+    Raises:
+        OSError, ValueError, pa.ArrowException: it is damaged.
+    """
+    from spctrl.parquet import open_table
+
+    file = open_table(index, free_bytes=FREE_INDEX_BYTES)
+    rows = file.metadata.num_rows
+    # Every row has a key of its own, and keys are digests, which cannot be compressed.
+    if rows > min(len(index) // KEY_BYTES, MAX_INDEX_ROWS):
+        raise ValueError(
+            f"expected a pack's index of {len(index):,} bytes to have fewer rows, found {rows:,}"
+        )
+    return file
+
+
+def _index_table(file: pq.ParquetFile) -> pa.Table | None:
     """A pack's index; None where it is damaged."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(index), use_threads=False, pre_buffer=False)
-        table = table.select(_index_schema().names).cast(_index_schema())
+        table = file.read(use_threads=False).select(_index_schema().names).cast(_index_schema())
         table.validate(full=True)
     except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: names that are no UTF-8
         return None
     if any(table.column(name).null_count for name in ("key", "offset", "size", "digest")):
         return None
-    numbers = [
-        number for name in ("offset", "size") for number in pc.min_max(table.column(name)).as_py().values()
-    ]
-    return table if len(table) == 0 or all(0 <= number < 2**62 for number in numbers) else None
+    if len(table) == 0:
+        return table
+    offsets, sizes = table.column("offset"), table.column("size")
+    lowest = min(pc.min(offsets).as_py(), pc.min(sizes).as_py())
+    if lowest < 0 or pc.max(offsets).as_py() >= LARGEST_OFFSET or pc.max(sizes).as_py() > MAX_ARTIFACT_BYTES:
+        return None
+    # Artifacts do not overlap; those that did would take any time to read.
+    return table if pc.sum(sizes).as_py() <= pc.max(pc.add(offsets, sizes)).as_py() else None
 
 
 def _index_schema() -> pa.Schema:
@@ -527,35 +603,12 @@ def _index_schema() -> pa.Schema:
     return pa.schema([(name, {**texts, **numbers}[name]) for name in order])
 
 
-def _provenance(data: bytes | None) -> dict[str, Any]:
+def _provenance(stage: str, data: bytes) -> dict[str, Any]:
     """A damaged one is as good as none: the stage runs again."""
     try:
-        found = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
+        return parse_provenance(stage, data)
+    except ProvenanceError:
         return {}
-    return found if _is_provenance(found) else {}
-
-
-def _is_provenance(found: Any) -> bool:
-    """Whether what is asked of a provenance has the form that ``commit`` gives it."""
-    if not isinstance(found, dict):
-        return False
-    files, packs, inputs, counts = (found.get(name) for name in ("files", "packs", "inputs", "counts"))
-    return (
-        isinstance(files, dict)
-        and isinstance(packs, dict)
-        and isinstance(inputs, dict | None)
-        and isinstance(counts, dict | None)
-        and all(isinstance(each, dict) and isinstance(each.get("size"), int) for each in files.values())
-        and all(_is_digest(each.get("digest")) for each in files.values())
-        and all(isinstance(size, int) for size in packs.values())
-        and all(isinstance(each, str) for each in (inputs or {}).values())
-        and all(is_safe_relative_path(name) for name in (*files, *packs))
-    )
-
-
-def _is_digest(text: Any) -> bool:
-    return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) is not None
 
 
 def parquet_bytes(table: Any) -> bytes:

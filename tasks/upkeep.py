@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from tasks.base import MANIFEST, REJECTS
-from tasks.export import Ledger, damaged_files
-from tasks.files import StoreError, files_at
+from tasks.export import Ledger, damaged_files, fingerprint_at
+from tasks.files import FileTooLargeError, StoreError, files_at
+from tasks.index import IMAGE_PATHS, read_image_paths
 from tasks.packs import suffix_in
+from tasks.provenance import ProvenanceError
 from tasks.record_stage import artifact_schema
 from tasks.settings import LEDGERS
-from tasks.store import PROVENANCE, Location, Run, Store, content_digest, index_name, pack_name, parquet_bytes
+from tasks.store import PROVENANCE, Location, Run, Store, index_name, pack_name, parquet_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    import pyarrow as pa
 
     from tasks.files import Info
 
@@ -29,7 +31,10 @@ NEVER_COLLECTED = frozenset({"train"})
 """Stages whose results took days: who wants them gone deletes their folders."""
 MOSTLY_DEAD = 0.5
 """Packs with a smaller share of live bytes are written anew."""
-RECORDS_PER_REPACK = 4096
+RECORDS_PER_REPACK, BYTES_PER_REPACK = 4096, 2**28
+"""Of artifacts that wait for a new pack."""
+PIECE_BYTES = 2**20
+"""Read at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def verify(
                 bad_keys[stage].add(key)
                 found.append(Damage(f"{store.files.place(pack_name(stage, pack))}: {key}", fault))
             advance(1)
-    for run in store.runs():
+    for run in store.runs(damaged=True):
         faults = _run_faults(store, run, bad_keys[run.stage])
         found += [Damage(run.place(), fault) for fault in faults]
         if repair and (faults or _names(run, bad_keys[run.stage])):
@@ -73,10 +78,12 @@ def verify(
         advance(1)
     for ledger in ledgers(exports):
         damaged = damaged_files(ledger) if ledger.fingerprint else []
+        if is_unread := not ledger.fingerprint and bool(fingerprint_at(ledger.place, ledger.name)):
+            found.append(Damage(ledger.place.place(ledger.name), "the list of exported files is damaged"))
         found += [
             Damage(ledger.place.place(name), "the exported file is missing or changed") for name in damaged
         ]
-        if repair and damaged:
+        if repair and (damaged or is_unread):
             ledger.fingerprint = ""
             ledger.files = {name: entry for name, entry in ledger.files.items() if name not in set(damaged)}
             ledger.write()
@@ -96,10 +103,10 @@ def ledgers(exports: str | Path) -> Iterator[Ledger]:
 def _damaged_members(store: Store, stage: str, pack: str, *, repair: bool) -> Iterator[tuple[str, str]]:
     locations = store.pack_locations(stage, pack)
     try:
-        data = memoryview(store.files.read(pack_name(stage, pack)))
+        with store.files.open(pack_name(stage, pack)) as file:
+            faults = _faults(file, locations)
     except FileNotFoundError:
-        data = memoryview(b"")
-    faults = {key: fault for key, location in locations.items() if (fault := _fault(data, location))}
+        faults = _faults(io.BytesIO(), locations)
     yield from faults.items()
     if repair and faults:
         store.write_pack_index(
@@ -107,35 +114,76 @@ def _damaged_members(store: Store, stage: str, pack: str, *, repair: bool) -> It
         )
 
 
-def _fault(data: memoryview, location: Location) -> str | None:
+def _faults(file: BinaryIO, locations: Mapping[str, Location]) -> dict[str, str]:
+    """What is wrong with artifacts in a pack, by key."""
+    return {key: fault for key, location in locations.items() if (fault := _fault(file, location))}
+
+
+def _fault(file: BinaryIO, location: Location) -> str | None:
     if location.code is not None:
         return None
-    found = data[location.offset : location.offset + location.size]
-    if len(found) < location.size:
-        return f"expected {location.size} bytes, found {len(found)}"
+    digest, left = hashlib.sha256(), location.size
+    file.seek(location.offset)
+    while left and (piece := file.read(min(left, PIECE_BYTES))):
+        digest.update(piece)
+        left -= len(piece)
+    if left:
+        return f"expected {location.size} bytes, found {location.size - left}"
     return (
         None
-        if content_digest(found) == location.digest
+        if digest.hexdigest() == location.digest
         else "its bytes do not have the digest they were written with"
     )
 
 
 def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
     """What is wrong with a run besides damaged artifacts, which are reported once, at their pack."""
-    provenance, files = run.provenance(), store.files
-    if not provenance:
-        return [f"{PROVENANCE} is damaged"]
-    faults = []
-    for name, entry in provenance["files"].items():
-        try:
-            is_damaged = files.digest(run.name(name)) != entry["digest"]
-        except (OSError, StoreError):
-            is_damaged = True
-        if is_damaged:
-            faults.append(f"{name} is missing or changed")
-    packs = [pack_name(run.stage, pack) for pack in provenance["packs"]]
+    files = store.files
+    try:
+        provenance = run.read_provenance()
+    except FileNotFoundError:
+        return []  # taken back since it was listed
+    except (FileTooLargeError, ProvenanceError) as error:
+        return [f"{PROVENANCE} is damaged: {error}"]
+    sizes = files.sizes(run.name(name) for name in provenance["files"])
+    faults = [
+        f"{name} is missing or changed"
+        for name, entry in provenance["files"].items()
+        if sizes.get(run.name(name)) != entry["size"] or not _has_digest(run, name, entry["digest"])
+    ]
+    packs = {pack_name(run.stage, pack): size for pack, size in provenance["packs"].items()}
     there = files.sizes(packs)
-    return faults + [f"pack {files.place(name)} is missing" for name in packs if name not in there]
+    faults += [
+        f"pack {files.place(name)} is missing"
+        if name not in there
+        else f"pack {files.place(name)} has another size"
+        for name, size in packs.items()
+        if there.get(name) != size
+    ]
+    return faults or list(_content_faults(run, provenance["files"]))
+
+
+def _has_digest(run: Run, name: str, digest: str) -> bool:
+    try:
+        return run.store.files.digest(run.name(name)) == digest
+    except (OSError, StoreError):
+        return False
+
+
+def _content_faults(run: Run, names: Iterable[str]) -> Iterator[str]:
+    """Files that have their digests, but that no stage could read: this project did not write them."""
+    import pyarrow as pa
+
+    from spctrl.parquet import open_table
+
+    for name in names:
+        try:
+            if name.endswith(".parquet"):
+                open_table(run.path(name))
+            elif name == IMAGE_PATHS:
+                read_image_paths(run)
+        except (OSError, FileTooLargeError, ValueError, pa.ArrowException) as error:
+            yield f"{name} cannot be read: {error}"
 
 
 def _names(run: Run, keys: set[str]) -> bool:
@@ -149,15 +197,19 @@ def _keys(run: Run) -> set[str]:
         StoreError: they cannot be read, so nobody knows what the run needs.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from spctrl.parquet import TableError, open_table
 
     found: set[str] = set()
     for name in {MANIFEST, REJECTS} & run.files().keys():
         path = run.path(name)
         try:
-            if "key" in pq.read_schema(path).names:
-                keys = pq.read_table(path, columns=["key"], partitioning=None).column(0).cast(pa.string())
+            table = open_table(path, ["key"])
+            if "key" in table.schema_arrow.names:
+                keys = table.read(["key"]).column(0).cast(pa.string())
                 found |= set(keys.to_pylist())
+        except TableError as error:
+            raise StoreError(str(error)) from error
         except (OSError, ValueError, pa.ArrowException) as error:
             raise StoreError(
                 f"{run.place(name)} cannot be read: {error}. `spctrl verify` drops what is damaged"
@@ -191,7 +243,7 @@ def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, 
     that a kept one was made from. Whatever is younger than the grace time stays: a build under way may have just
     made it.
     """
-    runs = store.runs()
+    runs = store.runs(damaged=True)
     kept = _kept_runs(runs, {run.fingerprint for run in current}, keep, grace_s)
     waste = Waste(runs=[run for run in runs if run not in kept])
     live: dict[str, set[str]] = defaultdict(set)
@@ -296,6 +348,8 @@ def _repack(
             if key in live[stage] and location.code is None:
                 data = store.read(stage, location)
                 waiting[stage, suffix].append((pack, key, data))
+                if sum(len(data) for _, _, data in waiting[stage, suffix]) >= BYTES_PER_REPACK:
+                    flush(stage, suffix)
         if len(waiting[stage, suffix]) >= RECORDS_PER_REPACK:
             flush(stage, suffix)
     for stage, suffix in list(waiting):
@@ -305,18 +359,19 @@ def _repack(
 
 def _follow(run: Run, moved: dict[tuple[str, str], Location]) -> None:
     """Let a run name the new places of its artifacts."""
-    import pyarrow.parquet as pq
+    import pyarrow as pa
 
-    table: pa.Table = pq.read_table(run.path(MANIFEST), partitioning=None)
-    rows = table.to_pylist()
+    from spctrl.parquet import read_table
+
+    rows = read_table(run.path(MANIFEST)).to_pylist()
     if not any((row["pack"], row["key"]) in moved for row in rows):
         return
     for row in rows:
         if (place := moved.get((row["pack"], row["key"]))) is not None:
             row |= {"pack": place.pack, "offset": place.offset}
-    import pyarrow as pa
-
     provenance = run.provenance()
     run.uncommit()  # killed in between, the run is made again from its artifacts, and never damaged
+    if not provenance:
+        return  # it counts as none, and so it stays
     run.write(MANIFEST, parquet_bytes(pa.Table.from_pylist(rows, schema=artifact_schema())))
     run.commit({row["pack"] for row in rows}, provenance)

@@ -23,7 +23,7 @@ from object_store import (
     impatient,
     once,
 )
-from stores import locations
+from stores import commit, locations
 
 from tasks.files import Files, StoreError, files_at
 from tasks.store import Store
@@ -44,9 +44,6 @@ NAMES = {
 }
 SERVER_CANNOT = {"newline"}
 """Names that the S3 server of the tests does not take."""
-
-FACTS: dict[str, Any] = {"inputs": {}, "counts": {}}
-"""What a provenance says at least."""
 
 numbers = itertools.count()
 
@@ -228,7 +225,7 @@ def test_a_run_gives_the_present_version_of_its_files(place: Place) -> None:
     for contents in (b"one", b"two"):
         run.write("manifest.parquet", contents)
         assert run.path("manifest.parquet").read_bytes() == contents
-        run.commit([], FACTS)
+        commit(run)
         assert run.path("manifest.parquet").read_bytes() == contents
         assert (run.folder / "manifest.parquet").read_bytes() == contents
     run.uncommit()
@@ -289,7 +286,7 @@ def test_a_run_of_many_packs_is_looked_at_in_few_requests(remote: Place) -> None
     ]
     run = store.run("mask", "ap10k-train", "f" * 32)
     run.write("manifest.parquet", b"rows")
-    run.commit(packs, FACTS)
+    commit(run, packs)
     bucket.proxy.forget()
     assert Store(remote.root, remote.copies).run("mask", "ap10k-train", "f" * 32).is_whole()
     # The run's folder and the packs'; no single file but the provenance.
@@ -308,7 +305,7 @@ def test_an_unchanged_file_of_a_run_is_fetched_once_a_machine(remote: Place) -> 
     run.write("manifest.parquet", b"rows")
     for machine, committed, fetched in (("copies", False, 1), ("copies", True, 0), ("other", True, 1)):
         if committed:
-            run.commit([], FACTS)
+            commit(run)
         bucket.proxy.forget()
         for _ in range(3):
             store = Store(remote.root, remote.copies.with_name(machine))

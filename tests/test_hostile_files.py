@@ -383,32 +383,6 @@ def test_a_damaged_ledger_counts_as_none(data: bytes | str, tmp_path: Path) -> N
 
 
 SHA = hashlib.sha256(b"").hexdigest()
-PROVENANCES: dict[str, Any] = {
-    "a list": [],
-    "a number": 7,
-    "nothing": {},
-    "no packs": {"files": {}},
-    "files: list": {"files": [], "packs": {}},
-    "entry: number": {"files": {"x": 1}, "packs": {}},
-    "size: text": {"files": {"x": {"size": "1", "digest": SHA}}, "packs": {}},
-    "digest: path": {"files": {"x": {"size": 1, "digest": "../../../x"}}, "packs": {}},
-    "name climbs": {"files": {"../../x": {"size": 1, "digest": SHA}}, "packs": {}},
-    "pack climbs": {"files": {}, "packs": {"../../x.tar": 1}},
-    "inputs: list": {"files": {}, "packs": {}, "inputs": []},
-    "counts: text": {"files": {}, "packs": {}, "counts": "x"},
-    "brackets": None,
-}
-
-
-@pytest.mark.parametrize("content", PROVENANCES.values(), ids=PROVENANCES)
-def test_a_damaged_provenance_counts_as_none(content: Any, tmp_path: Path) -> None:
-    text = "[" * 100_000 if content is None else json.dumps(content)
-    store = Store(tmp_path / "store")
-    run = store.run("mask", "ap10k-train", "f")
-    run.write("provenance.json", text.encode())
-    assert run.provenance() == {}
-    assert not run.is_whole()
-    assert [each.fingerprint for each in store.runs()] == ["f"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", '{"a": 1}', '{"a": ["b"]}', "[" * 100_000, "\x00"])

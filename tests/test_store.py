@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stores import locations
+from stores import commit, locations
 
 from spctrl.errors import ExpectedError
 from tasks.files import TEMPORARY, StoreError, file_digest, files_at, write_atomic
@@ -307,7 +307,7 @@ def run(store: Store) -> Run:
     found = store.run(STAGE, "ap10k-train", "f" * 32)
     found.write("manifest.parquet", b"the manifest")
     found.write("rejects.parquet", b"")
-    found.commit([first, second, first], {"stage": STAGE, "finished_at": "2"})
+    commit(found, [first, second, first])
     return found
 
 
@@ -408,7 +408,7 @@ def test_runs_are_listed_latest_first(store: Store) -> None:
         ("3" * 32, "index", "ap10k-val", "2026-01-01"),
         ("4" * 32, "manifest", "ap10k-train", "2026-01-04"),
     ):
-        store.run(stage, part, fingerprint).commit([], {"finished_at": finished_at})
+        commit(store.run(stage, part, fingerprint), finished_at=finished_at)
     assert [run.fingerprint[0] for run in store.runs()] == ["4", "2", "1", "3"]
     assert [run.fingerprint[0] for run in store.runs("index")] == ["2", "1", "3"]
     assert [run.fingerprint[0] for run in store.runs(part="ap10k-train")] == ["4", "2", "1"]

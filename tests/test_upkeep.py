@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, Workspace
-from stores import locations
+from stores import commit, locations
 
 from tasks.store import Store
 from tasks.upkeep import collect, verify
@@ -293,7 +293,7 @@ def test_gc_leaves_trained_networks(tmp_path: Path) -> None:
         for number in range(3):
             run = store.run(stage, "all", f"{stage}{number}")
             run.write("controlnet/weights", b"days of work")
-            run.commit([], {"inputs": {}})
+            commit(run)
     waste = collect(store, [], keep=1, grace_s=0, dry_run=False)
     assert [run.stage for run in waste.runs] == ["spatext"] * 2
     assert len(list((tmp_path / "runs" / "train").rglob("weights"))) == 3

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import Workspace
 from PIL import Image
-from stores import locations
+from stores import FACTS, locations
 from tampering import Rows, correct_provenance, run_folder, tamper
 
 from spctrl.annotations import FAR_AWAY_IN_SIZES, AnnotationFileError, unsafe_path
@@ -545,10 +545,8 @@ def store_seeds() -> list[bytes]:
     content = b"an artifact"
     sha = content_digest(content)
     index = [[KEY, 512, len(content), sha, None, None], ["1" * 32, 0, 0, "", "bad_image", "no image"]]
-    provenance = {
-        "stage": "mask", "part": "ap10k-train", "fingerprint": "f", "inputs": {"index": "e"}, "counts": {"records": 1},
-        "finished_at": "2026-01-01", "files": {"manifest.parquet": {"size": 3, "digest": sha}}, "packs": {PACK: 10_240},
-    }  # fmt: skip
+    files = {name: {"size": 3, "digest": sha} for name in ("manifest.parquet", "rejects.parquet")}
+    provenance = {**FACTS, "fingerprint": "f", "files": files, "packs": {PACK: 10_240}}
     return [
         json.dumps(
             {

@@ -26,9 +26,12 @@ BYTES_PER_VALUE, BYTES_PER_PAGE = 8, 64
 """Least memory that values and pages count for: what they expand to may be nothing."""
 MAX_FOOTER_BYTES, MAX_HEADER_BYTES = 2**24, 2**16
 MAGIC, TAIL_BYTES = b"PAR1", 8
-TEXTS_AT_LEAST = 4
+TEXTS_AT_LEAST = 16
 """Texts of a dictionary are only counted if they could take so many times what is known of their column."""
 TEXTS_AT_ONCE = 4096
+LENGTH_BYTES = 4
+MAX_RUNS = 8
+"""Of texts of one length, one after the other, in a dictionary."""
 DICTIONARY_PAGE = 2
 DICTIONARY_ENCODINGS = frozenset({2, 8})
 ENCODINGS = frozenset({0, 3, 4}) | DICTIONARY_ENCODINGS
@@ -130,21 +133,48 @@ def _check_pages(
             path = chunk.path_in_schema
             if columns is not None and path.partition(".")[0] not in columns:
                 continue
-            dictionary_bytes = repeated = known = 0
+            dictionaries = []
+            known = repeated = 0
             for page in _pages(raw, chunk, budget):
                 page_bytes = BYTES_PER_PAGE + page.expanded_bytes + page.values * width
                 budget.spend(page_bytes)
                 known += page_bytes
                 if page.kind == DICTIONARY_PAGE:
-                    dictionary_bytes += page.expanded_bytes
+                    dictionaries.append(page)
                 elif page.encoding in DICTIONARY_ENCODINGS:
                     repeated += page.values
-            if chunk.physical_type == "BYTE_ARRAY":
-                if dictionary_bytes * repeated > TEXTS_AT_LEAST * known:
+            if chunk.physical_type == "BYTE_ARRAY" and repeated:
+                longest = max(
+                    (_longest_text(raw, page, chunk.compression) for page in dictionaries), default=0
+                )
+                if longest * repeated > TEXTS_AT_LEAST * known:
                     repeated_texts.add(path)
                 else:
-                    budget.spend(dictionary_bytes * repeated)
+                    budget.spend(longest * repeated)
     return repeated_texts
+
+
+def _longest_text(raw: pa.NativeFile, page: _Page, compression: str) -> int:
+    """Bytes that no text of a dictionary exceeds: the longest where most have one length, as digests do; else all."""
+    if compression != "ZSTD":
+        return page.expanded_bytes
+    raw.seek(page.start)
+    data = np.frombuffer(pa.decompress(raw.read(page.stored_bytes), page.expanded_bytes, "zstd"), np.uint8)
+    at = longest = 0
+    for _ in range(MAX_RUNS):
+        length = int.from_bytes(
+            data[at : at + LENGTH_BYTES].tobytes(), "little"
+        )  # each text comes after its length
+        entries = data[at : len(data) - (len(data) - at) % (length + LENGTH_BYTES)].reshape(
+            -1, length + LENGTH_BYTES
+        )
+        lengths = np.ascontiguousarray(entries[:, :LENGTH_BYTES]).view("<u4").ravel()
+        others = np.flatnonzero(lengths != length)
+        at += (others[0] if len(others) else len(lengths)) * (length + LENGTH_BYTES)
+        longest = max(longest, length)
+        if at == len(data):
+            return longest
+    return page.expanded_bytes
 
 
 def _check_texts(raw: pa.NativeFile, file: pq.ParquetFile, paths: set[str], budget: _Budget) -> None:
@@ -178,12 +208,16 @@ class _Page(NamedTuple):
         values: how many there are.
         encoding: of the values, by its number in Parquet.
         expanded_bytes: size when decompressed.
+        start: where the file has its contents.
+        stored_bytes: their size there.
     """
 
     kind: int
     values: int
     encoding: int
     expanded_bytes: int
+    start: int
+    stored_bytes: int
 
 
 KIND, EXPANDED_BYTES, STORED_BYTES = 1, 2, 3
@@ -205,12 +239,19 @@ def _pages(raw: pa.NativeFile, chunk: pq.ColumnChunkMetaData, budget: _Budget) -
         raw.seek(at)
         try:
             header, header_bytes = _struct(raw.read(min(MAX_HEADER_BYTES, end - at)), 0)
-            kind, stored_bytes = header[KIND], header[STORED_BYTES]
+            kind, stored_bytes = header[KIND], int(header[STORED_BYTES])
             field, encoding = ENCODING[kind]
-            page = _Page(kind, header[field][VALUES], header[field][encoding], header[EXPANDED_BYTES])
+            page = _Page(
+                kind,
+                header[field][VALUES],
+                header[field][encoding],
+                header[EXPANDED_BYTES],
+                at + header_bytes,
+                stored_bytes,
+            )
         except (IndexError, KeyError, TypeError, ValueError):
             raise budget.damaged(f"no page at {at:,}") from None
-        at += header_bytes + stored_bytes
+        at = page.start + stored_bytes
         if (
             page.encoding not in ENCODINGS
             or min(stored_bytes, page.values, page.expanded_bytes) < 0

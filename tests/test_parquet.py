@@ -183,6 +183,28 @@ def test_chunks_that_share_their_pages_count_each(monkeypatch: pytest.MonkeyPatc
     assert 0 < looked < 50
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["one"],
+        [f"{i:064}" for i in range(500)],
+        [f"{i:064}" for i in range(500)] + [""] + [f"{i:064}" for i in range(500, 900)],
+        ["x" * i for i in range(60)],
+        ["", "a", "größer"],
+    ],
+    ids=["one", "digests", "digests and none", "of many lengths", "short"],
+)
+def test_texts_of_one_length_are_counted_without_reading_them(texts: list[str]) -> None:
+    """Their longest, or all of them together where their lengths change too often."""
+    data = written(pa.table({"x": texts * 3}))
+    raw = pa.BufferReader(data)
+    chunk = pq.ParquetFile(raw).metadata.row_group(0).column(0)
+    page = next(parquet._pages(raw, chunk, parquet._Budget("x", len(data), 10**9)))
+    longest = max(len(text.encode()) for text in texts)
+    found = parquet._longest_text(raw, page, "ZSTD")
+    assert found == (page.expanded_bytes if len(texts) == 60 else longest)
+
+
 @pytest.mark.parametrize("number", range(40))
 def test_damaged_pages_are_refused_or_read(number: int) -> None:
     data = bytearray(written(genuine().slice(0, 300)))

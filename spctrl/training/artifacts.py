@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from spctrl.errors import ExpectedError
+from spctrl.parquet import read_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,9 +78,9 @@ def _pack_indexes(folder: Path) -> tuple[list[Path], pa.Table]:
     tables = []
     for pack in sorted(path for path in folder.glob("[!.]*") if path.suffix in PACK_SUFFIXES):
         try:
-            table = pq.read_table(pack.with_suffix(".parquet"), partitioning=None)
+            table = read_table(pack.with_suffix(".parquet"))
             table = table.filter(pc.is_null(table["code"])).select(_PLACES.names).cast(_PLACES)
-        except (OSError, KeyError, pa.ArrowException):
+        except (OSError, ValueError, KeyError, pa.ArrowException):
             continue  # a pack counts once its index is there
         if len(table) and _lie_within(table, pack.stat().st_size):
             tables.append(

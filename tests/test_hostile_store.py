@@ -124,17 +124,11 @@ def test_every_step_takes_bounded_memory(attack: str, attacked: Workspace, origi
     pattern, harm = ATTACKS[attack]
     (path, *_) = attacked.folder.glob(pattern)
     assert memory_of(lambda: harm(path)) >= 0  # in another process: it takes memory to make
-    steps = {
-        "status": status,
-        "gc": clean_up,
-        "verify": check,
-        "build": build,
-        "repair": repair,
-        "rebuild": build,
-    }
-    taken = {name: memory_of(lambda step=step: step(attacked)) for name, step in steps.items()}  # type: ignore[misc]
-    print(attack, {name: f"{count / MIB:,.0f} MiB" for name, count in taken.items()})
-    assert max(taken.values()) < MOST_MEMORY
+    if "packs" in pattern:
+        for provenance in attacked.store.glob("runs/spatext/*/*/provenance.json"):
+            provenance.unlink()  # a build looks into packs for what has no run
+    for step in (status, clean_up, build, repair):
+        assert memory_of(lambda step=step: step(attacked)) < MOST_MEMORY  # type: ignore[misc]
     again = attacked.build()
     assert again.succeeded != (attack in STAYS_AN_ERROR), again.errors
     if again.succeeded:

@@ -17,11 +17,11 @@ from luigi.retcodes import retcode
 from luigi.rpc import RemoteScheduler, RPCError
 from luigi.task_register import Register, TaskClassException
 from luigi.task_status import DISABLED
-from luigi.worker import Worker
 from luigi.worker import worker as worker_settings
 
-from pipelines import option_at_fault
+from pipelines import option_at_fault, startup
 from pipelines.scheduler import LOCAL, fault_at, is_given
+from pipelines.worker import INTERRUPTED, StageWorker
 from spctrl.errors import ExpectedError
 from tasks import logs
 from tasks.store import forget_what_was_found
@@ -48,6 +48,7 @@ def join(
     luigid hands out the stages. The settings say where it runs, and how long it waits for a worker that is silent: see
     configs/cluster.cfg. SIGUSR1 has a worker leave after its present stage. Exits with 0 when the target is there.
     """
+    startup.hold_sigusr1()
     try:
         with CmdlineParser.global_instance(arguments) as parser:
             parser.get_task_obj()
@@ -56,7 +57,11 @@ def join(
         raise typer.BadParameter(f"{option}: {error}" if option else str(error)) from error
     logs.LOGGER.addFilter(_is_worth_reading)
     with CmdlineParser.global_instance(arguments) as parser:
-        sys.exit(_stay(parser))
+        try:
+            sys.exit(_stay(parser))
+        except KeyboardInterrupt:  # of which typer says nothing
+            _say(startup.STOPPED)
+            sys.exit(INTERRUPTED)
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
@@ -66,7 +71,7 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
     return "Luigi Execution Summary" not in record.getMessage()
 
 
-class _Helper(Worker):
+class _Helper(StageWorker):
     """A worker that leaves at once when it cannot look at all stages: it would keep the others from those."""
 
     def add(self, *args: Any, **kwargs: Any) -> bool:

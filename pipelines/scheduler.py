@@ -10,6 +10,7 @@ from luigi import interface
 from luigi.cmdline_parser import CmdlineParser
 from luigi.rpc import RemoteScheduler, RPCError
 
+from pipelines.worker import StageWorker
 from spctrl.errors import ExpectedError
 
 LOCAL = "local_scheduler"
@@ -79,6 +80,9 @@ class _Factory(interface._WorkerSchedulerFactory):
                 "build on this machine alone"
             )
         return super().create_remote_scheduler(url)
+
+    def create_worker(self, scheduler: Any, worker_processes: int, assistant: bool = False) -> StageWorker:
+        return StageWorker(scheduler, worker_processes=worker_processes, assistant=assistant)
 
 
 def _core_values(cls: type[interface.core], params: Any, args: Any, kwargs: Any) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from pathlib import Path
 from types import TracebackType
 
 from pipelines import settings_files
 from spctrl.errors import ExpectedError
+
+STOPPED = "stopped. What was finished stays, run again to go on"
 
 _show_uncaught = sys.excepthook
 
@@ -14,12 +18,30 @@ _show_uncaught = sys.excepthook
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Show Ctrl-C, and errors that explain themselves, without a traceback."""
     if issubclass(kind, KeyboardInterrupt):
-        sys.stderr.write("stopped. What was finished stays, run again to go on\n")
+        sys.stderr.write(f"{STOPPED}\n")
     elif issubclass(kind, ExpectedError) or kind.__module__ == "luigi.task_register":  # no such target
         sys.stderr.write(f"ERROR: {error}\n")
     else:
         _show_uncaught(kind, error, trace)
 
 
+def _is_command() -> bool:
+    """Whether this process is ``luigi`` or ``spctrl``, not a notebook or a program that imports this package."""
+    program = Path(*sys.argv[:1])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return name in {"luigi", "spctrl", "-m"}  # the last while `python -m pipelines.cli` imports this
+
+
+def hold_sigusr1() -> None:
+    """Let SIGUSR1 wait until pipelines.worker takes it, in all threads and processes that are started from here on.
+
+    Slurm sends it to each process of a job step, and what does not handle it dies. Only for commands: a user's own
+    process keeps its signals.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
 sys.excepthook = _show_error
+if _is_command():
+    hold_sigusr1()
 settings_files.check_settings_files()

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
-from multiprocessing import forkserver
-from typing import Literal, TypeVar
+from contextlib import closing, contextmanager
+from multiprocessing.util import Finalize
+from typing import TypeVar
 
-from spctrl.errors import ExpectedError
 from tasks.files import StoreError
+from tasks.worker_pool import StartMethod, WorkerError, WorkerPool, start_fork_server
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-StartMethod = Literal["forkserver", "spawn"]
-"""``spawn`` for what loads CUDA, always in a process of its own; ``forkserver`` starts faster."""
-
-JOBS_WAITING_PER_WORKER = 2
-PRELOADED = ["__main__", "tasks.work", "spctrl.rendering.openpose", "spctrl.images", "spctrl.conditions"]
-
-
-class WorkerError(ExpectedError):
-    """A worker process died."""
 
 
 def worker_count(setting: int) -> int:
@@ -41,8 +25,7 @@ def worker_count(setting: int) -> int:
 def warm_up(workers: int) -> None:
     """Start loading the libraries that workers need, beside whatever else goes on."""
     if worker_count(workers) > 1:
-        multiprocessing.set_forkserver_preload(PRELOADED)
-        forkserver.ensure_running()
+        start_fork_server()
 
 
 def run_jobs(
@@ -98,68 +81,30 @@ def collect(outcomes: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _run_in_processes(
     function: Callable[[Job], Result], jobs: Iterator[Job], workers: int, start_method: StartMethod
 ) -> Iterator[Result]:
-    failures: list[Exception] = []
-    running: set[Future[Result]] = set()
     with _pool(workers, start_method) as pool:
-        try:
-            while True:
-                room = workers * (1 + JOBS_WAITING_PER_WORKER) - len(running)
-                running |= {pool.submit(function, job) for job in itertools.islice(jobs, room)}
-                if not running:
-                    break
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    try:
-                        result = future.result()
-                    except (StoreError, BrokenProcessPool):
-                        raise
-                    except Exception as error:
-                        failures.append(error)
-                        continue
-                    yield result
-        except (BrokenProcessPool, EOFError) as error:  # the latter where the fork server died
-            _kept_pool.cache_clear()
-            for child in multiprocessing.active_children():
-                child.kill()  # a worker that was just starting would be waited for at the end of this process
-            raise WorkerError(
-                "a worker process died: killed, or out of memory. What was finished stays; run again, with fewer "
-                "[executor] workers if memory was short"
-            ) from error
-        finally:
-            for future in running:
-                future.cancel()
-            wait(running)
-    if failures:
-        raise failures[0]
+        yield from collect(pool.outcomes(function, jobs))
 
 
-def _pool(workers: int, start_method: StartMethod) -> AbstractContextManager[ProcessPoolExecutor]:
+@contextmanager
+def _pool(workers: int, start_method: StartMethod) -> Iterator[WorkerPool]:
     """Workers for one stage. Those that are forked stay for the next stage; a model's go, with the memory it took."""
-    if start_method == "forkserver":
-        return nullcontext(_kept_pool(workers, os.getpid()))
-    return ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_live_as_long_as_the_parent
-    )
+    if start_method == "spawn":
+        with closing(WorkerPool(workers, start_method)) as pool:
+            yield pool
+        return
+    pool = _kept_pool(workers, os.getpid())
+    try:
+        yield pool
+    finally:
+        if pool.is_lost:
+            _kept_pool.cache_clear()
 
 
 @functools.cache
-def _kept_pool(workers: int, pid: int) -> ProcessPoolExecutor:
+def _kept_pool(workers: int, pid: int) -> WorkerPool:
     """One pool for each process: a forked one must not use its parent's."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_live_as_long_as_the_parent)
-
-
-def _live_as_long_as_the_parent() -> None:
-    """Leave interrupts to the parent, and end when it is gone: a killed build must not leave workers behind."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    pool = WorkerPool(workers, "forkserver")
+    # A process that multiprocessing has forked, as Luigi does for --workers 2, waits for its children at its end. The
+    # priority is above that of the queues, through which the workers are told to end.
+    Finalize(None, pool.close, exitpriority=100)
+    return pool

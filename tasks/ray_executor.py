@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from spctrl.errors import ExpectedError
 from tasks.code_version import PACKAGES, ROOT
-from tasks.executor import JOBS_WAITING_PER_WORKER, WorkerError, collect
+from tasks.executor import collect
 from tasks.files import TEMPORARY, StoreError
+from tasks.worker_pool import JOBS_WAITING_PER_WORKER, WorkerError
 
 if TYPE_CHECKING:
     from tasks.store import Location, Store

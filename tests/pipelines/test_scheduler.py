@@ -363,15 +363,26 @@ def test_workers_outlive_luigid(cluster: Cluster, expected: Expected, how: int) 
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_asked_to_leave_finishes_its_stage(cluster: Cluster) -> None:
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # the latter as Slurm does
+def test_a_worker_that_is_asked_to_leave_finishes_its_stage(cluster: Cluster, send: Any) -> None:
     helper = cluster.help(holds=True)
     held = cluster.wait_for_hold()
-    helper.process.send_signal(signal.SIGUSR1)
+    send(helper.process.pid, signal.SIGUSR1)
     cluster.gate.unlink()
     assert helper.ends() == 25
     assert helper.done()[HELD, part_of(held)] == 1
     assert "sent away" in helper.output
     assert {each["status"] for each in cluster.tasks("Manifest")} == {"PENDING"}
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_interrupted_says_so(cluster: Cluster) -> None:
+    helper = cluster.help(holds=True)
+    cluster.wait_for_hold()
+    helper.process.send_signal(signal.SIGINT)
+    assert helper.ends() == 130
+    assert "stopped. What was finished stays" in helper.output
+    assert "Traceback" not in helper.output
 
 
 @pytest.mark.slow

@@ -1,0 +1,61 @@
+"""Ctrl-C while other processes are at work: the first lets them finish what they are at, the second does not."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+
+def interrupt_once(signum: int, frame: FrameType | None) -> NoReturn:
+    """Handler in a process whose parent is interrupted too, and sends SIGTERM at a second Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signum, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def leave_second_interrupt_to_parent() -> None:
+    """Unwind once, be it for SIGINT or SIGTERM, so that workers and temporary files go as well."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt_once)
+
+
+@contextmanager
+def first_interrupt(stop: Callable[[], bool]) -> Iterator[None]:
+    """Let the first Ctrl-C call ``stop``. It raises KeyboardInterrupt only where that returns false.
+
+    A second one raises it in any case, but for ``interrupt_once``, where it does nothing. Only in the main thread, and
+    only where Ctrl-C would raise KeyboardInterrupt.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or previous not in (signal.default_int_handler, interrupt_once):
+        yield
+        return
+    assert callable(previous)
+    following = signal.SIG_IGN if previous is interrupt_once else previous
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, following)
+        if not stop():
+            previous(signum, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is handle:
+            signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the end. Processes that are started meanwhile never see it: they inherit this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

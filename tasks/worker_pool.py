@@ -1,0 +1,220 @@
+"""Worker processes on this machine, and what happens to their jobs at Ctrl-C, at an error and when one dies."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, MutableSequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
+from typing import Any, Literal, TypeVar
+
+from spctrl.errors import ExpectedError
+from tasks import logs
+from tasks.interrupts import first_interrupt, interrupts_held
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+StartMethod = Literal["forkserver", "spawn"]
+"""``spawn`` for what loads CUDA, always in a process of its own; ``forkserver`` starts faster."""
+
+JOBS_WAITING_PER_WORKER = 2
+LOOK_EVERY_S = 0.2
+"""How often a wait for results looks whether Ctrl-C was pressed."""
+PRELOADED = ["__main__", "tasks.work", "spctrl.rendering.openpose", "spctrl.images", "spctrl.conditions"]
+
+STOP = -1
+"""Slot of a pool's clock that is set when no further job may begin. Cancelling the jobs would not reach those in the
+pool's queue, and breaks a pool whose workers are killed."""
+
+
+class WorkerError(ExpectedError):
+    """A worker process died."""
+
+
+class _SkippedError(Exception):
+    """A job had not begun when the work was stopped."""
+
+
+def start_fork_server() -> None:
+    """Start loading the libraries that workers need, beside whatever else goes on."""
+    resource_tracker.ensure_running()  # before, as its start lets Ctrl-C through
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    with interrupts_held():
+        forkserver.ensure_running()
+
+
+class WorkerPool:
+    """Processes that work on jobs, a few more of which wait than are worked on.
+
+    Attributes:
+        is_lost: whether its processes were killed, by us or by others.
+    """
+
+    def __init__(self, workers: int, start_method: StartMethod) -> None:
+        resource_tracker.ensure_running()
+        context = multiprocessing.get_context(start_method)
+        context.set_forkserver_preload(PRELOADED)
+        room = workers * (1 + JOBS_WAITING_PER_WORKER)
+        # When each job that has a slot began (0: not yet), by the monotonic clock, which all processes share.
+        self._clock: MutableSequence[float] = context.RawArray("d", room + 1)
+        self._free = list(range(room))
+        self._running: dict[Future[Any], int] = {}
+        self._batch_s: float | None = None
+        self._is_stopped = self._has_said_so = False
+        self.is_lost = False
+        self._executor = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_initialize_worker, initargs=(self._clock,)
+        )
+
+    def outcomes(
+        self, function: Callable[[Job], Result], jobs: Iterator[Job]
+    ) -> Iterator[Callable[[], Result]]:
+        """For each job that is done, what returns its result or raises its error.
+
+        The first Ctrl-C lets jobs that have begun finish, and begins no other; the second kills the workers.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            WorkerError: a worker process was killed.
+        """
+        try:
+            with first_interrupt(self._stop):
+                try:
+                    while self._fill(function, jobs):
+                        yield from self._finished()
+                finally:
+                    if not self._is_stopped and not self.is_lost:
+                        self._finish_begun()
+            if self._is_stopped:
+                raise KeyboardInterrupt
+        finally:
+            if self._is_stopped:
+                self.kill()
+
+    def close(self) -> None:
+        """End the workers, which have nothing to do."""
+        try:
+            self._executor.shutdown()
+        except KeyboardInterrupt:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End the workers at once, whatever they are at: packs are whole or absent, whenever that comes."""
+        self.is_lost = True
+        for process in list((self._executor._processes or {}).values()):
+            process.kill()
+        self._executor.shutdown(wait=False)
+
+    def _stop(self) -> bool:
+        """Let no further job begin; whether any has begun."""
+        self._clock[STOP] = 1
+        self._is_stopped = True
+        return any(self._clock[slot] for slot in self._running.values())
+
+    def _fill(self, function: Callable[[Job], Result], jobs: Iterator[Job]) -> bool:
+        """Hand over what there is room for; whether anything runs."""
+        try:
+            for job in itertools.islice(jobs, len(self._free)):
+                if self._is_stopped:
+                    break
+                slot = self._free.pop()
+                self._clock[slot] = 0
+                with interrupts_held():
+                    self._running[self._executor.submit(_begin, function, job, slot)] = slot
+        except (BrokenProcessPool, EOFError) as error:  # the latter where the fork server died
+            raise self._lost() from error
+        return bool(self._running)
+
+    def _finished(self) -> Iterator[Callable[[], Any]]:
+        """Wait for jobs to be done. Those that had not begun when the work was stopped are left out."""
+        finished, _ = wait(self._running, LOOK_EVERY_S, FIRST_COMPLETED)
+        manager: Any = self._executor._executor_manager_thread
+        if not finished and not (manager and manager.is_alive()):
+            raise self._lost()  # it ends with the first dead worker, and then may forget a job that is just handed over
+        for future in finished:
+            slot = self._running.pop(future)
+            self._free.append(slot)
+            if isinstance(future.exception(), _SkippedError):
+                continue
+            self._batch_s = time.monotonic() - self._clock[slot]
+            yield functools.partial(self._result, future)
+        if self._is_stopped and not self._has_said_so:
+            self._say_that_it_stops()
+
+    def _finish_begun(self) -> None:
+        """After an error: wait for the jobs that have begun, so that what they make is kept."""
+        self._clock[STOP] = 1
+        while self._running and not self.is_lost:
+            for _ in self._finished():
+                pass
+        self._clock[STOP] = 0
+
+    def _say_that_it_stops(self) -> None:
+        begun = [began for slot in self._running.values() if (began := self._clock[slot])]
+        if not begun:
+            return
+        self._has_said_so = True
+        when = ""
+        if self._batch_s is not None:
+            left_s = self._batch_s - (time.monotonic() - max(begun))
+            when = f" (about {max(left_s, 1):.0f} s)"
+        message = f"stopping after this batch{when}; press Ctrl-C again to stop now"
+        if logs.are_json():
+            logs.event(message)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def _result(self, future: Future[Result]) -> Result:
+        try:
+            return future.result()
+        except BrokenProcessPool as error:
+            raise self._lost() from error
+
+    def _lost(self) -> WorkerError:
+        self.kill()  # a worker that was just starting would be waited for at the end of this process
+        return WorkerError(
+            "a worker process died: killed, or out of memory. What was finished stays; run again, with fewer "
+            "[executor] workers if memory was short"
+        )
+
+
+# In a worker
+
+_clock: MutableSequence[float]
+
+
+def _initialize_worker(clock: MutableSequence[float]) -> None:
+    global _clock
+    _clock = clock
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this process when its parent is gone: a killed build must not leave processes behind."""
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _begin(function: Callable[[Job], Result], job: Job, slot: int) -> Result:
+    _clock[slot] = time.monotonic()  # before the look at STOP: who sets that sees every job that goes on
+    if _clock[STOP]:
+        _clock[slot] = 0
+        raise _SkippedError
+    return function(job)

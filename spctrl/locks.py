@@ -70,7 +70,7 @@ def _acquire(path: Path, on_wait: Callable[[], object]) -> BinaryIO:
 def _try_to_acquire(path: Path) -> BinaryIO | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):  # the folder was removed just now
-        file = path.open("ab")
+        file = os.fdopen(_open_unlinked(path), "ab")
         try:
             if _is_free(file, fcntl.LOCK_EX) and _is_at(path, file):
                 return file
@@ -79,6 +79,15 @@ def _try_to_acquire(path: Path) -> BinaryIO | None:
             raise
         file.close()
     return None
+
+
+def _open_unlinked(path: Path) -> int:
+    """Open a file that has no other name: a lock file is written to, and may come with a folder from anywhere."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, "the lock file is a link", str(path))
+    return descriptor
 
 
 def _is_free(file: BinaryIO, kind: int) -> bool:
@@ -96,6 +105,6 @@ def _is_free(file: BinaryIO, kind: int) -> bool:
 def _is_at(path: Path, file: BinaryIO) -> bool:
     """Whether an open file is the one at a path: a lock on a removed file keeps nobody out."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False

@@ -29,7 +29,7 @@ import spctrl
 from spctrl.errors import ExpectedError
 from tasks import logs, settings
 from tasks.code_version import PACKAGES, ROOT, code_components
-from tasks.files import StoreError, exclusive
+from tasks.files import StoreError
 from tasks.inputs import DigestCache
 from tasks.store import Run, Store, digest
 
@@ -218,21 +218,12 @@ class StageTask(MeetsBadRecords):
             "parameters": self.parameters(),
         }
 
-    @property
-    def activity(self) -> str:
-        """What a process that makes the result does, for one that waits for it."""
-        return f"building {self.stage} for {self.part}"
-
     def run(self) -> None:
         self.fill_cache()
         run = self.store.run(self.stage, self.part, self.made_from().fingerprint)
-        # Two processes would do the same work, and on a GPU each would damage what the other wrote.
-        with exclusive(run.lock, self.activity):
-            run.forget()  # whoever has it made found it missing, perhaps on another machine and later
-            if not self.is_up_to_date():
-                self._make_and_commit(run)
-
-    def _make_and_commit(self, run: Run) -> None:
+        run.forget()  # whoever has it made found it missing, perhaps on another machine and later
+        if self.is_up_to_date():
+            return
         started = time.time()
         try:
             counts = self.make(run)

@@ -9,7 +9,6 @@ What only one machine needs is in ``[paths] cache``, which may be the store's ow
 
     cache.sqlite                    digests of files, by path and stat (tasks/inputs.py)
     packs/, copies/, training/      of a store in object storage: what was fetched of it, and checkpoints
-    locks/                          of runs that are being made
 
 Every file is whole or absent (tasks/files.py). A pack counts once its Parquet index is there, a run once its
 provenance is there: each is written last. Names come from contents, so two builds that write the same thing write
@@ -56,7 +55,6 @@ PROVENANCE = "provenance.json"
 ACCEPTED = "accepted.json"
 CACHE = "~/.cache/spctrl"
 COPIES = "copies"
-LOCKS = "locks"
 INDICES_AT_ONCE = 64
 MAX_INDEX_BYTES, MAX_INDEX_ROWS, FREE_INDEX_BYTES = 2**25, 2**18, 2**26
 """Of a pack's index, which has some ten thousand rows at most; the last is what it may expand to whatever its size."""
@@ -173,12 +171,17 @@ class Store:
         Returns:
             Where each went.
         """
-        name = digest(*(key for key, _ in results)) + container_of(suffix)
         artifacts = [(key, result) for key, result in results if isinstance(result, bytes)]
+        digests = {key: content_digest(artifact) for key, artifact in artifacts}
+        # By content, since a GPU may make other bytes of the same input: two builds must not write one pack.
+        contents = (
+            digests[key] if isinstance(result, bytes) else " ".join(result) for key, result in results
+        )
+        name = digest(*(key for key, _ in results), *contents) + container_of(suffix)
         data, places = write_container(suffix, artifacts)
         found = {
-            key: Location(name, offset, size, content_digest(artifact))
-            for (key, artifact), (offset, size) in zip(artifacts, places, strict=True)
+            key: Location(name, offset, size, digests[key])
+            for (key, _), (offset, size) in zip(artifacts, places, strict=True)
         }
         locations = {
             key: Location(name, 0, 0, "", *result) if isinstance(result, tuple) else found[key]
@@ -231,7 +234,7 @@ class Store:
         """
         data = self._read(stage, place)
         if is_url(self.root) and content_digest(data) != place.digest:
-            # A pack may have been made again since it was copied, with other bytes where a GPU drew them.
+            # The copy may be damaged, or of a pack that an earlier version wrote again under the same name.
             self.pack_path(stage, place.pack).unlink(missing_ok=True)
             data = self._read(stage, place)
         if content_digest(data) != place.digest:
@@ -321,11 +324,6 @@ class Run:
     stage: str
     part: str
     fingerprint: str
-
-    @property
-    def lock(self) -> Path:
-        """The lock file of whoever makes it on this machine."""
-        return self.store.home / LOCKS / f"{self.stage}-{self.fingerprint}"
 
     @property
     def prefix(self) -> str:

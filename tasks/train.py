@@ -23,7 +23,7 @@ from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask
 from tasks.code_version import ROOT
 from tasks.conditions import Latents
-from tasks.files import exclusive, is_url, write_atomic
+from tasks.files import Folder, StoreError, exclusive, is_url, write_atomic
 from tasks.inputs import MISSING
 from tasks.manifest import Manifest
 from tasks.model_stage import Weights, weights_at, weights_digest
@@ -42,6 +42,8 @@ KEPT = (CONFIG, "losses.jsonl", "validation", "logs")
 RESULT = ("controlnet", "adapter", "learned_embeds.bin")
 """What of a checkpoint is the result; the rest is for continuing."""
 MESSAGE_LINES = 30
+WANDB = "wandb"
+"""Folder of its tracker."""
 
 
 class Train(StageTask):
@@ -185,9 +187,10 @@ class Train(StageTask):
 
     # How it is made
 
-    @property
-    def activity(self) -> str:
-        return f"training {self.part}"
+    def run(self) -> None:
+        # Two processes would train in the same folder. Other stages may be made twice: their packs are apart.
+        with exclusive(self.folder.with_suffix(".lock"), f"training {self.part}"):
+            super().run()
 
     def commit(self, run: Run, counts: Mapping[str, int], started: float) -> None:
         """Take the result of the training, unless another machine has committed one to an object store meanwhile."""
@@ -287,6 +290,7 @@ class Train(StageTask):
         """
         from spctrl.training.config import write_training_config
 
+        self._refuse_links()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_training_config(self.how, self.folder / CONFIG)  # also what a later edit would change
         write_atomic(self.folder / COMPUTATION, self.computation().encode())
@@ -302,6 +306,20 @@ class Train(StageTask):
         if failed:
             tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-MESSAGE_LINES:])
             raise RuntimeError(f"training {self.part} failed; the end of {log}:\n{tail}")
+
+    def _refuse_links(self) -> None:
+        """Training writes into files of its folder, which may come with a store from anywhere.
+
+        Raises:
+            StoreError: the folder, or one above it in the store, is a link, or has links in it.
+        """
+        log = Folder(self.store.home).local(f"{self.folder.relative_to(self.store.home)}/{LOG}")
+        for path in log.parent.rglob("*"):
+            top = path.relative_to(log.parent).parts[0]
+            # Checkpoints share their files with the result, and are never written to; wandb makes links of its own.
+            may_be_hard = path.is_dir() or "checkpoint-" in top
+            if top != WANDB and (path.is_symlink() or not (may_be_hard or path.stat().st_nlink == 1)):
+                raise StoreError(f"expected no links in {log.parent}, found {path}. Remove it and run again")
 
     def _reports(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         """The reports of steps among the lines of the training process; passes its messages on."""

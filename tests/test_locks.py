@@ -150,3 +150,17 @@ def test_a_lock_that_cannot_be_made_names_the_file(tmp_path: Path) -> None:
         files.exclusive(tmp_path / "file/lock", ""),
     ):
         pass
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard", "dangling"])
+def test_no_lock_is_written_through_a_link(tmp_path: Path, link: str) -> None:
+    victim, lock = tmp_path / "victim", tmp_path / "lock"
+    if link != "dangling":
+        victim.write_text("content")
+    if link == "hard":
+        lock.hardlink_to(victim)
+    else:
+        lock.symlink_to(victim)
+    with pytest.raises(OSError, match=f"link.*{lock}"), locks.exclusive(lock, "", pytest.fail, owner="me"):
+        pytest.fail("locked")
+    assert not victim.exists() if link == "dangling" else victim.read_text() == "content"

@@ -155,11 +155,22 @@ def test_packs_of_the_same_results_are_the_same_bytes(
     assert all((stores[0].home / name).read_bytes() == (stores[1].home / name).read_bytes() for name in names)
 
 
-def test_a_pack_is_named_after_its_keys(store: Store) -> None:
+def test_a_pack_is_named_after_its_contents(store: Store) -> None:
     name = store.write_pack(STAGE, ".png", RESULTS)[key(1)].pack
     assert store.write_pack(STAGE, ".png", RESULTS[:-1])[key(1)].pack != name
     assert store.write_pack(STAGE, ".png", RESULTS[::-1])[key(1)].pack != name
     assert store.write_pack(STAGE, ".png", RESULTS)[key(1)].pack == name
+
+
+def test_builds_that_make_other_bytes_of_the_same_keys_leave_each_others_packs_alone(store: Store) -> None:
+    """As two builds on GPUs do, side by side."""
+    first = store.write_pack(STAGE, ".png", [(key(1), b"by the first"), (key(2), ("bad_image", "no image"))])
+    second = store.write_pack(
+        STAGE, ".png", [(key(1), b"by the second"), (key(2), ("bad_image", "no image"))]
+    )
+    assert store.read(STAGE, first[key(1)]) == b"by the first"
+    assert store.read(STAGE, second[key(1)]) == b"by the second"
+    assert locations(store, STAGE)[key(1)] in (first[key(1)], second[key(1)])
 
 
 def truncated(data: bytes) -> bytes:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import luigi
 import pytest
+from stores import commit
 
 from spctrl import locks
-from tasks import logs
-from tasks.base import Ingredients, StageTask
-from tasks.store import Run
+from tasks.base import Ingredients
+from tasks.files import StoreError
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -29,60 +28,6 @@ if TYPE_CHECKING:
 HANG_S = 300
 """Only against hanging."""
 MADE_FROM = Ingredients(code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m"})
-
-
-class Counted(StageTask):
-    """A stage that counts how often it is made."""
-
-    stage = "counted"
-    function = "spctrl.records:rejects_table"
-    part = "all"
-    number = luigi.IntParameter()
-    makes: list[int]
-    on_make: Callable[[], object]
-
-    def make(self, run: Run) -> dict[str, int]:
-        self.makes.append(self.number)
-        self.on_make()
-        run.write("file", b"content")
-        return {"records": 1, "rejected": 0}
-
-    def parameters(self) -> dict[str, Any]:
-        return {}
-
-
-def test_what_two_processes_need_is_made_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from conftest import _luigi_settings
-
-    lines: list[str] = []
-    waits = threading.Event()
-    monkeypatch.setattr(logs, "notify", lambda line: (lines.append(line), waits.set()))
-    with _luigi_settings(workspace.settings_file()):
-        first, second = Counted(number=1), Counted(number=2)
-        makes: list[int] = []
-        first.makes = second.makes = makes
-        first.on_make = second.on_make = lambda: waits.wait(HANG_S)
-        threads = [threading.Thread(target=each.run) for each in (first, second)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(HANG_S)
-        assert first.is_up_to_date()
-    assert len(makes) == 1
-    assert lines == ["another process is building counted for all; waiting for it"]
-    assert [*(workspace.store / "locks").iterdir()] == []
-
-
-def lock_of(workspace: Workspace, dataset: str, split: str) -> Path:
-    """The lock of an index."""
-    from conftest import _luigi_settings
-
-    from tasks.index import Index
-
-    with _luigi_settings(workspace.settings_file()):
-        run = Index(dataset=dataset, split=split).current_run()
-    assert run is not None
-    return run.lock
 
 
 @contextlib.contextmanager
@@ -99,15 +44,14 @@ def group_of(build: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_a_build_that_waits(workspace: Workspace, workers: int) -> None:
-    lock = lock_of(workspace, "ap10k", "train")
+    folder = workspace.export_folder("ap10k")
     with (
-        locks.exclusive(lock, "", pytest.fail),
+        locks.exclusive(folder / ".spctrl/lock", "", pytest.fail),
         group_of(workspace.start("--workers", str(workers))) as build,
     ):
         assert build.stdout is not None
-        lines = iter(build.stdout)
-        assert any(
-            line == "another process is building index for ap10k-train; waiting for it\n" for line in lines
+        assert f"another process is exporting to {folder}; waiting for it\n" in iter(
+            build.stdout.readline, ""
         )
         os.killpg(build.pid, signal.SIGINT)
         output, _ = build.communicate(timeout=HANG_S)
@@ -150,7 +94,7 @@ def test_two_trainings_of_one_configuration_at_once_are_one(trainable: Workspace
     losses = (run.parent / "losses.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in losses] == [1, 2]
     assert [path.name for path in trainable.store.glob("training/*/*/*")].count("checkpoint-00000002") == 1
-    assert not [*trainable.store.glob("training/*/*/lock"), *trainable.store.glob("locks/*")]
+    assert not [*trainable.store.glob("training/*/*/lock"), *trainable.store.glob("training/*/*.lock")]
     assert trainable.faults() == []
 
 
@@ -181,7 +125,7 @@ def test_a_result_that_another_machine_committed_meanwhile_stays(trainable: Work
         run = task.current_run()
         assert run is not None
         run.write("controlnet/config.json", b"of the other machine")
-        run.commit([], {"inputs": {}, "counts": COUNTS})
+        commit(run, counts=COUNTS)
         before = {name: run.path(name).read_bytes() for name in run.files()}
         task.commit(run, COUNTS, 0.0)
         assert {name: run.path(name).read_bytes() for name in run.files()} == before
@@ -210,3 +154,29 @@ def test_a_training_removes_nothing_of_its_run_before_it_has_a_result(
             *("controlnet/config.json", "losses.jsonl", "rejects.parquet", "provenance.json")
         }
         assert run.path("controlnet/config.json").read_text() == "own"
+
+
+# A folder of checkpoints that comes from elsewhere
+
+
+@pytest.mark.parametrize("name", ["train.log", "losses.jsonl", "validation", "checkpoint-00000003", ""])
+def test_no_training_writes_through_a_link(trainable: Workspace, tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    with planned_training(trainable) as task:
+        link = task.folder / name
+        if link.is_dir():
+            victim.mkdir()
+            shutil.rmtree(link)
+        elif link.exists():
+            link.unlink()
+        link.symlink_to(victim)
+        with pytest.raises(StoreError, match=f"expected no .*links .*, found {link}"):
+            task._train()
+        if name == "train.log":
+            link.unlink()
+            victim.write_text("content")
+            link.hardlink_to(victim)
+            with pytest.raises(StoreError, match=f"expected no links in {task.folder}, found {link}"):
+                task._train()
+    assert not victim.exists() or victim.is_dir() or victim.read_text() == "content"
+    assert not victim.is_dir() or [*victim.iterdir()] == []

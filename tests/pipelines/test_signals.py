@@ -112,8 +112,7 @@ def ended(command: subprocess.Popen[str], tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-@pytest.mark.parametrize("start_method", START_METHODS)
+@pytest.mark.parametrize(("start_method", "send"), [("spawn", os.kill), ("forkserver", os.killpg)])
 def test_ctrl_c_lets_the_batches_under_way_finish_and_says_so(
     start: Start, tmp_path: Path, start_method: str, send: Send
 ) -> None:
@@ -126,8 +125,7 @@ def test_ctrl_c_lets_the_batches_under_way_finish_and_says_so(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-@pytest.mark.parametrize("start_method", START_METHODS)
+@pytest.mark.parametrize(("start_method", "send"), [("spawn", os.kill), ("forkserver", os.killpg)])
 def test_a_second_ctrl_c_ends_the_command_at_once(
     start: Start, tmp_path: Path, start_method: str, send: Send
 ) -> None:
@@ -149,8 +147,7 @@ def test_ctrl_c_while_workers_start_ends_the_command_at_once(start: Start, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-@pytest.mark.parametrize("start_method", START_METHODS)
+@pytest.mark.parametrize(("start_method", "send"), [("spawn", os.kill), ("forkserver", os.killpg)])
 def test_ctrl_c_lets_stages_in_processes_of_their_own_finish_their_batches(
     start: Start, tmp_path: Path, start_method: str, send: Send
 ) -> None:
@@ -165,8 +162,7 @@ def test_ctrl_c_lets_stages_in_processes_of_their_own_finish_their_batches(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-@pytest.mark.parametrize("start_method", START_METHODS)
+@pytest.mark.parametrize(("start_method", "send"), [("spawn", os.kill), ("forkserver", os.killpg)])
 def test_a_second_ctrl_c_ends_stages_in_processes_of_their_own(
     start: Start, tmp_path: Path, start_method: str, send: Send
 ) -> None:

@@ -30,6 +30,7 @@ from eval.pose_ap import METRICS as AP_METRICS
 from eval.pose_ap import THRESHOLDS, evaluate, scenario_weights
 from eval.settings import DetectionArea, Intervals
 from spctrl.errors import ExpectedError
+from spctrl.parquet import read_table
 
 Floats = NDArray[np.float64]
 SCORES, SAMPLES = "scores.parquet", "samples.npz"
@@ -255,7 +256,7 @@ def write_scores(scores: Scores, table: Path, samples: Path) -> None:
 
 def read_scores(folder: Path) -> Scores:
     """What ``write_scores`` wrote into a folder as ``SCORES`` and ``SAMPLES``."""
-    rows = pq.read_table(folder / SCORES, partitioning=None).to_pylist()
+    rows = read_table(folder / SCORES).to_pylist()
     with np.load(folder / SAMPLES, allow_pickle=False) as file:
         samples = {name: file[name] for name in file.files}
     return Scores(

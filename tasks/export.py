@@ -342,13 +342,11 @@ class Export(Manifest):
         """Rows of the manifest, each group of which becomes a file."""
         if not self.shard_kinds:
             return
-        import pyarrow.parquet as pq
-
-        from spctrl.parquet import read_table
+        from spctrl.parquet import open_table, read_table
         from spctrl.shards import shard_columns, shard_rows
 
         path, size = source.path(MANIFEST), settings.export().shard_images
-        table = read_table(path, columns=shard_columns(pq.read_schema(path)))
+        table = read_table(path, columns=shard_columns(open_table(path, []).schema_arrow))
         for kind in self.shard_kinds:
             code = digest(json.dumps(code_of((f"spctrl.shards:write_{kind}",), self.store)))
             for number, rows in enumerate(shard_rows(table, kind, size)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -83,10 +84,12 @@ def _try_to_acquire(path: Path) -> BinaryIO | None:
 
 def _open_unlinked(path: Path) -> int:
     """Open a file that has no other name: a lock file is written to, and may come with a folder from anywhere."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    if os.fstat(descriptor).st_nlink > 1:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    found = os.fstat(descriptor)
+    if found.st_nlink > 1 or not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
-        raise OSError(errno.EMLINK, "the lock file is a link", str(path))
+        raise OSError(errno.EMLINK, "the lock file is a link, or no file", str(path))
     return descriptor
 
 

@@ -7,7 +7,7 @@ many values and bytes each page expands to, which is what Arrow allocates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,14 @@ TEXTS_AT_ONCE = 4096
 LENGTH_BYTES = 4
 MAX_RUNS = 8
 """Of texts of one length, one after the other, in a dictionary."""
+MAX_DEPTH = 4
+"""Of structs in the header of a page."""
+LARGEST_I32 = 2**31 - 1
+WRITER = "parquet-cpp-arrow"
+PLAIN_TYPES = (
+    pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null, pa.types.is_string,
+    pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary,
+)  # fmt: skip
 DICTIONARY_PAGE = 2
 DICTIONARY_ENCODINGS = frozenset({2, 8})
 ENCODINGS = frozenset({0, 3, 4}) | DICTIONARY_ENCODINGS
@@ -70,12 +78,15 @@ def open_table(
         OSError, pa.ArrowException: it cannot be read.
     """
     if isinstance(source, Path):
-        raw, file_bytes = LocalFileSystem().open_input_file(str(source)), real_size(source.stat())
+        raw = LocalFileSystem().open_input_file(str(source))
+        with source.open("rb") as data:
+            file_bytes = real_size(data.fileno())
     else:
         raw, file_bytes = pa.BufferReader(source), len(source)
     budget = _Budget(_name(source), file_bytes, free_bytes + BYTES_PER_BYTE * file_bytes)
     _check_footer(raw, budget)
     file = pq.ParquetFile(raw, pre_buffer=False)
+    _check_schema(file, budget)
     _check_texts(raw, file, _check_pages(raw, file, columns, budget), budget)
     return file
 
@@ -117,14 +128,40 @@ def _check_footer(raw: pa.NativeFile, budget: _Budget) -> None:
         raise budget.damaged("one without its footer")
 
 
+def _check_schema(file: pq.ParquetFile, budget: _Budget) -> None:
+    """Arrow reads files of some other writers in ways that their pages do not show."""
+    if not str(file.metadata.created_by).startswith(WRITER):
+        raise budget.damaged(f"one that {file.metadata.created_by} has written, not {WRITER}")
+    if len(_lengths(file.schema_arrow, budget)) != file.metadata.num_columns:
+        raise budget.damaged("one with columns that its schema does not have")
+
+
+def _lengths(fields: Iterable[pa.Field], budget: _Budget, length: int = 1) -> list[int]:
+    """For each column of numbers or texts how many of them Arrow makes of one in the file."""
+    found = []
+    for field in fields:
+        kind = field.type
+        if pa.types.is_struct(kind):
+            found += _lengths(kind.fields, budget, length)
+        elif pa.types.is_fixed_size_list(kind):
+            found += _lengths([kind.value_field], budget, length * kind.list_size)
+        elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            found += _lengths([kind.value_field], budget, length)
+        elif any(is_kind(kind) for is_kind in PLAIN_TYPES):
+            found.append(length)
+        else:
+            raise budget.damaged(f"one with the type {kind}, which this project does not write")
+    return found
+
+
 def _check_pages(
     raw: pa.NativeFile, file: pq.ParquetFile, columns: Sequence[str] | None, budget: _Budget
 ) -> set[str]:
     """Count what pages expand to; returns paths of texts that a dictionary may expand further, which are to be counted
     one by one.
     """
-    metadata, schema = file.metadata, file.schema
-    widths = [max(schema.column(i).length, BYTES_PER_VALUE) for i in range(metadata.num_columns)]
+    metadata = file.metadata
+    widths = [length * BYTES_PER_VALUE for length in _lengths(file.schema_arrow, budget)]
     repeated_texts = set()
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
@@ -162,9 +199,8 @@ def _longest_text(raw: pa.NativeFile, page: _Page, compression: str) -> int:
     data = np.frombuffer(pa.decompress(raw.read(page.stored_bytes), page.expanded_bytes, "zstd"), np.uint8)
     at = longest = 0
     for _ in range(MAX_RUNS):
-        length = int.from_bytes(
-            data[at : at + LENGTH_BYTES].tobytes(), "little"
-        )  # each text comes after its length
+        # Each text comes after its length.
+        length = int.from_bytes(data[at : at + LENGTH_BYTES].tobytes(), "little")
         entries = data[at : len(data) - (len(data) - at) % (length + LENGTH_BYTES)].reshape(
             -1, length + LENGTH_BYTES
         )
@@ -228,70 +264,80 @@ ENCODING = {0: (5, 2), DICTIONARY_PAGE: (7, 2), 3: (8, 4)}
 
 def _pages(raw: pa.NativeFile, chunk: pq.ColumnChunkMetaData, budget: _Budget) -> Iterator[_Page]:
     """Headers of all pages of a column chunk, found where Arrow finds them; one without rows has none."""
-    if not chunk.total_compressed_size:
+    if not chunk.num_values and not chunk.total_compressed_size:
         return
     starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
     at = min(start for start in starts if start) if any(starts) else 0
     end = at + chunk.total_compressed_size
     if not 0 < at <= end <= raw.size():
         raise budget.damaged("a column outside of it")
+    values = 0
     while at < end:
         raw.seek(at)
         try:
-            header, header_bytes = _struct(raw.read(min(MAX_HEADER_BYTES, end - at)), 0)
-            kind, stored_bytes = header[KIND], int(header[STORED_BYTES])
-            field, encoding = ENCODING[kind]
-            page = _Page(
-                kind,
-                header[field][VALUES],
-                header[field][encoding],
-                header[EXPANDED_BYTES],
-                at + header_bytes,
-                stored_bytes,
-            )
+            page = _page(raw.read(min(MAX_HEADER_BYTES, end - at)), at)
         except (IndexError, KeyError, TypeError, ValueError):
             raise budget.damaged(f"no page at {at:,}") from None
-        at = page.start + stored_bytes
-        if (
-            page.encoding not in ENCODINGS
-            or min(stored_bytes, page.values, page.expanded_bytes) < 0
-            or at > end
-        ):
+        at = page.start + page.stored_bytes
+        if at > end or page.encoding not in ENCODINGS:
             raise budget.damaged(f"a page before {at:,} that this project does not write")
+        values += page.values if page.kind != DICTIONARY_PAGE else 0
         yield page
+    if values != chunk.num_values:
+        raise budget.damaged(f"{values:,} values in a column of {chunk.num_values:,}")
 
 
-def _struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
-    """Fields of a Thrift struct by number, and where it ends. Of texts, which nobody asks for, there is the length.
+def _page(data: bytes, at: int) -> _Page:
+    """The page whose header is at the start of some bytes, which the file has at ``at``.
 
     Raises:
-        IndexError, ValueError: there is none.
+        IndexError, KeyError, TypeError, ValueError: there is none.
     """
+    header, header_bytes = _struct(data, 0)
+    kind = header[KIND]
+    field, encoding = ENCODING[kind]
+    numbers = (header[field][VALUES], header[field][encoding], header[EXPANDED_BYTES], header[STORED_BYTES])
+    if not all(0 <= number <= LARGEST_I32 for number in numbers):
+        raise ValueError("expected sizes and counts")
+    values, own_encoding, expanded_bytes, stored_bytes = numbers
+    return _Page(kind, values, own_encoding, expanded_bytes, at + header_bytes, stored_bytes)
+
+
+def _struct(data: bytes, at: int, depth: int = MAX_DEPTH) -> tuple[dict[int, Any], int]:
+    """32-bit numbers and structs of a Thrift struct by field, and where it ends; fields of other types are None.
+
+    Raises:
+        IndexError, ValueError: there is none, or one that readers could understand in different ways.
+    """
+    if not depth:
+        raise ValueError("expected fewer levels")
     fields: dict[int, Any] = {}
     number = 0
     while kind := data[at] & 15:
         step, at = data[at] >> 4, at + 1
-        if step:
-            number += step
-        else:
-            number, at = _integer(data, at)
+        following, at = (number + step, at) if step else _integer(data, at)
+        if following <= number:
+            raise ValueError("expected fields in order")
+        number = following
+        fields[number] = None
         match kind:
-            case 1 | 2:
-                value: Any = kind == 1
+            case 1 | 2:  # true and false
+                pass
             case 3:
-                value, at = data[at], at + 1
-            case 4 | 5 | 6:
-                value, at = _integer(data, at)
+                at += 1
+            case 5:
+                fields[number], at = _integer(data, at)
+            case 4 | 6:
+                _, at = _integer(data, at)
             case 7:
-                value, at = None, at + 8
+                at += 8
             case 8:
-                value, at = _varint(data, at)
-                at += value
+                length, at = _varint(data, at)
+                at += length
             case 12:
-                value, at = _struct(data, at)
+                fields[number], at = _struct(data, at, depth - 1)
             case _:
                 raise ValueError(f"unexpected type {kind}")
-        fields[number] = value
     return fields, at + 1
 
 

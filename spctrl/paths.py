@@ -97,13 +97,20 @@ def listed_files(root: Path, names: Sequence[str], *, follow_links: bool = False
         UnsafePathError: one of the paths leads out; names it.
     """
     refuse_unsafe_paths(root, names)
+    if not all(name.strip("./") for name in names):
+        raise UnsafePathError(_leads_out(root, next(name for name in names if not name.strip("./"))))
     files = [root / name for name in names]
     if follow_links:
         return files
     confines = [str(root / name.split("/")[0]) if "/" in name else str(root) for name in names]
-    for name, is_outside in zip(names, outside_folders(list(map(str, files)), confines), strict=True):
+    for path, folder, is_outside in zip(
+        files, confines, outside_folders(list(map(str, files)), confines), strict=True
+    ):
         if is_outside:
-            raise UnsafePathError(_leads_out(root, name))
+            raise UnsafePathError(
+                f"expected a file within {folder}, found {path}, which is a link that leads out of it. Put the file "
+                "itself there, or leave out what it belongs to"
+            )
     return files
 
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
-BLOCK_BYTES = 512
-"""Unit of ``st_blocks`` on every system that has it."""
-COMPRESSION = 8
-"""Disks that compress files need fewer blocks than the files have bytes; what this project writes is compressed."""
-INLINE_BYTES = 2**16
-"""Disks may keep small files without blocks of their own."""
+MAX_STRETCHES = 4096
+"""Of data between holes, that are counted; programs write files in one."""
 
 
-def real_size(found: os.stat_result) -> int:
-    """Size in bytes without holes; never less than what is there, and the stated size where no blocks are counted."""
-    if not found.st_blocks:
-        return found.st_size
-    return min(found.st_size, INLINE_BYTES + COMPRESSION * BLOCK_BYTES * found.st_blocks)
+def real_size(descriptor: int) -> int:
+    """Size of an open file in bytes, without holes where the file system knows them.
+
+    Not by ``st_blocks``, which counts what a disk has compressed, or not written yet.
+    """
+    size = os.fstat(descriptor).st_size
+    counted = at = 0
+    try:
+        for _ in range(MAX_STRETCHES):
+            start = os.lseek(descriptor, at, os.SEEK_DATA)
+            at = os.lseek(descriptor, start, os.SEEK_HOLE)
+            counted += at - start
+            if at >= size:
+                break
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # there is no more data
+            return size
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return counted
 
 
-def is_sparse(found: os.stat_result) -> bool:
-    """Whether most of a file is holes."""
-    return real_size(found) < found.st_size
+def is_sparse(descriptor: int) -> bool:
+    """Whether most of an open file is holes."""
+    return 2 * real_size(descriptor) < os.fstat(descriptor).st_size

@@ -326,7 +326,7 @@ def code_of(functions: Sequence[str], store: Store) -> dict[str, str]:
     cache = digest_cache(store)
     key = f"code {' '.join(functions)} {_sources_stamp()}"
     components: dict[str, str] | None = cache.fact(key)
-    if components is None:
+    if not isinstance(components, dict) or not all(isinstance(each, str) for each in components.values()):
         components = dict(
             sorted(item for function in functions for item in code_components(function).items())
         )

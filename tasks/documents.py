@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 MAX_DOCUMENT_BYTES = 2**24
 """Names of 200,000 packs fit; decoded, the worst that fits takes some 25 times as much."""
+MAX_CONTAINERS = 2**16
+"""Lists and objects take far more memory and time than their text."""
 MAX_DEPTH = 64
 """Of lists and objects in each other; whoever prints or compares them walks down."""
 
@@ -27,8 +29,10 @@ def read_document(files: Files, name: str) -> Any:
 
 def parse_document(data: bytes) -> Any:
     """The same of a file's bytes."""
+    if (containers := data.count(b"[") + data.count(b"{")) > MAX_CONTAINERS:
+        raise ValueError(f"expected at most {MAX_CONTAINERS:,} lists and objects, found {containers:,}")
     try:
-        found = json.loads(data)
+        found = json.loads(data.decode())  # json would also take UTF-16, and bytes that are no text
     except RecursionError:
         raise ValueError(f"expected at most {MAX_DEPTH} levels of nesting, found more") from None
     _check_depth(found)

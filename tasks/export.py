@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from spctrl.paths import UnsafePathError, is_safe_relative_path
 from tasks import settings
 from tasks.base import MANIFEST, code_of, digest_cache
-from tasks.documents import read_document
+from tasks.documents import MAX_DOCUMENT_BYTES, read_document
 from tasks.files import Files, FileTooLargeError, Folder, StoreError, cannot_write, file_digest
 from tasks.index import AnnotationFile
 from tasks.inputs import InputChangedError
@@ -325,7 +325,7 @@ class Export(Manifest):
         rewriting = self._rewriting_code()
         columns = ["image_id", "file_name", "image_path", "image_digest", "image_orientation"]
         columns += [f"{name}_{what}" for name in self.conditions for what in ("path", "digest")]
-        for batch in open_table(source.path(MANIFEST)).iter_batches(columns=columns):
+        for batch in open_table(source.path(MANIFEST), columns).iter_batches(columns=columns):
             for row in batch.to_pylist():
                 image_id, name = row["image_id"], row["file_name"]
                 if row["image_path"] is not None:
@@ -387,7 +387,8 @@ class Export(Manifest):
                     ) from error
                 ledger.files[each.path] = Entry(each.made_from, each.made_from.split(" ")[1])
             elif each.kind == REWRITTEN:
-                data = self._upright_image(each.file_name, each.made_from.split(" ")[1])
+                (path,) = self.image_files([each.file_name])
+                data = self._upright_image(path, each.made_from.split(" ")[1])
                 self._put(each.path, data)
                 ledger.files[each.path] = Entry(each.made_from, content_digest(data))
             elif each.kind != HEATMAPS:
@@ -408,17 +409,12 @@ class Export(Manifest):
                 raise InputChangedError(f"{path} changed during the build; run again once it is stable")
         return dict(zip(digests, images, strict=True))
 
-    def _image(self, file_name: str, image_digest: str) -> bytes:
-        from tasks.work import FileSource
-
-        (path,) = self.image_files([file_name])
-        return self._read(FileSource(str(path), image_digest))
-
-    def _upright_image(self, file_name: str, image_digest: str) -> bytes:
+    def _upright_image(self, path: Path, image_digest: str) -> bytes:
         """A source image with its orientation tag set to 1."""
         from spctrl.orientation import without_orientation
+        from tasks.work import FileSource
 
-        return without_orientation(self._image(file_name, image_digest))
+        return without_orientation(self._read(FileSource(str(path), image_digest)))
 
     def _read(self, source: Source) -> bytes:
         from tasks.work import read_source
@@ -466,17 +462,20 @@ class Export(Manifest):
 
     def _file_reader(self, rows: pa.Table, locations: dict[str, Artifacts]) -> ReadFiles:
         """What reads the image, with its orientation tag set to 1, and the conditions of one of the rows."""
-        from tasks.work import ArtifactSource
+        from tasks.work import ArtifactSource, FileSource
 
         columns = ["image_id", "file_name", "image_digest", "image_orientation"]
         listed = {row["image_id"]: row for row in rows.select(columns).to_pylist()}
+        names = rows.column("file_name").to_pylist()
+        images = dict(zip(names, self.image_files(names), strict=True))
 
         def read_files(image_id: int) -> dict[str, bytes]:
             row, files = listed[image_id], {}
+            path, image_digest = images[row["file_name"]], row["image_digest"]
             if not _is_upright(row):
-                files[IMAGE] = self._upright_image(row["file_name"], row["image_digest"])
-            elif row["image_digest"] is not None:
-                files[IMAGE] = self._image(row["file_name"], row["image_digest"])
+                files[IMAGE] = self._upright_image(path, image_digest)
+            elif image_digest is not None:
+                files[IMAGE] = self._read(FileSource(str(path), image_digest))
             for name, places in locations.items():
                 files[name] = self._read(ArtifactSource(name, places[image_id]))
             return files
@@ -509,7 +508,12 @@ class Export(Manifest):
         yield (
             layout.categories,
             merged_categories(
-                {Path(name).name.removesuffix(CATEGORIES): self.place.read(name) for name in parts}
+                {
+                    Path(name).name.removesuffix(CATEGORIES): self.place.read(
+                        name, max_bytes=MAX_DOCUMENT_BYTES
+                    )
+                    for name in parts
+                }
             ),
         )
         if self.dataset == "humanart":

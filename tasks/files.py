@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import io
 import os
 import stat
 import time
@@ -177,7 +178,7 @@ class Folder(Files):
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         try:
-            with self.local(name).open("rb") as file:
+            with open_regular(self.local(name)) as file:
                 yield file
         except FileNotFoundError:
             raise
@@ -267,10 +268,9 @@ class Folder(Files):
 
     def temporary(self, name: str) -> Path:
         """A free path on the same disk, for a file that is to become the named one."""
-        path = self.local(name)
-        if self._temporaries is None:
-            return path.with_name(temporary_name(path.name))
-        return self.local(f"{self._temporaries}/{temporary_name(path.name)}")
+        folder, _, last = name.rpartition("/")
+        folder = folder if self._temporaries is None else self._temporaries
+        return self.local(f"{folder}/{temporary_name(last)}".lstrip("/"))
 
     def _refuse_links(self, folder: Path) -> None:
         if folder in self._checked_folders or self.path not in folder.parents:
@@ -292,10 +292,11 @@ class Folder(Files):
     def _walk(
         self, prefix: str, on_error: Callable[[OSError], None] | None = None
     ) -> Iterator[tuple[str, Info]]:
+        """Files below a folder. Linked folders are passed over; with ``on_error`` they are refused."""
         if prefix:
             self._refuse_links(self.local(prefix))
         for folder, folders, files in os.walk(self.path / prefix, onerror=on_error):
-            for each in folders:
+            for each in folders if on_error else ():
                 if (linked := Path(folder, each)).is_symlink():
                     raise self._linked(linked)
             for file in files:
@@ -576,7 +577,7 @@ def read_bounded(file: BinaryIO, place: str, max_bytes: int) -> bytes:
         FileTooLargeError: it has more than ``max_bytes``, or is mostly a hole; nothing was read.
     """
     found = os.fstat(file.fileno())
-    if found.st_size > max_bytes or is_sparse(found):
+    if found.st_size > max_bytes or is_sparse(file.fileno()):
         raise too_large(place, found.st_size, max_bytes)
     return file.read(found.st_size)
 
@@ -612,8 +613,21 @@ def exclusive(path: Path, activity: str) -> Iterator[None]:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file in hex."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file to read, and nothing else: a pipe would wait, a device may never end.
+
+    Raises:
+        OSError: it cannot be opened, or is none.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "expected a file, found something else", str(path))
+    return file
 
 
 def temporary_name(name: str) -> str:

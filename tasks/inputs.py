@@ -29,6 +29,13 @@ HASHING_THREADS = 8
 MISSING, TOO_LARGE = "missing", "too-large"
 EMPTY = hashlib.sha256().hexdigest()
 FILES_AT_ONCE = 16_384
+TABLES = (
+    "files (path TEXT PRIMARY KEY, size INT, mtime_ns INT, inode INT, digest TEXT)",
+    "facts (key TEXT PRIMARY KEY, value TEXT)",
+)
+IS_DIGEST = "typeof(digest) = 'text' AND length(digest) = 64"
+MAX_FACT = 2**24
+"""Characters; the largest are of the code of a stage, some hundred thousand."""
 SQLITE_SUFFIXES = ("journal", "wal", "shm")
 """Of files that SQLite keeps beside a database."""
 LOOK_UPS_TO_A_SCAN = 4
@@ -53,7 +60,7 @@ class DigestCache:
     A cache that cannot be opened or written (read-only disk) is done without.
 
     Raises:
-        StoreError: the file is a link, which SQLite would write through.
+        StoreError: the file is a link, which SQLite would write through, or another database.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,20 +75,27 @@ class DigestCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._database.execute("PRAGMA synchronous = OFF")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS files "
-                "(path TEXT PRIMARY KEY, size INT, mtime_ns INT, inode INT, digest TEXT)"
-            )
-            self._database.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT)")
+            for table in TABLES:
+                self._database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+            found = self._database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
         except (OSError, sqlite3.Error):
             self._database = None
+            return
+        if sorted(sql for (sql,) in found) != sorted(f"CREATE TABLE {table}" for table in TABLES):
+            self._database.close()  # views and triggers could do anything
+            raise StoreError(
+                f"expected the digests of files in {path}, found another database. Remove it; builds make it again"
+            )
 
     def fact(self, key: str) -> Any:
         """A JSON value kept earlier, or None."""
-        rows = self._execute("SELECT value FROM facts WHERE key = ?", [(key,)])
+        rows = self._execute(
+            f"SELECT value FROM facts WHERE key = ? AND typeof(value) = 'text' AND length(value) < {MAX_FACT}",
+            [(key,)],
+        )
         try:
             return json.loads(rows[0][0]) if rows else None
-        except (ValueError, TypeError):  # damaged
+        except (ValueError, RecursionError):  # damaged
             return None
 
     def keep_fact(self, key: str, value: Any) -> None:
@@ -195,9 +209,11 @@ class DigestCache:
         """All rows when most are asked for, since one scan is cheaper than many look-ups."""
         (newest,) = self._execute("SELECT max(rowid) FROM files", [()]) or [(None,)]
         if len(paths) * LOOK_UPS_TO_A_SCAN > (newest[0] or 0):
-            rows = self._execute("SELECT * FROM files", [()])
+            rows = self._execute(f"SELECT * FROM files WHERE {IS_DIGEST}", [()])
         else:
-            rows = self._execute("SELECT * FROM files WHERE path = ?", [(path,) for path in paths])
+            rows = self._execute(
+                f"SELECT * FROM files WHERE path = ? AND {IS_DIGEST}", [(path,) for path in paths]
+            )
         return {path: ((size, mtime_ns, inode), kept) for path, size, mtime_ns, inode, kept in rows}
 
     def _execute(self, statement: str, parameters: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

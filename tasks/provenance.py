@@ -97,6 +97,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_COUNT
 
 
+def _is_file_name(name: str) -> bool:
+    return is_safe_relative_path(name) and not {"", "."} & set(name.split("/"))
+
+
 def _is_duration(value: Any) -> bool:
     """A clock that was set back makes one below zero."""
     return type(value) in (int, float) and abs(value) <= LARGEST_COUNT and math.isfinite(value)
@@ -126,8 +130,8 @@ PROVENANCE_FORM = _object(
         "finished_at": TEXT,
         "duration_s": _value("a number of seconds", _is_duration),
         "made_by": _mapping(TEXT),
-        "files": _mapping(FILE, is_safe_relative_path),
-        "packs": _mapping(COUNT, is_safe_relative_path),
+        "files": _mapping(FILE, _is_file_name),
+        "packs": _mapping(COUNT, _is_file_name),
     },
     {
         "fingerprint": TEXT,
@@ -173,7 +177,12 @@ FORMS_BY_STAGE = {
     **dict.fromkeys(METRICS, _needs("scores.parquet", "samples.npz", also=("random",))),
     "segments": _needs(*RECORDS, "instances.parquet"),
     "manifest": _needs(*RECORDS, counts=("instances", "images_on_disk", "rejected")),
+    "poses": _needs("poses.parquet"),
+    **dict.fromkeys(("features", "real_features"), _needs("features.npz")),
+    "clip": _needs("clip.parquet"),
     "report": _needs("report.html"),
+    "benchmark_report": _needs("report.html"),
+    "tables": _needs("table.md", "table.parquet"),
     "prompts": _needs("prompts.parquet", "rejects.parquet"),
     "generate": _needs("images.parquet", "rejects.parquet"),
     "evaluated_images": _needs(

@@ -55,8 +55,9 @@ PROVENANCE = "provenance.json"
 ACCEPTED = "accepted.json"
 CACHE = "~/.cache/spctrl"
 COPIES = "copies"
-INDICES_AT_ONCE = 64
-MAX_INDEX_BYTES, MAX_INDEX_ROWS, FREE_INDEX_BYTES = 2**25, 2**18, 2**26
+INDICES_AT_ONCE, DOCUMENTS_AT_ONCE = 64, 16
+"""Files that are read in one go, which object stores answer together."""
+MAX_INDEX_BYTES, MAX_INDEX_ROWS, FREE_INDEX_BYTES = 2**23, 2**16, 2**26
 """Of a pack's index, which has some ten thousand rows at most; the last is what it may expand to whatever its size."""
 LARGEST_OFFSET = 2**62
 ODD_NUMBER, LARGEST_NUMBER = 0x9E3779B97F4A7C15, 2**64 - 1
@@ -273,11 +274,14 @@ class Store:
         parts = [name.split("/")[1:] for name in listing if name.endswith(f"/{PROVENANCE}")]
         found = [Run(self, *each[:3]) for each in parts if len(each) == 4 and part in ("*", each[1])]
         names = [run.name(PROVENANCE) for run in found]
-        contents = self.files.read_many([name for name in names if listing[name].size <= MAX_DOCUMENT_BYTES])
-        times = {
-            run: _provenance(run.stage, contents.get(name, b"")).get("finished_at")
-            for run, name in zip(found, names, strict=True)
-        }
+        times: dict[Run, str | None] = {}
+        for start in range(0, len(found), DOCUMENTS_AT_ONCE):
+            some = names[start : start + DOCUMENTS_AT_ONCE]
+            contents = self.files.read_many(
+                [name for name in some if listing[name].size <= MAX_DOCUMENT_BYTES]
+            )
+            for run, name in zip(found[start:], some, strict=False):
+                times[run] = _provenance(run.stage, contents.get(name, b"")).get("finished_at")
         listed = [run for run in found if damaged or times[run] is not None]
         return sorted(listed, key=lambda run: times[run] or "", reverse=True)
 
@@ -515,13 +519,14 @@ def _results(pack: str, size: int, index: bytes, wanted: NDArray[np.uint64]) -> 
 
     nothing = results_table({})
     try:
-        file = _open_index(index)
-        keys = file.read(["key"], use_threads=False).column("key").cast(pa.string())
+        # Most packs hold nothing that is wanted: their other columns are not even looked at.
+        keys = _open_index(index, ["key"]).read(["key"], use_threads=False).column("key").cast(pa.string())
         numbers = _numbers(keys)
+        is_wanted = wanted[np.searchsorted(wanted, numbers)] == numbers
+        table = _index_table(_open_index(index)) if is_wanted.any() else None
     except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: keys that are not ASCII
         return nothing
-    is_wanted = wanted[np.searchsorted(wanted, numbers)] == numbers
-    if not is_wanted.any() or (table := _index_table(file)) is None:
+    if table is None:
         return nothing
     end = pc.max(pc.add(table.column("offset"), table.column("size"))).as_py()
     if size != container_size(PurePosixPath(pack).suffix, [(0, end)]):
@@ -551,15 +556,15 @@ def _locations(pack: str, index: bytes) -> dict[str, Location]:
     return {key: Location(pack, *row) for key, *row in zip(*columns, strict=True)}
 
 
-def _open_index(index: bytes) -> pq.ParquetFile:
-    """A pack's index, before it is decoded.
+def _open_index(index: bytes, columns: Sequence[str] | None = None) -> pq.ParquetFile:
+    """A pack's index, or some of its columns, before it is decoded.
 
     Raises:
         OSError, ValueError, pa.ArrowException: it is damaged.
     """
     from spctrl.parquet import open_table
 
-    file = open_table(index, free_bytes=FREE_INDEX_BYTES)
+    file = open_table(index, columns, free_bytes=FREE_INDEX_BYTES)
     rows = file.metadata.num_rows
     # Every row has a key of its own, and keys are digests, which cannot be compressed.
     if rows > min(len(index) // KEY_BYTES, MAX_INDEX_ROWS):

@@ -23,7 +23,7 @@ from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask
 from tasks.code_version import ROOT
 from tasks.conditions import Latents
-from tasks.files import Folder, StoreError, exclusive, is_url, write_atomic
+from tasks.files import Folder, StoreError, is_url, open_regular, temporary_name, write_atomic
 from tasks.inputs import MISSING
 from tasks.manifest import Manifest
 from tasks.model_stage import Weights, weights_at, weights_digest
@@ -42,6 +42,7 @@ KEPT = (CONFIG, "losses.jsonl", "validation", "logs")
 RESULT = ("controlnet", "adapter", "learned_embeds.bin")
 """What of a checkpoint is the result; the rest is for continuing."""
 MESSAGE_LINES = 30
+MAX_TEXT_BYTES = 4096
 WANDB = "wandb"
 """Folder of its tracker."""
 
@@ -80,7 +81,16 @@ class Train(StageTask):
     @property
     def folder(self) -> Path:
         """Where checkpoints lie."""
-        return self.store.home / "training" / self.part / self.made_from().fingerprint
+        return self.store.home / self._folder_name
+
+    @property
+    def _folder_name(self) -> str:
+        return f"training/{self.part}/{self.made_from().fingerprint}"
+
+    @functools.cached_property
+    def _home(self) -> Folder:
+        """All trainings are on this machine, wherever the store is."""
+        return Folder(self.store.home)
 
     def computation(self) -> str:
         """The fingerprint of all that decides what a step computes, but for its learning rates."""
@@ -94,7 +104,14 @@ class Train(StageTask):
         """Folders of other trainings, finished or not, whose steps compute the same at equal learning rates."""
         own = self.computation()
         files = sorted(self.store.home.glob(f"training/*/*/{COMPUTATION}"))
-        return [file.parent for file in files if file.parent != self.folder and _text(file) == own]
+        others = [file.parent for file in files if file.parent != self.folder and _text(file) == own]
+        # Their files are copied, and so would be what their links lead to.
+        return [folder for folder in others if self._link_in(folder) is None]
+
+    def _link_in(self, folder: Path) -> Path | None:
+        """A symbolic link in the folder of a training, other than those that wandb makes."""
+        links = (path for path in folder.rglob("*") if path.is_symlink())
+        return next((path for path in links if path.relative_to(folder).parts[0] != WANDB), None)
 
     # What it is made from
 
@@ -189,7 +206,7 @@ class Train(StageTask):
 
     def run(self) -> None:
         # Two processes would train in the same folder. Other stages may be made twice: their packs are apart.
-        with exclusive(self.folder.with_suffix(".lock"), f"training {self.part}"):
+        with self._home.exclusive(f"{self._folder_name}.lock", f"training {self.part}"):
             super().run()
 
     def commit(self, run: Run, counts: Mapping[str, int], started: float) -> None:
@@ -197,7 +214,7 @@ class Train(StageTask):
         from spctrl.training.checkpoints import LOCK
 
         # No run of the training processes, of a killed build or started by hand, may be in the folder now.
-        with exclusive(self.folder / LOCK, f"training in {self.folder}"):
+        with self._home.exclusive(f"{self._folder_name}/{LOCK}", f"training in {self.folder}"):
             run.forget()
             if not self.is_up_to_date():
                 self._take_result(run)
@@ -290,7 +307,7 @@ class Train(StageTask):
         """
         from spctrl.training.config import write_training_config
 
-        self._refuse_links()
+        self._own_files()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_training_config(self.how, self.folder / CONFIG)  # also what a later edit would change
         write_atomic(self.folder / COMPUTATION, self.computation().encode())
@@ -307,19 +324,21 @@ class Train(StageTask):
             tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-MESSAGE_LINES:])
             raise RuntimeError(f"training {self.part} failed; the end of {log}:\n{tail}")
 
-    def _refuse_links(self) -> None:
-        """Training writes into files of its folder, which may come with a store from anywhere.
+    def _own_files(self) -> None:
+        """See that training writes into no files of others: its folder may come with a store from anywhere.
 
         Raises:
             StoreError: the folder, or one above it in the store, is a link, or has links in it.
         """
-        log = Folder(self.store.home).local(f"{self.folder.relative_to(self.store.home)}/{LOG}")
-        for path in log.parent.rglob("*"):
-            top = path.relative_to(log.parent).parts[0]
-            # Checkpoints share their files with the result, and are never written to; wandb makes links of its own.
-            may_be_hard = path.is_dir() or "checkpoint-" in top
-            if top != WANDB and (path.is_symlink() or not (may_be_hard or path.stat().st_nlink == 1)):
-                raise StoreError(f"expected no links in {log.parent}, found {path}. Remove it and run again")
+        folder = self._home.local(f"{self._folder_name}/{LOG}").parent
+        if (link := self._link_in(folder)) is not None:
+            raise StoreError(f"expected no links in {folder}, found {link}. Remove it and run again")
+        for path in folder.rglob("*"):
+            is_shared = path.is_file() and path.lstat().st_nlink > 1  # in a copy of the store by hard links
+            if is_shared and "checkpoint-" not in path.relative_to(folder).parts[0]:  # never written to
+                copy = path.with_name(temporary_name(path.name))
+                shutil.copyfile(path, copy)
+                copy.replace(path)
 
     def _reports(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         """The reports of steps among the lines of the training process; passes its messages on."""
@@ -400,9 +419,10 @@ class Train(StageTask):
 
 
 def _text(path: Path) -> str | None:
-    """What a file says; None where it cannot be read, such as one that is being removed."""
+    """What a small file says; None where it cannot be read, such as one that is being removed."""
     try:
-        return path.read_text()
+        with open_regular(path) as file:
+            return file.read(MAX_TEXT_BYTES).decode()
     except (OSError, ValueError):
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -336,8 +336,11 @@ def _repack(
     moved: dict[str, dict[tuple[str, str], Location]] = defaultdict(dict)
     waiting: dict[tuple[str, str], list[tuple[str, str, bytes]]] = defaultdict(list)
 
+    waiting_bytes: Counter[tuple[str, str]] = Counter()
+
     def flush(stage: str, suffix: str) -> None:
         batch = waiting.pop((stage, suffix), [])
+        waiting_bytes[stage, suffix] = 0
         unique = {key: data for _, key, data in batch}
         places = store.write_pack(stage, suffix, list(unique.items())) if unique else {}
         moved[stage] |= {(pack, key): places[key] for pack, key, _ in batch}
@@ -348,7 +351,8 @@ def _repack(
             if key in live[stage] and location.code is None:
                 data = store.read(stage, location)
                 waiting[stage, suffix].append((pack, key, data))
-                if sum(len(data) for _, _, data in waiting[stage, suffix]) >= BYTES_PER_REPACK:
+                waiting_bytes[stage, suffix] += len(data)
+                if waiting_bytes[stage, suffix] >= BYTES_PER_REPACK:
                     flush(stage, suffix)
         if len(waiting[stage, suffix]) >= RECORDS_PER_REPACK:
             flush(stage, suffix)
@@ -364,7 +368,7 @@ def _follow(run: Run, moved: dict[tuple[str, str], Location]) -> None:
     from spctrl.parquet import read_table
 
     rows = read_table(run.path(MANIFEST)).to_pylist()
-    if not any((row["pack"], row["key"]) in moved for row in rows):
+    if not any((row.get("pack"), row.get("key")) in moved for row in rows):
         return
     for row in rows:
         if (place := moved.get((row["pack"], row["key"]))) is not None:

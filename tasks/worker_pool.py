@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, MutableSequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, Literal, TypeVar
 
@@ -146,8 +145,11 @@ class WorkerPool:
             self._free.append(slot)
             if isinstance(future.exception(), _SkippedError):
                 continue
-            self._batch_s = time.monotonic() - self._clock[slot]
-            yield functools.partial(self._result, future)
+            if isinstance(future.exception(), BrokenProcessPool):
+                raise self._lost() from future.exception()
+            if began := self._clock[slot]:
+                self._batch_s = time.monotonic() - began
+            yield future.result
         if self._is_stopped and not self._has_said_so:
             self._say_that_it_stops()
 
@@ -168,17 +170,7 @@ class WorkerPool:
         if self._batch_s is not None:
             left_s = self._batch_s - (time.monotonic() - max(begun))
             when = f" (about {max(left_s, 1):.0f} s)"
-        message = f"stopping after this batch{when}; press Ctrl-C again to stop now"
-        if logs.are_json():
-            logs.event(message)
-        else:
-            print(message, file=sys.stderr, flush=True)
-
-    def _result(self, future: Future[Result]) -> Result:
-        try:
-            return future.result()
-        except BrokenProcessPool as error:
-            raise self._lost() from error
+        logs.notify(f"stopping after this batch{when}; press Ctrl-C again to stop now")
 
     def _lost(self) -> WorkerError:
         self.kill()  # a worker that was just starting would be waited for at the end of this process
@@ -197,6 +189,11 @@ def _initialize_worker(clock: MutableSequence[float]) -> None:
     global _clock
     _clock = clock
     end_with_parent()
+    with suppress(ImportError):
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        # Its own lock is one for several processes, of which Python would report a leak where this one is killed.
+        tqdm.set_lock(threading.RLock())
 
 
 def end_with_parent() -> None:

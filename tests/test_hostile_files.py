@@ -459,3 +459,63 @@ def test_no_cache_is_written_through_a_link(tmp_path: Path, name: str) -> None:
     with pytest.raises(StoreError, match=f"expected a database at .*/{name}, found a symbolic link"):
         DigestCache(tmp_path / "store/cache.sqlite")
     assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DROP TABLE files; CREATE VIEW files AS WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
+        "SELECT 'p' || x AS path, 1 size, 1 mtime_ns, 1 inode, 'd' digest FROM c",
+        "DROP TABLE facts; CREATE VIEW facts AS SELECT 'k' AS key, hex(zeroblob(400000000)) AS value",
+        "CREATE TRIGGER t AFTER INSERT ON files BEGIN DELETE FROM facts; END",
+        "ALTER TABLE files ADD COLUMN more INT",
+    ],
+    ids=["endless view", "large view", "trigger", "column"],
+)
+def test_a_cache_that_is_another_database_is_refused(tmp_path: Path, change: str) -> None:
+    DigestCache(tmp_path / "cache.sqlite")
+    with sqlite3.connect(tmp_path / "cache.sqlite") as database:
+        database.executescript(change)
+    with pytest.raises(StoreError, match=r"expected the digests of files in .*, found another database"):
+        DigestCache(tmp_path / "cache.sqlite")
+
+
+@pytest.mark.parametrize("value", ["5", "[1, 2]", "[" * 200_000, b"5", None, '"' + "x" * 2**24 + '"'])
+def test_facts_of_other_types_are_none(tmp_path: Path, value: object) -> None:
+    from tasks.base import code_of, digest_cache
+
+    store = Store(tmp_path)
+    function = ("spctrl.records:rejects_table",)
+    expected = code_of(function, store)
+    with sqlite3.connect(tmp_path / "cache.sqlite") as database:
+        database.execute("UPDATE facts SET value = ?", (value,))
+    assert code_of(function, store) == expected
+    assert digest_cache(store).fact("no such key") is None
+
+
+@pytest.mark.parametrize("digest", [None, b"\xff\0", 5, "", "x" * 65])
+def test_digests_of_other_types_are_found_again(tmp_path: Path, digest: object) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    os.utime(path, (1, 1))
+    cache = DigestCache(tmp_path / "cache.sqlite")
+    expected = cache.file_digest(path)
+    with sqlite3.connect(tmp_path / "cache.sqlite") as database:
+        assert database.execute("UPDATE files SET digest = ?", (digest,)).rowcount == 1
+    assert cache.file_digest(path) == expected == hashlib.sha256(b"content").hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_neither_read_nor_locked(tmp_path: Path, kind: str) -> None:
+    files = files_at(tmp_path)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "x")
+    elif kind == "device":
+        (tmp_path / "x").symlink_to("/dev/zero")
+    else:
+        (tmp_path / "x").mkdir()
+    for read in (files.read, files.digest, lambda name: files.read(name, max_bytes=10)):
+        with pytest.raises((StoreError, OSError)):
+            read("x")
+    with pytest.raises(StoreError), files.exclusive("x", "reading"):
+        pytest.fail("locked")

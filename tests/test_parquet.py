@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -205,11 +204,77 @@ def test_texts_of_one_length_are_counted_without_reading_them(texts: list[str]) 
     assert found == (page.expanded_bytes if len(texts) == 60 else longest)
 
 
-@pytest.mark.parametrize("number", range(40))
-def test_damaged_pages_are_refused_or_read(number: int) -> None:
-    data = bytearray(written(genuine().slice(0, 300)))
-    rng = np.random.default_rng(number)
-    for at in rng.integers(4, len(data), 3):
-        data[at] = rng.integers(256)
-    with suppress(OSError, ValueError, pa.ArrowException):
-        read_table(bytes(data))
+def varint(number: int) -> bytes:
+    low = bytes([number & 127 | (128 if number > 127 else 0)])
+    return low + varint(number >> 7) if number > 127 else low
+
+
+def field(step: int, kind: int, content: bytes) -> bytes:
+    """A field of a Thrift struct, so many numbers after the one before."""
+    return bytes([step << 4 | kind]) + content
+
+
+def number(value: int) -> bytes:
+    return varint(value << 1 if value >= 0 else -value << 1 | 1)
+
+
+I16, I32, DOUBLE, TEXT, STRUCT = 4, 5, 7, 8, 12
+COUNTED = field(1, I32, number(10)) + field(1, I32, number(0))
+START = field(1, I32, number(0)) + field(1, I32, number(80)) + field(1, I32, number(50))
+HEADERS = {
+    "fields twice": START + field(2, STRUCT, field(1, I32, number(10**9)) + b"\x04" + number(1) + number(1) + b"\0"),
+    "another type": START + field(2, STRUCT, field(1, I16, number(1)) + field(1, I32, number(0)) + b"\0"),
+    "a double": START + field(2, STRUCT, field(1, DOUBLE, bytes(8)) + field(1, I32, number(0)) + b"\0"),
+    "a struct": START + field(2, STRUCT, field(1, STRUCT, b"\0") + field(1, I32, number(0)) + b"\0"),
+    "a struct for a number": START + field(2, STRUCT, field(1, I32, number(1)) + field(1, STRUCT, b"\0") + b"\0"),
+    "below zero": START + field(2, STRUCT, field(1, I32, number(-1)) + field(1, I32, number(0)) + b"\0"),
+    "more than 32 bits": START + field(2, STRUCT, field(1, I32, number(2**32 + 1)) + field(1, I32, number(0)) + b"\0"),
+    "deep": b"\x1c" * 2000,
+    "cut": START + field(2, STRUCT, COUNTED),
+    "no page of its kind": START,
+    "an index": field(1, I32, number(1)) + START[2:] + field(2, STRUCT, COUNTED + b"\0"),
+    "a list": field(1, 9, b"\0"),
+}  # fmt: skip
+
+
+def test_a_header_is_read() -> None:
+    header = START + field(2, STRUCT, COUNTED + field(1, TEXT, b"\2xx") + b"\0") + b"\0"
+    assert parquet._page(header + b"more", 7) == (0, 10, 0, 80, 7 + len(header), 50)
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_header_that_could_be_read_in_two_ways_is_refused(header: bytes) -> None:
+    with pytest.raises((IndexError, KeyError, TypeError, ValueError)):
+        parquet._page(header + b"\0", 0)
+
+
+def test_headers_that_mean_harm_are_refused_or_read() -> None:
+    data = written(genuine().slice(0, 300))
+    columns = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
+    starts = [
+        columns.column(i).dictionary_page_offset or columns.column(i).data_page_offset for i in range(8)
+    ]
+    rng = np.random.default_rng(0)
+    refused = 0
+    for seed in range(400):
+        damaged = bytearray(data)
+        at = int(starts[seed % len(starts)] + rng.integers(20))
+        damaged[at] = rng.choice([0, 0x15, 0x1C, 0x2C, 0x5C, 0xFF, rng.integers(256)])
+        try:
+            read_table(bytes(damaged))
+        except (OSError, ValueError, pa.ArrowException):  # and nothing else
+            refused += 1
+    assert refused > 200
+
+
+def test_what_arrow_reads_otherwise_than_its_pages_say_is_refused() -> None:
+    lists = pa.FixedSizeListArray.from_arrays(pa.nulls(40_000_000, pa.int8()), 4_000_000)
+    few = written(pa.table({"x": pa.array([None] * 10, lists.type)}))
+    assert len(few) < 10_000
+    with pytest.raises(TableError, match="to expand to at most"):
+        open_table(few)
+    other = written(genuine()).replace(b"parquet-cpp-arrow", b"parquet-mr-arrows")
+    with pytest.raises(TableError, match=r"found one that parquet-mr-arrows .* has written"):
+        open_table(other)
+    with pytest.raises(TableError, match=r"found one with the type decimal128\(9, 2\)"):
+        open_table(written(pa.table({"x": pa.array([None], pa.decimal128(9, 2))})))

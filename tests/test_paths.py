@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, get_origin, get_type_hints
 
@@ -270,9 +271,9 @@ def test_listed_files_are_those_below_the_folder(dataset: Path) -> None:
 
 @pytest.mark.parametrize("name", [*LINKED, *UNSAFE, "", ".", "data/outside.jpg/"])
 def test_a_listed_path_that_leads_out_is_refused(dataset: Path, name: str) -> None:
-    with pytest.raises(UnsafePathError, match="which leads out of it") as caught:
+    found = dataset / name if "outside" in name else repr(name)
+    with pytest.raises(UnsafePathError, match=f"{re.escape(f'found {found}')}.* leads out of it"):
         listed_files(dataset, [*SAFE, name])
-    assert repr(name) in str(caught.value) and f"below {dataset}, found" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", UNSAFE)

@@ -12,7 +12,7 @@ import pytest
 from conftest import Workspace, _luigi_settings
 from stores import FACTS, commit
 
-from tasks.documents import MAX_DOCUMENT_BYTES
+from tasks.documents import MAX_DOCUMENT_BYTES, parse_document
 from tasks.provenance import ProvenanceError, parse_provenance
 from tasks.store import PROVENANCE, Run, Store
 from tasks.upkeep import collect, verify
@@ -273,3 +273,17 @@ def test_commands_and_builds_go_on_after_an_unsound_provenance(
     assert again.exit_code == 0, again.output
     assert "Traceback" not in again.output
     assert "spatext" in again.stages
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"a": "\xed\xa0\x80"}', '{"a": "b"}'.encode("utf-16"), b'{"a": "\\ud800"}']
+)
+def test_a_document_of_other_bytes_than_utf_8_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="codec can't"):
+        parse_document(data)
+
+
+@pytest.mark.parametrize("filling", [b"[],", b"{},", b"[{}],"])
+def test_a_document_of_many_lists_is_refused_before_it_is_read(filling: bytes) -> None:
+    with pytest.raises(ValueError, match="expected at most 65,536 lists and objects, found"):
+        parse_document(b"[" + filling * 66_000 + b"0]")

@@ -89,8 +89,8 @@ def test_all_processes_of_a_run_wait_with_the_first(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")
     lock = tmp_path / stored.LOCK
-    other = locks.exclusive(lock, "", pytest.fail, owner="localhost:29501")
-    own = locks.exclusive(lock, "", pytest.fail, owner="localhost:29500")
+    other = locks.exclusive(lock, "", pytest.fail, owner=command._run_id().replace("29500", "29501"))
+    own = locks.exclusive(lock, "", pytest.fail, owner=command._run_id())
     other.__enter__()
     sleeps: list[float] = []
 

@@ -298,3 +298,12 @@ def test_gc_leaves_trained_networks(tmp_path: Path) -> None:
     assert [run.stage for run in waste.runs] == ["spatext"] * 2
     assert len(list((tmp_path / "runs" / "train").rglob("weights"))) == 3
     assert len(list((tmp_path / "runs" / "spatext").rglob("weights"))) == 1
+
+
+def test_gc_passes_over_the_links_of_a_trainings_tracker(built: Workspace, tmp_path: Path) -> None:
+    (tmp_path / ".tmp-12345678-theirs").write_text("content")
+    runs = built.store / "training/ap10k/fingerprint/wandb"
+    runs.mkdir(parents=True)
+    (runs / "latest-run").symlink_to(tmp_path)
+    collect(Store(built.store), [], keep=3, grace_s=-1, dry_run=False)
+    assert (tmp_path / ".tmp-12345678-theirs").read_text() == "content"

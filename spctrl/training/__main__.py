@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import select
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 ERROR = "error.txt"
 """Below the output: why a run stopped, in words."""
+LOOPBACK = frozenset({"", "127.0.0.1", "::1", "localhost"})
 LINE_EVERY_S, JSON_EVERY_S = 5.0, 0.5
 LOG = logging.getLogger("spctrl.training")
 
@@ -184,8 +186,13 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 def _run_id() -> str:
-    """The same in all processes of a run, and another one in any other run at that time."""
-    return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', os.getpid())}"
+    """The same in all processes of a run, and another one in any other run at that time.
+
+    Launchers give a run on one machine a loopback address, and often the same port.
+    """
+    address = os.environ.get("MASTER_ADDR", "")
+    machine = socket.gethostname() if address in LOOPBACK else ""
+    return f"{machine} {address}:{os.environ.get('MASTER_PORT', os.getpid())}"
 
 
 def _end_without_reader() -> None:

@@ -176,7 +176,38 @@ def test_no_training_writes_through_a_link(trainable: Workspace, tmp_path: Path,
             link.unlink()
             victim.write_text("content")
             link.hardlink_to(victim)
-            with pytest.raises(StoreError, match=f"expected no links in {task.folder}, found {link}"):
-                task._train()
+            task._own_files()
+            assert (link.read_text(), victim.stat().st_nlink) == ("content", 1)
     assert not victim.exists() or victim.is_dir() or victim.read_text() == "content"
     assert not victim.is_dir() or [*victim.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["training", "training/train"])
+def test_no_training_locks_through_a_link(trainable: Workspace, tmp_path: Path, name: str) -> None:
+    with planned_training(trainable) as task:
+        elsewhere = tmp_path / "elsewhere"
+        shutil.move(trainable.store / name, elsewhere)
+        (trainable.store / name).symlink_to(elsewhere)
+        for folder in (elsewhere, elsewhere / "train"):
+            (folder / f"{task.folder.name}.lock").write_text("content") if folder.is_dir() else None
+        before = sorted(elsewhere.rglob("*"))
+        for step in (task.run, lambda: task.commit(task.current_run(), COUNTS, 0.0)):
+            with pytest.raises(
+                StoreError, match=f"expected no symbolic links .*, found {trainable.store / name}"
+            ):
+                step()
+        assert sorted(elsewhere.rglob("*")) == before
+        assert {path.read_text() for path in elsewhere.rglob("*.lock")} == {"content"}
+
+
+def test_no_training_continues_one_whose_folder_has_links(trainable: Workspace, tmp_path: Path) -> None:
+    with planned_training(trainable) as task:
+        others = [task.folder.with_name(name) for name in ("plain", "linked", "endless", "tracked")]
+        for folder in others:
+            (folder / "wandb").mkdir(parents=True)
+            (folder / "computation").write_text(task.computation())
+        (others[1] / "logs").symlink_to(tmp_path)
+        (others[2] / "computation").unlink()
+        (others[2] / "computation").symlink_to("/dev/zero")
+        (others[3] / "wandb" / "latest-run").symlink_to(tmp_path)
+        assert task.earlier_runs() == [others[0], others[3]]

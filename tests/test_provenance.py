@@ -76,7 +76,7 @@ TEXTS = {
 
 
 def changes() -> Iterator[tuple[str, Change]]:
-    for name in FACTS.keys() | {"files", "packs"}:
+    for name in (*FACTS, "files", "packs"):
         yield f"no {name}", lambda found, name=name: found.pop(name)  # type: ignore[misc]
     for name, values in WRONG.items():
         for value in values:

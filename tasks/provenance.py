@@ -108,6 +108,9 @@ def _is_duration(value: Any) -> bool:
 
 ANYTHING = _value("a JSON value", lambda value: True)
 TEXT = _value("a text", lambda value: isinstance(value, str))
+TEXTS = _value(
+    "a list of texts", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value)
+)
 COUNT = _value("a whole number of at least 0", _is_count)
 SHA256 = _value(
     "a SHA-256 in hex",
@@ -137,11 +140,8 @@ PROVENANCE_FORM = _object(
         "fingerprint": TEXT,
         "weights": TEXT,
         "adjustments": COUNTS,
-        "random": _value("true or false", lambda value: isinstance(value, bool)),
-        "warnings": _value(
-            "a list of texts",
-            lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
-        ),
+        "random": TEXTS,
+        "warnings": TEXTS,
         "git_commit": _value("a text or null", lambda value: isinstance(value, str | None)),
     },
 )

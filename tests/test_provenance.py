@@ -58,7 +58,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "fingerprint": (None, 1),
     "weights": (None, 1),
     "adjustments": (None, [], {"clipped": "1"}, {"clipped": -1}, {"clipped": None}),
-    "random": (None, 0, "yes"),
+    "random": (None, 0, "yes", True, [7]),
     "warnings": (None, "x", [1]),
     "git_commit": (1, ["x"]),
 }
@@ -107,7 +107,7 @@ SOUND: dict[str, Any] = {
     "counts": dict.fromkeys(
         ("records", "made", "rejected", "instances", "images_on_disk", "poses", "annotated"), 1
     ),
-    "random": False,
+    "random": ["vitpose"],
     "files": {name: {"size": 1, "digest": SHA} for name in FILES},
     "packs": {"a.tar": 10_240},
 }
@@ -127,7 +127,7 @@ def changed(provenance: dict[str, Any], change: Change) -> bytes:
     "addition",
     [
         {},
-        {"weights": "random", "git_commit": None, "warnings": ["few images"], "random": True},
+        {"weights": "random", "git_commit": None, "warnings": ["few images"], "random": []},
         {"adjustments": {"a kind that only a later version knows": 3}, "fingerprint": "f"},
         {"duration_s": -3.5},  # the clock was set back
         {"duration_s": 2, "what nobody reads": [None]},

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,11 +38,11 @@ Send = Callable[[int, int], None]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts ``luigi`` with a target of ``slow_stages`` in a process group of its own."""
     started: list[subprocess.Popen[str]] = []
+    temporary = tempfile.mkdtemp()  # below tmp_path, addresses of sockets would be too long
+    (tmp_path / "tmp").symlink_to(temporary)
 
     def start(target: str, *options: str, seconds: list[float], **environment: str) -> subprocess.Popen[str]:
         paths = [str(REPOSITORY), str(REPOSITORY / "tests")]
-        temporary = tmp_path / "tmp"
-        temporary.mkdir(exist_ok=True)
         started.append(
             subprocess.Popen(
                 [
@@ -51,7 +53,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(paths),
-                    "TMPDIR": str(temporary),
+                    "TMPDIR": temporary,
                     **environment,
                 },
                 stdout=subprocess.PIPE,
@@ -66,7 +68,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for process in started:
         if group_members(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        if process.stdout is not None and not process.stdout.closed:
+            process.communicate()
+    shutil.rmtree(temporary)
 
 
 def wait_until(is_so: Callable[[], object], command: subprocess.Popen[str]) -> None:

@@ -435,7 +435,12 @@ class Run:
         self.store.files.remove([self.name(name) for name in self.files().keys() - names])
 
     def commit(self, packs: Iterable[str], provenance: Mapping[str, Any]) -> None:
-        """Declare the run done: name its files and packs, then what it was made of."""
+        """Declare the run done: name its files and packs, then what it was made of.
+
+        Raises:
+            ProvenanceError: readers would take it for damaged; nothing was written.
+            StoreError: a pack is gone, or the file cannot be written.
+        """
         files = {
             name: {"size": info.size, "digest": self.store.files.digest(self.name(name))}
             for name, info in self.files().items()
@@ -449,7 +454,9 @@ class Run:
                 "Run again"
             )
         content = {**provenance, "files": files, "packs": {pack: sizes[name] for pack, name in names.items()}}
-        self.write(PROVENANCE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        data = json.dumps(content, indent=1, ensure_ascii=False).encode()
+        parse_provenance(self.stage, data)  # or the stage would be built again and again
+        self.write(PROVENANCE, data)
 
     def uncommit(self) -> None:
         """Make the stage run again; artifacts stay and are found again."""

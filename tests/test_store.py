@@ -14,10 +14,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stores import commit, locations
+from stores import FACTS, commit, locations
 
 from spctrl.errors import ExpectedError
 from tasks.files import TEMPORARY, StoreError, file_digest, files_at, write_atomic
+from tasks.provenance import ProvenanceError
 from tasks.store import (
     PROVENANCE,
     Location,
@@ -373,13 +374,23 @@ def test_a_damaged_provenance_is_that_of_no_run(run: Run, content: bytes) -> Non
 
 def test_a_commit_that_fails_leaves_no_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     run = store.run(STAGE, "ap10k-train", "0" * 32)
-    run.write("manifest.parquet", b"")
+    for name in ("manifest.parquet", "rejects.parquet"):
+        run.write(name, b"")
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", fail_with(errno.ENOSPC))
         with pytest.raises(StoreError):
-            run.commit([], {})
+            run.commit([], FACTS)
     assert not run.is_whole()
-    assert names_below(run.folder) == ["manifest.parquet"]
+    assert names_below(run.folder) == ["manifest.parquet", "rejects.parquet"]
+
+
+def test_what_readers_would_take_for_damaged_is_not_committed(store: Store) -> None:
+    run = store.run(STAGE, "ap10k-train", "0" * 32)
+    for name in ("manifest.parquet", "rejects.parquet"):
+        run.write(name, b"")
+    with pytest.raises(ProvenanceError, match="expected a list of texts as random, found true"):
+        run.commit([], {**FACTS, "random": True})
+    assert names_below(run.folder) == ["manifest.parquet", "rejects.parquet"]
 
 
 def test_a_large_file_gets_its_name_at_the_end(run: Run) -> None:

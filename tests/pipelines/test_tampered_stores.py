@@ -1,4 +1,4 @@
-"""Stores and exports that somebody made to have a build write, link, read or remove files elsewhere."""
+"""Stores and exports that are made to have a build write, link, read or remove files elsewhere."""
 
 from __future__ import annotations
 

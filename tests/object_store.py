@@ -42,6 +42,8 @@ server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
+OTHER_SERVER = "SPCTRL_S3_SERVER"
+"""Environment variable: URL of an S3 server to use in place of moto's."""
 PATIENCE_S = 0.5
 WRITES = ("PUT", "POST", "DELETE")
 KEYS_PER_LISTING = 100
@@ -237,7 +239,7 @@ class Server:
 
     def bucket(self) -> Bucket:
         """A new, empty bucket."""
-        name = f"bucket-{next(self.numbers)}"
+        name = f"bucket-{os.getpid()}-{next(self.numbers)}"  # servers may outlive the tests
         self.client.create_bucket(Bucket=name)
         return Bucket(self, name)
 
@@ -325,7 +327,10 @@ def often(faults: list[Fault], share: float, seed: int) -> Choose:
 
 @contextlib.contextmanager
 def _running_server() -> Iterator[str]:
-    """URL of a server process."""
+    """URL of a server process, or of a running one, which ``SPCTRL_S3_SERVER`` names."""
+    if given := os.environ.get(OTHER_SERVER):
+        yield given.rstrip("/")
+        return
     with subprocess.Popen(
         [sys.executable, "-c", SERVER],
         env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(KEYS_PER_LISTING)},
@@ -385,11 +390,15 @@ async def _start(proxy: Proxy) -> web.ServerRunner:
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """What leads S3 clients to an endpoint, and keeps them from settings of this machine's user."""
+    """What leads S3 clients to an endpoint, and keeps them from settings of this machine's user.
+
+    The credentials are those of ``SPCTRL_S3_KEY`` (``key:secret``), for servers that check them.
+    """
+    key, _, secret = os.environ.get("SPCTRL_S3_KEY", "testing:testing").partition(":")
     return {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,

@@ -21,6 +21,7 @@ BENCHMARKS = (
     "train_step",
     "ray",
     "scaling",
+    "bad_records",
 )
 """Modules of this package, each with a function ``run``."""
 

@@ -149,8 +149,8 @@ def _peak_mb(pid: int) -> float:
 # Synthetic data
 
 
-def write_dataset(root: Path, records: int) -> None:
-    """AP-10K's layout, one animal in each image; the images are links to a few tiny files."""
+def write_dataset(root: Path, records: int, size_wh: tuple[int, int] = SIZE_WH) -> None:
+    """AP-10K's layout, one animal in each image, annotated at a size; the images are links to a few tiny files."""
     for folder in ("annotations", "data"):
         (root / folder).mkdir(parents=True)
     jpeg, sources = jpeg_of_size(FILE_WH).read_bytes(), []
@@ -164,9 +164,9 @@ def write_dataset(root: Path, records: int) -> None:
         os.link(sources[number // LINKS_TO_A_FILE], path)
     with (root / "annotations" / ap10k_file("train")).open("w") as file:
         file.write('{"categories": [{"id": 1, "name": "cat", "supercategory": "Felidae"}], "images": [')
-        file.writelines(_separated(_image(number) for number in range(records)))
+        file.writelines(_separated(_image(number, size_wh) for number in range(records)))
         file.write('], "annotations": [')
-        file.writelines(_separated(_annotations(records)))
+        file.writelines(_separated(_annotations(records, size_wh)))
         file.write("]}")
 
 
@@ -180,21 +180,21 @@ def _name(number: int) -> str:
     return f"{number // FILES_IN_A_FOLDER:05}/{number:012}.jpg"
 
 
-def _image(number: int) -> str:
-    width, height = SIZE_WH
+def _image(number: int, size_wh: tuple[int, int]) -> str:
+    width, height = size_wh
     return (
         f'{{"license": 1, "id": {number + 1}, "file_name": "{_name(number)}", "width": {width}, "height": {height}, '
         '"background": 1}'
     )
 
 
-def _annotations(records: int) -> Iterator[str]:
+def _annotations(records: int, size_wh: tuple[int, int]) -> Iterator[str]:
     rng = np.random.default_rng(0)
-    width, height = SIZE_WH
+    width, height = size_wh
     for start in range(0, records, WRITTEN_AT_ONCE):
         count = min(WRITTEN_AT_ONCE, records - start)
         points = np.full((count, 17, 3), 2)
-        points[..., :2] = rng.integers(0, SIZE_WH, (count, 17, 2))
+        points[..., :2] = rng.integers(0, size_wh, (count, 17, 2))
         for number, keypoints in enumerate(points.reshape(count, -1).tolist(), start + 1):
             yield (
                 f'{{"id": {number}, "image_id": {number}, "category_id": 1, "bbox": [0, 0, {width}, {height}], '

@@ -50,14 +50,16 @@ def location_of(section: str, name: str) -> str:
     return "the settings"
 
 
-def _line_of(text: str, section: str, name: str) -> int | None:
-    """The line, from 1, that begins a setting of a settings file."""
-    setting = re.compile(rf"{re.escape(name)}\s*[=:]")
+def _line_of(text: str, section: str, name: str | None = None) -> int | None:
+    """The line, from 1, that begins a setting of a settings file, or its section."""
+    setting = None if name is None else re.compile(rf"{re.escape(name)}\s*[=:]")
     current = None
     for number, line in enumerate(text.splitlines(), start=1):
         if (header := SECTION.match(line)) is not None:
             current = header["name"]
-        elif current == section and setting.match(line.strip()):
+            if setting is None and current == section:
+                return number
+        elif current == section and setting is not None and setting.match(line.strip()):
             return number
     return None
 
@@ -81,9 +83,11 @@ def _fault(path: Path) -> str | None:
             f"Save the file as {error.encoding}"
         )
     except configparser.DuplicateOptionError as error:
-        return f"{path}, line {error.lineno}: expected each setting once, found [{error.section}] {error.option} again"
+        first = _line_of(path.read_text(), error.section, error.option)
+        return f"{path}: {_twice('setting', f'[{error.section}] {error.option}', first, error.lineno)}"
     except configparser.DuplicateSectionError as error:
-        return f"{path}, line {error.lineno}: expected each section once, found [{error.section}] again"
+        first = _line_of(path.read_text(), error.section)
+        return f"{path}: {_twice('section', f'[{error.section}]', first, error.lineno)}"
     except configparser.MissingSectionHeaderError as error:
         if error.line.startswith("\ufeff"):
             return f"{path}, line 1: expected plain text, found a byte order mark. Save the file without it"
@@ -94,7 +98,28 @@ def _fault(path: Path) -> str | None:
         line = error.errors[0][0]
         found = path.read_text().splitlines()[line - 1].strip()
         return f"{path}, line {line}: expected `name = value` or [section], found {found!r}"
+    return _spelled_twice(path, parser)
+
+
+def _spelled_twice(path: Path, parser: configparser.ConfigParser) -> str | None:
+    """What is said of a setting that a section holds with dashes and with underscores: Luigi reads the latter alone."""
+    text = path.read_text()
+    for section in (configparser.DEFAULTSECT, *parser.sections()):
+        for name in parser[section]:
+            underscored = name.replace("-", "_")
+            if name == underscored or underscored not in parser[section]:
+                continue
+            lines = _line_of(text, section, name), _line_of(text, section, underscored)
+            if None not in lines:
+                return (
+                    f"{path}: expected each setting once, found [{section}] {name} in line {lines[0]} and "
+                    f"{underscored}, which Luigi takes for the same, in line {lines[1]}"
+                )
     return None
+
+
+def _twice(kind: str, found: str, first: int | None, second: int | None) -> str:
+    return f"expected each {kind} once, found {found} in lines {first} and {second}"
 
 
 def _named(path: Path) -> str:

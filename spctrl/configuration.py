@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import msgspec
 import yaml
 
+from spctrl.duplicate_keys import DuplicateKeyError, YamlLoader
 from spctrl.errors import ExpectedError
 from spctrl.paths import expand_path
 from spctrl.utf8 import utf8_fault
@@ -24,11 +25,11 @@ class ConfigurationError(ExpectedError):
     """A configuration file that cannot be used: names the file, the place, and what is valid there."""
 
 
-def read_config(path: Path, kind: type[Config]) -> Config:
-    """A YAML file as a ``msgspec.Struct``, strictly: no unknown names, no values of another type. Paths are expanded.
+def read_yaml(path: Path) -> Any:
+    """What a YAML file of settings holds: of one document, of bounded size, and each key of a mapping once.
 
     Raises:
-        ConfigurationError: there is no such file, or it is not one of this kind.
+        ConfigurationError: there is no such file, or it is not such YAML.
     """
     try:
         text = path.read_bytes()
@@ -38,11 +39,23 @@ def read_config(path: Path, kind: type[Config]) -> Config:
         ) from error
     try:
         fault = utf8_fault(text) or _fault(text)
-        values = None if fault else msgspec.yaml.decode(text)
+        values = None if fault else yaml.load(text, Loader=YamlLoader)
+    except DuplicateKeyError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
     except Exception as error:  # PyYAML also lets through what int(), float() and date() raise
         raise ConfigurationError(f"{path} is not YAML: {error}") from error
     if fault:
         raise ConfigurationError(f"{path}: {fault}")
+    return values
+
+
+def read_config(path: Path, kind: type[Config]) -> Config:
+    """A YAML file as a ``msgspec.Struct``, strictly: no unknown names, no values of another type. Paths are expanded.
+
+    Raises:
+        ConfigurationError: there is no such file, or it is not one of this kind.
+    """
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: expected settings by name, found {type(values).__name__}")
     valid = [field.encode_name for field in msgspec.structs.fields(kind)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from spctrl.configuration import PathText, with_expanded_paths
+from spctrl.configuration import ConfigurationError, PathText, read_yaml, with_expanded_paths
 from spctrl.errors import ExpectedError
 
 if TYPE_CHECKING:
@@ -44,9 +44,12 @@ def known_weights() -> dict[str, KnownWeights]:
     """All entries of configs/weights.yaml, by name.
 
     Raises:
-        ConfigurationError: a path that cannot be expanded.
+        ConfigurationError: the file does not hold such entries, or a path that cannot be expanded.
     """
-    entries = msgspec.yaml.decode(REGISTRY.read_bytes(), type=dict[str, KnownWeights])
+    try:
+        entries = msgspec.convert(read_yaml(REGISTRY), dict[str, KnownWeights])
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{REGISTRY}: {error}") from error
     return {name: with_expanded_paths(entry, f"{REGISTRY}: {name}.") for name, entry in entries.items()}
 
 

@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from eval.settings import Evaluation
+from spctrl import weights
 from spctrl.configuration import MAX_DEPTH, MAX_VALUES, ConfigurationError, read_config
 from spctrl.inference.methods import Generation
 from spctrl.prompts import Templates, load_templates
@@ -134,6 +135,56 @@ def test_aliases_of_aliases_are_refused_before_they_are_large(tmp_path: Path) ->
 @pytest.mark.parametrize("value", ["&a [*a]", "&a {b: *a}", "&a [[[*a]]]"])
 def test_a_value_that_holds_itself_is_refused(tmp_path: Path, value: str) -> None:
     assert "found *a at line 1" in refused(tmp_path, f"anything: {value}")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("number: 1\ntexts: []\nnumber: 1\n", "`number` in lines 1 and 3"),
+        ("number: 1\n'number': 2\n", "`number` in lines 1 and 2"),
+        ("anything: {a: {b: 1, c: 2, b: 3}}\n", "`b` twice in line 1"),
+        ("anything:\n- k: 1\n- k: 1\n  l: 2\n  k: 3\n", "`k` in lines 3 and 5"),
+        ("anything:\n  yes: 1\n  true: 2\n", "`yes` in line 2 and `true` in line 3"),
+        ("anything:\n  0x10: a\n  16.0: b\n", "`0x10` in line 2 and `16.0` in line 3"),
+        ("anything:\n  <<: {a: 1}\n  <<: {b: 2}\n", "`<<` in lines 2 and 3"),
+        ("anything:\n  <<: {a: 1,\n    a: 2}\n", "`a` in lines 2 and 3"),
+        ("anything: !!set {é, é}\n", "`é` twice in line 1"),
+        ("anything: {=: 1, '=': 2}\n", "`=` twice in line 1"),
+        ('anything: {"\\e": 1, "\\x1b": 2}\n', r"`\x1b` twice in line 1"),
+        (f"anything: {{{'k' * 99}: 1, {'k' * 99}: 2}}\n", f"`{'k' * 60}` twice in line 1"),
+    ],
+)
+def test_keys_that_are_there_twice_are_refused_with_both_lines(tmp_path: Path, text: str, found: str) -> None:
+    assert refused(tmp_path, text) == f"{tmp_path / 'some.yaml'}: expected each key once, found {found}"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("{1: a, '1': b}", {1: "a", "1": "b"}),
+        ("[{a: 1}, {a: 2}]", [{"a": 1}, {"a": 2}]),
+        ("{a: {a: 1}}", {"a": {"a": 1}}),
+        ("[&x {a: 1}, {<<: *x, a: 2}]", [{"a": 1}, {"a": 2}]),
+        ("[&x {a: 1}, &y {<<: *x, a: 2}, {<<: [*x, *y]}]", [{"a": 1}, {"a": 2}, {"a": 1}]),
+        ("[&x {a: 1}, &y {<<: *x, a: 2}, {<<: *y, a: 3}, *y]", [{"a": 1}, {"a": 2}, {"a": 3}, {"a": 2}]),
+    ],
+)
+def test_keys_that_differ_and_those_that_override_merged_ones_are_read(
+    tmp_path: Path, value: str, expected: object
+) -> None:
+    assert read(tmp_path, f"anything: {value}\n") == Some(anything=expected)
+
+
+def test_the_list_of_weights_is_read_as_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = "what: a\n  file: b\n  publisher: c\n  licence: d\n  setting: e\n"
+    changed = tmp_path / "weights.yaml"
+    monkeypatch.setattr(weights, "REGISTRY", changed)
+    changed.write_text(f"sam:\n  {fields}sam_hq:\n  {fields}sam:\n  {fields}")
+    with pytest.raises(ConfigurationError, match=r"weights\.yaml: .*found `sam` in lines 1 and 13$"):
+        weights.known_weights.__wrapped__()
+    changed.write_text(f"sam:\n  {fields}  colour: red\n")
+    with pytest.raises(ConfigurationError, match=r"weights\.yaml: .*colour"):
+        weights.known_weights.__wrapped__()
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -90,12 +90,27 @@ def test_a_line_of_an_export_is_a_pose(tmp_path: Path) -> None:
             "text in UTF-8, .* byte 50,.* -f LATIN1",
         ),
         ("[]".encode("utf-16"), "text in UTF-8, .*iconv -f UTF-16"),
+        (
+            '{"width": 9,\n "height": 9, "anns": [],\n "width": 8}',
+            "each key once, found `width` in lines 1 and 3",
+        ),
+        (
+            '{"width": 9, "height": 9, "anns": [], "x": [{"a": 1, "\\u0061" : 2}]}',
+            "found `a` twice in line 1",
+        ),
     ],
 )
 def test_a_file_that_is_not_a_pose_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     (tmp_path / "pose.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigurationError, match=message):
         read_pose(tmp_path / "pose.json", AP10K)
+
+
+def test_braces_and_colons_in_a_poses_texts_are_no_keys(tmp_path: Path) -> None:
+    text = {"a\\": '{"a": ', 'a"': '}, "a": 1', "a": {"a": [{"a": 1}, {"a": '"a":'}]}}
+    path = tmp_path / "pose.json"
+    path.write_text(json.dumps({"width": 9, "height": 8, "anns": [], "note": text}))
+    assert read_pose(path, AP10K).size_wh == (9, 8)
 
 
 def test_a_byte_order_mark_before_a_pose_is_skipped(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from spctrl.annotations import FAR_AWAY_IN_SIZES
 from spctrl.configuration import ConfigurationError
+from spctrl.duplicate_keys import DuplicateKeyError, refuse_duplicate_json_keys
 from spctrl.errors import ExpectedError
 from spctrl.prompts import KeypointWords, Subject, evaluation_prompt, load_templates, subjects_from_table
 from spctrl.records import records_from_table
@@ -83,6 +84,9 @@ def read_pose(path: Path, dataset: Dataset) -> Pose:
         raise ConfigurationError(f"{path}: {fault}")
     try:
         file = msgspec.json.decode(data, type=_PoseFile)
+        refuse_duplicate_json_keys(data.decode())
+    except DuplicateKeyError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not a pose: {error}") from error
     numbers = dataset.skeleton.num_keypoints * 3

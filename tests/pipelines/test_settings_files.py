@@ -19,14 +19,29 @@ if TYPE_CHECKING:
     from conftest import Workspace
 
 MALFORMED = {
-    "a setting twice": (b"[paths]\ndata = a\n\ndata = b\n", 4, "[paths] data again"),
-    "a section twice": (b"[paths]\ndata = a\n[log]\n[paths]\n", 4, "[paths] again"),
     "no section": (b"# settings\ndata = a\n", 2, "[section] before settings, found 'data = a'"),
     "no value": (b"[paths]\ndata = a\nstore\n", 3, "`name = value` or [section], found 'store'"),
     "an open section": (b"[log]\n[paths\n", 2, "found '[paths'"),
     "Latin-1": ("[paths]\ndata = é\n".encode("latin-1"), 2, "the byte 0xe9"),
     "UTF-16": ("[paths]\n".encode("utf-16"), 1, "the byte 0x"),
     "a byte order mark": ("[paths]\n".encode("utf-8-sig"), 1, "a byte order mark"),
+}
+TWICE = {
+    "a setting": (
+        "[log]\n[paths]\ndata = a\n\ndata: b\n",
+        "setting once, found [paths] data in lines 3 and 5",
+    ),
+    "a setting of all sections": (
+        "[DEFAULT]\na = 1\na = 1\n",
+        "setting once, found [DEFAULT] a in lines 2 and 3",
+    ),
+    "a section": ("[log]\n[paths]\ndata = a\n[log]\n", "section once, found [log] in lines 1 and 4"),
+    "a section of others": ("[x]\n[x]\n", "section once, found [x] in lines 1 and 2"),
+    "another spelling": (
+        "[export]\nshard_images = 1\nshard-images = 2\n",
+        "setting once, found [export] shard-images in line 3 and shard_images, which Luigi takes for the same, in "
+        "line 2",
+    ),
 }
 VALUES = {
     "a percentage": (
@@ -62,6 +77,23 @@ def test_a_malformed_file_is_named_with_the_line(
     with pytest.raises(ExpectedError) as error:
         check_settings_files()
     assert str(error.value).startswith(f"{name}, line {line}: expected ") and found in str(error.value)
+
+
+@pytest.mark.parametrize(("content", "found"), TWICE.values(), ids=TWICE)
+def test_what_a_file_holds_twice_is_refused_with_both_lines(folder: Path, content: str, found: str) -> None:
+    (folder / "luigi.cfg").write_text(content)
+    with pytest.raises(ExpectedError) as error:
+        check_settings_files()
+    assert str(error.value) == f"luigi.cfg: expected each {found}"
+
+
+def test_a_file_may_override_another_and_a_section_the_defaults(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "luigi.cfg").write_text("[DEFAULT]\nshard-images = 1\n[export]\nshard_images = 2\n")
+    (folder / "my.cfg").write_text("[export]\nshard-images = 3\n")
+    monkeypatch.setenv("LUIGI_CONFIG_PATH", "my.cfg")
+    check_settings_files()
 
 
 def test_files_that_luigi_would_pass_over_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

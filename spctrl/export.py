@@ -1,10 +1,8 @@
-"""The triplet folders that existing loaders read: text files from raw annotations, and links to source images."""
+"""The triplet folders that existing loaders read: text files from raw annotations, and heatmaps."""
 
 from __future__ import annotations
 
 import io
-import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +17,7 @@ from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 from spctrl.rendering.heatmaps import keypoint_heatmaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from spctrl.annotations import Category
     from spctrl.datasets import Dataset
@@ -193,44 +191,3 @@ def heatmaps_npy(record: Record) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, keypoint_heatmaps(record.keypoints, record.size_wh))
     return buffer.getvalue()
-
-
-def link_file(source: Path, target: Path, way: str, *, temporary: Path) -> None:
-    """Put a source image at ``target``, replacing what is there.
-
-    Args:
-        source: an existing file.
-        target: where; its folder exists.
-        way: ``hard``, ``symbolic``, ``copy``, or ``auto`` for the first of these that works.
-        temporary: a free name on the same disk, from which the link or copy is renamed.
-
-    Raises:
-        OSError: the way does not work here (such as a hard link to another disk).
-    """
-    # Under another name first: at no time is there no file, or a file that is being written, and builds side by side
-    # may link the same image. Renaming one of two links to the same file does nothing, hence the unlink.
-    temporary.unlink(missing_ok=True)
-    try:
-        _link(source, temporary, way)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(source: Path, target: Path, way: str) -> None:
-    ways: dict[str, Callable[[], object]] = {
-        "hard": lambda: os.link(source.resolve(), target),
-        "symbolic": lambda: target.symlink_to(source.resolve()),
-        "copy": lambda: shutil.copyfile(source, target),
-    }
-    if way != "auto":
-        ways[way]()
-        return
-    for last, attempt in ((False, ways["hard"]), (False, ways["symbolic"]), (True, ways["copy"])):
-        try:
-            attempt()
-        except OSError:
-            if last:
-                raise
-        else:
-            return

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from spctrl.paths import UnsafePathError, is_safe_relative_path
-from tasks import settings
+from tasks import logs, settings
 from tasks.base import MANIFEST, code_of, digest_cache
 from tasks.documents import MAX_DOCUMENT_BYTES, read_document
 from tasks.files import Files, FileTooLargeError, Folder, StoreError, cannot_write, file_digest
@@ -45,7 +45,7 @@ REWRITTEN = "rewritten"
 """An image of which there is a copy with another orientation tag, not a link."""
 FOLDERS = "folders"
 DISPLAY_EVERY = 256
-LINKS_REFUSED = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP})
+LINKS_REFUSED = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS})
 """What systems answer that have no such links, or not there."""
 
 
@@ -163,7 +163,7 @@ class Export(Manifest):
         "spctrl.export:categories_json",
         "spctrl.export:merged_categories",
         "spctrl.export:heatmaps_npy",
-        "spctrl.export:link_file",
+        "spctrl.links:Linker",
         "spctrl.orientation:without_orientation",
         "spctrl.shards:SHARD_WRITERS",
         "spctrl.shards:shard_columns",
@@ -367,23 +367,23 @@ class Export(Manifest):
         return dict(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
 
     def _write_changed(self, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
-        from spctrl.export import link_file
+        from spctrl.links import Linker
 
         locations = {name: Artifacts(task.finished_run()) for name, task in self.condition_tasks().items()}
         heatmaps = {each.image_id: each for each in changed if each.kind == HEATMAPS}
-        link, images = settings.export().link, self._unchanged_images(changed)
+        images, link = self._unchanged_images(changed), settings.export().link
+        linker = Linker(link, logs.notify)
         for count, each in enumerate(changed, 1):
             if each.kind == IMAGE:
                 source, target = images[each.file_name], self.folder.local(each.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    link_file(source, target, link, temporary=self.folder.temporary(each.path))
+                    linker.link(source, target, temporary=self.folder.temporary(each.path))
                 except OSError as error:
-                    if error.errno not in LINKS_REFUSED:
+                    if link not in ("hard", "symbolic") or error.errno not in LINKS_REFUSED:
                         raise cannot_write(target, error) from error
                     raise StoreError(
-                        f"cannot link {source} to {target} ({link}): {error.strerror}. "
-                        "[export] link = symbolic or copy may work here"
+                        f"cannot make a {link} link to {source} at {target}: {error.strerror}; set [export] link = copy"
                     ) from error
                 ledger.files[each.path] = Entry(each.made_from, each.made_from.split(" ")[1])
             elif each.kind == REWRITTEN:

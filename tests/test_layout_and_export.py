@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 
 from spctrl.datasets import AP10K, HUMANART, Dataset
 from spctrl.errors import ExpectedError
-from spctrl.export import categories_json, link_file, merged_categories, record_lines
+from spctrl.export import categories_json, merged_categories, record_lines
 from spctrl.layout import Layout
 
 ANIMAL = "000000001996.jpg"
@@ -300,115 +298,3 @@ def test_splits_that_describe_a_category_in_other_ways_share_the_fullest() -> No
     assert merged_categories(dict(reversed(parts.items()))) == merged
     with pytest.raises(ExpectedError, match="found 1 for 'c1' in train and for 'cow' in val"):
         merged_categories({"train": part(c1=full), "val": part(c1={"name": "cow"})})
-
-
-# Links
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "raw/1.jpg"
-    path.parent.mkdir()
-    path.write_bytes(b"image")
-    return path
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    path = tmp_path / "export/1.jpg"
-    path.parent.mkdir()
-    return path
-
-
-def put(source: Path, target: Path, way: str) -> None:
-    link_file(source, target, way, temporary=target.with_name("temporary"))
-
-
-def kind_of(source: Path, target: Path) -> str:
-    if target.is_symlink():
-        return "symbolic"
-    return "hard" if target.samefile(source) else "copy"
-
-
-LINK_WAYS = ("auto", "hard", "symbolic", "copy")
-
-
-@pytest.mark.parametrize("way", LINK_WAYS)
-def test_an_image_gets_there_each_way(source: Path, target: Path, way: str) -> None:
-    put(source, target, way)
-    assert target.read_bytes() == b"image"
-    assert kind_of(source, target) == ("hard" if way == "auto" else way)
-    assert sorted(path.name for path in target.parent.iterdir()) == ["1.jpg"]
-
-
-@pytest.mark.parametrize("way", LINK_WAYS)
-@pytest.mark.parametrize("before", LINK_WAYS)
-def test_what_is_there_is_replaced_without_touching_the_source(
-    source: Path, target: Path, before: str, way: str
-) -> None:
-    put(source, target, before)
-    other = source.with_name("2.jpg")
-    other.write_bytes(b"another image")
-    for wanted in (other, source, source):
-        put(wanted, target, way)
-        assert target.read_bytes() == wanted.read_bytes()
-    assert kind_of(source, target) == ("hard" if way == "auto" else way)
-    assert (source.read_bytes(), other.read_bytes()) == (b"image", b"another image")
-    assert sorted(path.name for path in target.parent.iterdir()) == ["1.jpg"]
-
-
-def test_a_dangling_link_is_replaced(source: Path, target: Path) -> None:
-    target.symlink_to(target.with_name("nowhere"))
-    put(source, target, "copy")
-    assert target.read_bytes() == b"image"
-    assert not target.with_name("nowhere").exists()
-
-
-@pytest.mark.parametrize("way", ["hard", "symbolic"])
-def test_a_link_leads_to_the_file_itself_and_not_to_a_link(source: Path, target: Path, way: str) -> None:
-    alias = source.with_name("alias.jpg")
-    alias.symlink_to("1.jpg")
-    put(alias, target, way)
-    alias.unlink()
-    assert target.read_bytes() == b"image"
-    assert kind_of(source, target) == way
-
-
-def test_a_relative_source_works(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(source.parent)
-    for way in LINK_WAYS:
-        put(Path("1.jpg"), target, way)
-        assert target.read_bytes() == b"image"
-
-
-def refuse(*args: object, **kwargs: object) -> None:
-    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-
-def test_auto_takes_the_first_way_that_works(
-    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "link", refuse)
-    put(source, target, "auto")
-    assert kind_of(source, target) == "symbolic"
-    monkeypatch.setattr(Path, "symlink_to", refuse)
-    put(source, target, "auto")
-    assert kind_of(source, target) == "copy"
-
-
-def test_a_way_that_does_not_work_is_an_error_and_keeps_what_is_there(
-    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target.write_bytes(b"old")
-    monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(OSError, match="cross-device"):
-        put(source, target, "hard")
-    assert target.read_bytes() == b"old"
-    assert sorted(path.name for path in target.parent.iterdir()) == ["1.jpg"]
-
-
-@pytest.mark.parametrize("way", ["hard", "copy"])
-def test_a_missing_source_is_an_error(source: Path, target: Path, way: str) -> None:
-    with pytest.raises(FileNotFoundError):
-        put(source.with_name("gone.jpg"), target, way)
-    assert list(target.parent.iterdir()) == []

@@ -9,10 +9,18 @@ from pathlib import Path
 
 from spctrl.errors import ExpectedError
 
+
+def _copy(source: Path, target: Path) -> None:
+    """Into a new file only: through a link that is left at the target, the source would be overwritten."""
+    with source.open("rb") as read, target.open("xb") as written:
+        shutil.copyfileobj(read, written, COPY_BYTES)
+
+
+COPY_BYTES = 2**20
 LINK_WAYS: Mapping[str, Callable[[Path, Path], object]] = {
     "hard": lambda source, target: os.link(source.resolve(), target),
     "symbolic": lambda source, target: target.symlink_to(source.resolve()),
-    "copy": lambda source, target: shutil.copyfile(source, target),
+    "copy": _copy,
 }
 """What puts a source at a target, in the order in which ``auto`` tries them."""
 
@@ -73,6 +81,7 @@ class Linker:
             try:
                 LINK_WAYS[way](source, target)
             except OSError:
+                target.unlink(missing_ok=True)  # sshfs reports errors of links that it has made
                 continue
             if (fault := self._fault(way, source, target)) is None:
                 return

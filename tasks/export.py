@@ -45,8 +45,10 @@ REWRITTEN = "rewritten"
 """An image of which there is a copy with another orientation tag, not a link."""
 FOLDERS = "folders"
 DISPLAY_EVERY = 256
-LINKS_REFUSED = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS})
-"""What systems answer that have no such links, or not there."""
+LINKS_REFUSED = frozenset(
+    {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EIO}
+)
+"""What systems answer that have no such links, or not there; EIO is sshfs's answer with follow_symlinks."""
 
 
 class Entry(NamedTuple):

@@ -270,3 +270,30 @@ def test_a_link_that_is_refused_is_tried_for_the_next_image(
     monkeypatch.setattr(os, "link", refuse_the_second)
     made = put_all(Linker("auto", pytest.fail), sources, target.parent)
     assert [each.is_symlink() for each in made] == [False, True, False]
+
+
+@pytest.mark.parametrize("way", ["auto", "copy"])
+def test_a_copy_is_never_written_through_a_link_to_the_source(
+    sources: list[Path], target: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    def made_all_the_same(target: Path, source: Path) -> None:
+        make_symlink(target, source)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    before = [path.read_bytes() for path in sources]
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "symlink_to", made_all_the_same)
+    for made in put_all(Linker(way, pytest.fail), sources, target.parent):
+        assert not made.is_symlink()
+    assert [path.read_bytes() for path in sources] == before
+
+
+def test_a_link_that_somebody_else_leaves_is_not_written_through(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = target.with_name("temporary")
+    temporary.symlink_to(source)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+    with pytest.raises(FileExistsError):
+        Linker("copy", pytest.fail).link(source, target, temporary=temporary)
+    assert source.read_bytes() == b"image"

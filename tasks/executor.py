@@ -11,7 +11,8 @@ from multiprocessing.util import Finalize
 from typing import TypeVar
 
 from tasks.files import StoreError
-from tasks.worker_pool import StartMethod, WorkerError, WorkerPool, start_fork_server
+from tasks.fork_server import start_fork_server
+from tasks.worker_pool import StartMethod, WorkerError, WorkerPool
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -52,10 +52,15 @@ def first_interrupt(stop: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the end. Processes that are started meanwhile never see it: they inherit this."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def signals_held(signals: Collection[signal.Signals]) -> Iterator[None]:
+    """Hold signals back until the end. Processes that are started meanwhile never see them: they inherit this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def interrupts_held() -> AbstractContextManager[None]:
+    """Hold Ctrl-C back, likewise."""
+    return signals_held({signal.SIGINT})

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, MutableSequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing import forkserver, resource_tracker
 from typing import Any, Literal, TypeVar
 
 from spctrl.errors import ExpectedError
 from tasks import logs
+from tasks.fork_server import start_fork_server, start_resource_tracker
 from tasks.interrupts import first_interrupt, interrupts_held
 
 Job = TypeVar("Job")
@@ -28,7 +28,6 @@ StartMethod = Literal["forkserver", "spawn"]
 JOBS_WAITING_PER_WORKER = 2
 LOOK_EVERY_S = 0.2
 """How often a wait for results looks whether Ctrl-C was pressed."""
-PRELOADED = ["__main__", "tasks.work", "spctrl.rendering.openpose", "spctrl.images", "spctrl.conditions"]
 
 STOP = -1
 """Slot of a pool's clock that is set when no further job may begin. Cancelling the jobs would not reach those in the
@@ -43,14 +42,6 @@ class _SkippedError(Exception):
     """A job had not begun when the work was stopped."""
 
 
-def start_fork_server() -> None:
-    """Start loading the libraries that workers need, beside whatever else goes on."""
-    resource_tracker.ensure_running()  # before, as its start lets Ctrl-C through
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    with interrupts_held():
-        forkserver.ensure_running()
-
-
 class WorkerPool:
     """Processes that work on jobs, a few more of which wait than are worked on.
 
@@ -59,9 +50,8 @@ class WorkerPool:
     """
 
     def __init__(self, workers: int, start_method: StartMethod) -> None:
-        resource_tracker.ensure_running()
         context = multiprocessing.get_context(start_method)
-        context.set_forkserver_preload(PRELOADED)
+        (start_fork_server if start_method == "forkserver" else start_resource_tracker)()
         room = workers * (1 + JOBS_WAITING_PER_WORKER)
         # When each job that has a slot began (0: not yet), by the monotonic clock, which all processes share.
         self._clock: MutableSequence[float] = context.RawArray("d", room + 1)

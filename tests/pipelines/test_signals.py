@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGUSR1 while a command works in worker processes."""
+"""Signals while a command works in worker processes."""
 
 from __future__ import annotations
 
@@ -178,6 +178,47 @@ def test_a_second_ctrl_c_ends_stages_in_processes_of_their_own(
     send(command.pid, signal.SIGINT)
     ended(command, tmp_path)
     assert jobs(tmp_path, "done") == set()
+
+
+# Signals that end the command as it is
+
+
+def semaphores_of(command: subprocess.Popen[str]) -> set[Path]:
+    """Files of the semaphores that the command's processes have open."""
+    maps = [Path(f"/proc/{each.pid}/maps").read_text() for each in group_members(command.pid)]
+    return {Path(name) for name in re.findall(r"/dev/shm/sem\S+", "".join(maps))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "start_method", "number", "send"),
+    [
+        ("Slow", "forkserver", signal.SIGTERM, os.kill),
+        ("Slow", "forkserver", signal.SIGHUP, os.killpg),
+        ("Slow", "forkserver", signal.SIGKILL, os.kill),
+        ("Slow", "spawn", signal.SIGTERM, os.killpg),
+        ("Slow", "spawn", signal.SIGQUIT, os.killpg),
+        ("Both", "forkserver", signal.SIGTERM, os.killpg),
+        ("Both", "forkserver", signal.SIGHUP, os.kill),
+    ],
+)
+def test_a_signal_that_ends_the_command_leaves_no_file_and_no_word(
+    start: Start, tmp_path: Path, target: str, start_method: str, number: signal.Signals, send: Send
+) -> None:
+    stages = 2 if target == "Both" else 1
+    command = start(
+        target, f"--start-method={start_method}", "--count=2", f"--workers={stages}", seconds=[LONG_S]
+    )
+    wait_until(lambda: len(jobs(tmp_path, "begun")) == 2 * stages, command)
+    semaphores = semaphores_of(command)
+    assert semaphores
+    send(command.pid, number)
+    output, _ = command.communicate(timeout=HANG_S)
+    assert command.returncode == -number, output
+    assert survivors(command) == []
+    assert "resource_tracker" not in output and "Traceback" not in output, output
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert [path for path in semaphores if path.exists()] == []
 
 
 # SIGUSR1

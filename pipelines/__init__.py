@@ -18,6 +18,7 @@ from luigi.worker import TaskException
 from pipelines import options, scheduler, settings_check
 from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
+from spctrl import secrets
 from spctrl.errors import ExpectedError
 from tasks import logs, settings
 from tasks.base import MeetsBadRecords
@@ -111,6 +112,7 @@ class _OnlyWhatMatters(logging.Filter):
             record.msg, record.args, record.exc_info = explanation, (), None
         elif record.levelno == logging.WARNING:
             record.msg, record.args = _without_the_way(record.getMessage()), ()
+        secrets.mask_record(record)
         return (
             logs.are_json()
             or record.levelno > logging.INFO
@@ -180,6 +182,7 @@ def _check_settings() -> None:
         ExpectedError: names the setting.
     """
     config = luigi.configuration.get_config()
+    secrets.remember({section: dict(config.items(section, raw=True)) for section in config.sections()})
     read = {section for section, *_ in Register.get_all_params()} | {*KNOWN, "resources"}
     settings_check.refuse_unknown_settings(config, KNOWN, Register.task_names())
     settings_check.refuse_unreadable_values(config, read)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import luigi
 import typer
 from luigi.task_register import Register
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
@@ -24,9 +24,11 @@ from typer.core import TyperGroup
 from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train, cluster, tools
 from spctrl import options
 from spctrl.errors import ExpectedError
+from spctrl.secrets import masked
 from tasks import settings
 from tasks.base import StageTask
 from tasks.conditions import CONDITIONS, condition_class
+from tasks.console import MaskedConsole
 from tasks.files import TEMPORARY, files_at, is_url
 from tasks.index import AnnotationFile
 from tasks.model_stage import ModelStage
@@ -43,20 +45,24 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except ExpectedError as error:
-            Console(stderr=True).print(str(error), soft_wrap=True, markup=False, highlight=False)
+            MaskedConsole(stderr=True).print(str(error), soft_wrap=True, markup=False, highlight=False)
             raise typer.Exit(FAILED) from None
+        except typer.BadParameter as error:  # shown in a box, in lines that may part a secret
+            error.message = masked(error.message)
+            raise
 
 
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,  # likewise
     help="Look at what is built and why it would be built again, check and clean the store, draw a sample. "
     "Settings come from luigi.cfg and LUIGI_CONFIG_PATH, as for luigi itself.",
 )
 tools.add_to(app)
 cluster.add_to(app)
-console = Console()
+console = MaskedConsole()
 
 FOUND_SOMETHING = FAILED = 1
 

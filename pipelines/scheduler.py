@@ -12,6 +12,7 @@ from luigi.rpc import RemoteScheduler, RPCError
 
 from pipelines.worker import StageWorker
 from spctrl.errors import ExpectedError
+from spctrl.secrets import masked, remember
 
 LOCAL = "local_scheduler"
 LUIGID = ("scheduler_host", "scheduler_port", "scheduler_url")
@@ -34,6 +35,7 @@ def fault_at(url: str) -> str | None:
 
     It is asked once, as Luigi asks (through the same proxies), with little patience.
     """
+    remember(url)
     scheduler: Any = RemoteScheduler(url, connect_timeout=ANSWER_TIMEOUT_S)
     # Luigi has no parameters for these: it would ask three times, half a minute apart, and log each traceback.
     scheduler._rpc_retry_attempts, scheduler._rpc_log_retries = 1, False
@@ -75,7 +77,7 @@ class _Factory(interface._WorkerSchedulerFactory):
     def create_remote_scheduler(self, url: str) -> Any:
         if (fault := fault_at(url)) is not None:
             raise ExpectedError(
-                f"expected luigid at {url}, found none: {fault}. Start it there, or remove "
+                f"expected luigid at {masked(url)}, found none: {masked(fault)}. Start it there, or remove "
                 f"{', '.join(LUIGID)} and {LOCAL} = false from [core] of the settings and from the command line to "
                 "build on this machine alone"
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
 from types import TracebackType
 
 from pipelines import settings_files
+from spctrl import secrets
 from spctrl.errors import ExpectedError
 
 STOPPED = "stopped. What was finished stays, run again to go on"
@@ -20,7 +22,7 @@ def _show_error(kind: type[BaseException], error: BaseException, trace: Tracebac
     if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write(f"{STOPPED}\n")
     elif issubclass(kind, ExpectedError) or kind.__module__ == "luigi.task_register":  # no such target
-        sys.stderr.write(f"ERROR: {error}\n")
+        sys.stderr.write(secrets.masked(f"ERROR: {error}\n"))
     else:
         _show_uncaught(kind, error, trace)
 
@@ -44,4 +46,5 @@ def hold_sigusr1() -> None:
 sys.excepthook = _show_error
 if _is_command():
     hold_sigusr1()
+    secrets.mask_output(os.environ, sys.argv)
 settings_files.check_settings_files()

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
-from rich.console import Console
 
 from spctrl import options
 from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import MANIFEST
+from tasks.console import MaskedConsole
 from tasks.index import Index
 from tasks.model_stage import weights_at
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from spctrl.inference.methods import Kind
     from spctrl.inference.poses import Pose
 
-console = Console()
+console = MaskedConsole()
 
 SHEET_COLUMNS = 4
 

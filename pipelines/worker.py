@@ -13,6 +13,7 @@ from typing import Any
 
 from luigi.worker import Worker
 
+from spctrl.secrets import masked
 from tasks.interrupts import leave_second_interrupt_to_parent
 from tasks.worker_pool import end_with_parent
 
@@ -34,6 +35,9 @@ class StageWorker(Worker):
         if process.use_multiprocessing:
             process.run = functools.partial(_run_in_child, process.run)
         return process
+
+    def _announce_scheduling_failure(self, task: Any, expl: Any) -> None:
+        super()._announce_scheduling_failure(task, masked(str(expl)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

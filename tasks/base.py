@@ -27,6 +27,7 @@ import luigi
 
 import spctrl
 from spctrl.errors import ExpectedError
+from spctrl.secrets import masked
 from tasks import logs, settings
 from tasks.code_version import PACKAGES, ROOT, code_components
 from tasks.files import StoreError
@@ -239,7 +240,7 @@ class StageTask(MeetsBadRecords):
     def on_failure(self, exception: BaseException) -> str:
         """What the visualiser and other machines show: of an error that explains itself, the message alone."""
         explains_itself = isinstance(exception, ExpectedError)
-        return str(exception) if explains_itself else super().on_failure(exception)
+        return masked(str(exception) if explains_itself else super().on_failure(exception))
 
     def fill_cache(self) -> None:
         """Find out what the inputs are where that takes long (reading many files)."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.secrets import without_secrets
 from tasks import settings
 from tasks.base import MANIFEST, StageTask, digest_cache
 from tasks.code_version import ROOT
@@ -119,7 +120,7 @@ class Tables(OfMethods):
     @property
     def store_path(self) -> str:
         """The store from the folder of the tables, for links."""
-        address = self.store.files.address
+        address = without_secrets(self.store.files.address)
         return address if is_url(address) else os.path.relpath(address, self.folder.absolute())
 
     def make(self, run: Run) -> dict[str, int]:

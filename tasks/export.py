@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from spctrl.paths import UnsafePathError, is_safe_relative_path
+from spctrl.secrets import without_secrets
 from tasks import logs, settings
 from tasks.base import MANIFEST, code_of, digest_cache
 from tasks.documents import MAX_DOCUMENT_BYTES, read_document
@@ -185,7 +186,7 @@ class Export(Manifest):
     def parameters(self) -> dict[str, Any]:
         return {
             **super().parameters(),
-            "folder": self.place.address,
+            "folder": without_secrets(self.place.address),
             "link": settings.export().link,
             "heatmaps": self.has_heatmaps,
             "format": self.formats,

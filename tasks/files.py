@@ -25,6 +25,7 @@ from spctrl import locks
 from spctrl.errors import ExpectedError
 from spctrl.paths import is_safe_relative_path
 from spctrl.real_size import is_sparse
+from spctrl.secrets import has_unquoted_password, masked, masked_url, remember
 
 TEMPORARY = ".tmp-"
 PATTERN_LETTERS = frozenset("*?[")
@@ -308,15 +309,18 @@ class Folder(Files):
 class ObjectStore(Files):
     """Files in an object store, where each is written in one request and a listing gives a thousand.
 
-    There are no locks: writers of one name write the same bytes, or take turns by other means.
+    There are no locks: writers of one name write the same bytes, or take turns by other means. ``root``, which messages
+    name, has no password; ``address`` has.
     """
 
     def __init__(self, url: str) -> None:
-        self.root = url
+        remember(url)
+        self._url = url
+        self.root = masked_url(url)
 
     @property
     def address(self) -> str:
-        return self.root
+        return self._url
 
     @property
     def _system(self) -> Any:
@@ -324,17 +328,24 @@ class ObjectStore(Files):
         try:
             import fsspec
 
+            remember(fsspec.config.conf)
             # Other machines write there too, so listings are not kept.
-            return fsspec.core.url_to_fs(self.root, use_listings_cache=False)[0]
+            return fsspec.core.url_to_fs(self._url, use_listings_cache=False)[0]
         except (ImportError, ValueError) as error:
+            if has_unquoted_password(self._url):
+                # Not from the error, which quotes a part of the password.
+                raise StoreError(
+                    f"cannot reach {self.root}: expected a password in which / is written %2F, ? %3F and # %23, found "
+                    "one with such letters ([paths] in luigi.cfg, where each % is doubled)"
+                ) from None
             raise StoreError(
-                f"cannot reach {self.root}: {error}. Expected a folder or a URL that fsspec knows ([paths] in "
-                "luigi.cfg); s3:// needs: pip install 'spctrl[s3]'"
+                f"cannot reach {self.root}: {masked(str(error))}. Expected a folder or a URL that fsspec knows "
+                "([paths] in luigi.cfg); s3:// needs: pip install 'spctrl[s3]'"
             ) from error
 
     @functools.cached_property
     def _top(self) -> str:
-        return str(self._system._strip_protocol(self.root)).rstrip("/")
+        return str(self._system._strip_protocol(self._url)).rstrip("/")
 
     def _key(self, name: str) -> str:
         return f"{self._top}/{_checked(name, self.root)}"
@@ -518,7 +529,7 @@ class ObjectStore(Files):
             raise self._cannot(doing, name, error) from error
 
     def _cannot(self, doing: str, name: str, error: Exception) -> StoreError:
-        reason = f"{type(error).__name__}: {error}".rstrip(": .")
+        reason = masked(f"{type(error).__name__}: {error}").rstrip(": .")
         return StoreError(
             f"cannot {doing} {self.place(name)}: {reason}. What was finished before stays; see to the network and "
             "the credentials ([paths] in luigi.cfg says where things go), then run again"

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from spctrl.errors import ExpectedError
+from spctrl.secrets import masked, masked_values
 from tasks import settings
 
 LOGGER = logging.getLogger("luigi-interface")
@@ -31,7 +32,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return json.dumps(masked_values(line), default=lambda value: masked(str(value)))
 
 
 def are_json() -> bool:
@@ -53,7 +54,7 @@ def notify(message: str) -> None:
     if are_json():
         event(message)
     else:
-        print(message, file=sys.stderr, flush=True)
+        print(masked(message), file=sys.stderr, flush=True)
 
 
 def follow_setting() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import luigi
 
 from spctrl.paths import expand_path
+from spctrl.secrets import remember
 
 
 class PathParameter(luigi.Parameter):
@@ -12,4 +13,6 @@ class PathParameter(luigi.Parameter):
 
     def parse(self, x: str) -> str:
         """The path that a settings file or the command line gives."""
-        return expand_path(x)
+        path = expand_path(x)
+        remember(path)  # a variable may hold the password of a URL
+        return path

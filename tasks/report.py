@@ -207,8 +207,9 @@ def print_summary(exports: Iterable[Export]) -> None:
             counts = task.clone(Manifest).finished_run().provenance()["counts"]
             logs.event("built", dataset=task.dataset, split=task.split, folder=task.place.root, **counts)
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from tasks.console import MaskedConsole
 
     table = Table(title="Built", title_justify="left")
     for column in ("dataset", "split"):
@@ -219,7 +220,7 @@ def print_summary(exports: Iterable[Export]) -> None:
         counts = task.clone(Manifest).finished_run().provenance()["counts"]
         numbers = (counts["made"], counts["instances"], counts["images_on_disk"], counts["rejected"])
         table.add_row(task.spec.title, task.split, *(f"{number:,}" for number in numbers))
-    console = Console(stderr=True)
+    console = MaskedConsole(stderr=True)
     console.print(table)
     for place in (*dict.fromkeys(task.place.root for task in tasks), settings.export_files().place(PAGE)):
         console.print(place, soft_wrap=True, markup=False, highlight=False)

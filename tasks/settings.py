@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import luigi
 
 from spctrl.errors import ExpectedError
+from spctrl.secrets import without_secrets
 from tasks.files import Files, files_at, is_url
 from tasks.names import NamesParameter
 from tasks.paths import PathParameter
@@ -367,5 +368,5 @@ def settings_digest() -> str:
     for each in ("cache", "weights"):  # each machine's own; weights count by content
         del places[each]
     for each, place in places.items():
-        places[each] = place if is_url(place) else str(Path(place).absolute())
+        places[each] = without_secrets(place) if is_url(place) else str(Path(place).absolute())
     return digest(json.dumps(values, sort_keys=True))[:10]

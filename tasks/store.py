@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spctrl.secrets import without_secrets
 from tasks.documents import MAX_DOCUMENT_BYTES, read_document
 from tasks.files import (
     Files,
@@ -137,7 +138,7 @@ class Store:
         """The folder for what only this machine needs: databases do not go well with network disks."""
         if not self.cache and not is_url(self.root):
             return Path(self.root)
-        address = self.files.address
+        address = without_secrets(self.files.address)
         name = re.sub(r"\W+", "-", address)[-60:].strip("-")
         return Path(self.cache or CACHE).expanduser() / f"{name}-{digest(address)[:8]}"
 

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, MutableSequence
@@ -15,6 +16,7 @@ from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 from spctrl.errors import ExpectedError
+from spctrl.secrets import mask_output
 from tasks import logs
 from tasks.fork_server import start_fork_server, start_resource_tracker
 from tasks.interrupts import first_interrupt, interrupts_held
@@ -179,6 +181,7 @@ def _initialize_worker(clock: MutableSequence[float]) -> None:
     global _clock
     _clock = clock
     end_with_parent()
+    mask_output(os.environ, sys.argv)
     with suppress(ImportError):
         from tqdm import tqdm  # type: ignore[import-untyped]
 

@@ -19,6 +19,7 @@ import typer
 
 from spctrl import locks, options
 from spctrl.errors import ExpectedError
+from spctrl.secrets import mask_output, masked
 from spctrl.training.checkpoints import LOCK
 from spctrl.training.config import TrainingConfig, read_training_config
 
@@ -31,7 +32,7 @@ LOOPBACK = frozenset({"", "127.0.0.1", "::1", "localhost"})
 LINE_EVERY_S, JSON_EVERY_S = 5.0, 0.5
 LOG = logging.getLogger("spctrl.training")
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # a box may part a secret
 
 
 @app.command()
@@ -117,7 +118,7 @@ def main(
         print(error, file=sys.stderr, flush=True)
         if found is not None and not dry_run:
             found.mkdir(parents=True, exist_ok=True)
-            (found / ERROR).write_text(f"{error}\n")
+            (found / ERROR).write_text(masked(f"{error}\n"))
         raise typer.Exit(1) from error
 
 
@@ -279,4 +280,5 @@ def _time(seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    mask_output(os.environ, sys.argv)
     app()

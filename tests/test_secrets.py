@@ -1,0 +1,205 @@
+"""Passwords, keys and tokens: masked in all output, and no part of what identifies a store's contents."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from spctrl import secrets
+from spctrl.secrets import mask_record, masked, masked_values, remember, remember_environment, without_secrets
+from tasks.console import MaskedConsole
+from tasks.files import StoreError, files_at
+from tasks.logs import JsonLines
+from tasks.paths import PathParameter
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_remembered", set())
+    monkeypatch.setattr(secrets, "_pattern", None)
+
+
+# Text that looks like a URL
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cannot read ftp://user:pw@host/a@b: refused", "cannot read ftp://user:***@host/a@b: refused"),
+        ("s3://KEY:se/cr+et@bucket/prefix", "s3://KEY:***@bucket/prefix"),
+        ("sftp://user:p@w@host:22/x", "sftp://user:***@host:22/x"),
+        ("at 'http://user:o'k@host', then a@b", "at 'http://user:***@host', then a@b"),
+        ("RAY://:p%40w@head:10001", "RAY://:***@head:10001"),
+        ("simplecache::zip://a.zip::ftp://u:p@host/x", "simplecache::zip://a.zip::ftp://u:***@host/x"),
+        ("https://h/o?X-Amz-Date=1&X-Amz-Signature=ab12#f", "https://h/o?X-Amz-Date=1&X-Amz-Signature=***#f"),
+        ("az://box/x?sv=2021&sig=a%2Fb%3D&se=2", "az://box/x?sv=2021&sig=***&se=2"),
+        ("https://h/?access_token=t;x=1", "https://h/?access_token=***;x=1"),
+        ("AccountName=me;AccountKey=ab12==;Suffix=x", "AccountName=me;AccountKey=***;Suffix=x"),
+    ],
+)
+def test_the_password_of_a_url_is_masked_and_the_rest_is_readable(text: str, expected: str) -> None:
+    assert masked(text) == expected
+    assert masked(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://host:8080/a@b",
+        "http://[2001:db8::1]:80/a@b",
+        "sftp://user@host/x",
+        "abfs://container@account.example/x",
+        "s3://bucket/a:b@c?versionId=3",
+        "see http://host:80, or ask me@host",
+        "https://h/?design=sig&monkey=token&signed=1",
+        "key=12 of 13, token = 5",
+        "expected host:port, found a@b",
+    ],
+)
+def test_text_without_a_secret_stays(text: str) -> None:
+    assert masked(text) == text
+
+
+# What settings and environment hold
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        "530 login of user:p$s/s wörd failed",
+        "no bucket KEY:p%24s%2Fs%20w%C3%B6rd@host",
+        "p%24s%2fs%20w%c3%b6rd",
+        "p%24s/s+w%C3%B6rd",
+        json.dumps("p$s/s wörd"),
+        repr(["p$s/s wörd"]),
+    ],
+)
+@pytest.mark.parametrize(
+    "setting", ["ftp://user:p%24s%2Fs%20w%C3%B6rd@host/x", "ftp://user:p$s/s wörd@host/x"]
+)
+def test_a_password_is_masked_in_all_ways_that_libraries_quote_it(setting: str, quoted: str) -> None:
+    assert masked(quoted) == quoted
+    remember(f"/a:b::{setting}")
+    found = masked(quoted)
+    assert secrets.MASK in found
+    assert "rd" not in found
+
+
+def test_a_short_password_is_masked_only_in_its_place() -> None:
+    remember("ftp://store:re@host/x")
+    assert masked("the store is read again: re") == "the store is read again: re"
+    assert masked("bucket store:re@host, store%3Are%40host") == "bucket store:***@host, store%3A***%40host"
+
+
+def test_keys_in_the_environment_and_in_options_of_fsspec_are_masked() -> None:
+    remember_environment(
+        {
+            "WANDB_API_KEY": "wandb-12345",
+            "RAY_AUTH_TOKEN": "ray-12345",
+            "AWS_SECRET_ACCESS_KEY": "aws/12345",
+            "HTTPS_PROXY": "http://me:proxy-12345@host:3128",
+            "FSSPEC_FTP": json.dumps({"username": "visitor", "client": {"password": "ftp-12345"}}),
+            "TOKENIZERS_PARALLELISM": "false-alarm",
+            "AWS_ACCESS_KEY_ID": "identifier",
+            "RAY_AUTH_TOKEN_PATH": "/root/token-file",
+            "SOME_TOKEN": sys.executable,
+        }
+    )
+    for secret in ("wandb-12345", "ray-12345", "aws/12345", "proxy-12345", "ftp-12345"):
+        assert masked(f"denied: {secret}.") == "denied: ***."
+    for text in ("visitor false-alarm identifier /root/token-file", sys.executable, "me"):
+        assert masked(text) == text
+
+
+def test_a_password_from_a_variable_of_a_path_setting_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPCTRL_TEST_WORD", "in-a-variable")
+    PathParameter().parse("ftp://me:$SPCTRL_TEST_WORD@host/store")
+    assert masked("530 in-a-variable") == "530 ***"
+
+
+# Where text leaves
+
+
+@pytest.fixture
+def failure() -> Iterator[Any]:
+    remember("ftp://user:hunter2%21@host/x")
+    try:
+        raise RuntimeError("denied to hunter2!")
+    except RuntimeError:
+        yield sys.exc_info()
+
+
+def test_log_lines_and_their_tracebacks_are_masked(failure: Any) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    record = logging.LogRecord("n", logging.ERROR, __file__, 1, "at %s", ("ftp://a:b@c",), failure)
+    facts = {"folder": "ftp://a:b@c", "of": ["hunter2!", 3]}
+    record.facts = facts
+    line = json.loads(JsonLines().format(record))
+    assert (line["message"], line["folder"], line["of"]) == ("at ftp://a:***@c", "ftp://a:***@c", ["***", 3])
+    assert line["exception"].endswith("RuntimeError: denied to ***")
+    mask_record(record)
+    handler.handle(record)
+    assert stream.getvalue().startswith("at ftp://a:***@c\nTraceback")
+    assert stream.getvalue().endswith("RuntimeError: denied to ***\n")
+
+
+def test_a_table_is_masked_before_it_is_wrapped() -> None:
+    from rich.table import Table
+
+    table = Table("place")
+    table.add_row("ftp://user:a-long-pass-word-of-many-letters@host/store")
+    console = MaskedConsole(file=io.StringIO(), width=20)
+    console.print(table)
+    console.print("ftp://user:a-long-pass-word-of-many-letters@host")
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "long" not in text and "***" in text
+
+
+def test_values_of_other_kinds_stay() -> None:
+    assert masked_values({"a": (1, None), "b": 2.5}) == {"a": [1, None], "b": 2.5}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://user:xy/zzy@127.0.0.1:1/x",  # the port is taken for "xy"
+        "nosuch://user:xyzzy@host/x",
+        "ftp://user:xyzzy@[host/x",
+    ],
+)
+def test_a_store_that_cannot_be_reached_names_its_url_without_the_password(url: str) -> None:
+    files = files_at(url)
+    with pytest.raises(StoreError) as failure:
+        files.exists("a")
+    assert f"user:{secrets.MASK}@" in str(failure.value)
+    assert "xy" not in str(failure.value)
+    assert failure.value.__suppress_context__ or "xy" not in str(failure.value.__cause__)
+    assert files.address == url
+
+
+# What identifies contents
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("ftp://u:one@host/x", "ftp://u:two@host/x"),
+        ("az://x/y?sv=1&se=2026&sig=ab", "az://x/y?sv=1&se=2027&sig=cd"),
+        ("https://h/x?X-Amz-Date=1&X-Amz-Signature=a", "https://h/x?X-Amz-Date=2&X-Amz-Signature=b"),
+    ],
+)
+def test_another_password_leads_to_the_same(one: str, other: str) -> None:
+    remember(one)
+    assert without_secrets(one) == without_secrets(other)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x?versionId=3", "/a/b", "ftp://u@host/x", "relative/a?b"])
+def test_an_address_without_a_secret_identifies_itself(address: str) -> None:
+    assert without_secrets(address) == address

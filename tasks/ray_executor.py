@@ -24,6 +24,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from spctrl.errors import ExpectedError
+from spctrl.secrets import masked
+from tasks import logs, ray_probe
 from tasks.code_version import PACKAGES, ROOT
 from tasks.executor import collect
 from tasks.files import TEMPORARY, StoreError
@@ -41,10 +43,18 @@ Result = TypeVar("Result")
 
 CONFIGS = "configs"
 """Beside the packages, in a checkout."""
+VERSION_MISMATCH = "Version mismatch"
+"""How Ray begins to say so."""
+VERSION_HINT = "Install the same versions of Ray and Python here and on every node"
+CLIENT = "ray://"
+RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
+"""What Ray calls in a node's list what a call asks for."""
+PATIENCE_S = 10.0
+"""How long nothing is done before it is said that the cluster has no room for the work."""
 LOSSES = 10
 """How often a batch is begun again after its worker or node was lost. One that takes them all along is at fault."""
 CONNECT_TIMEOUT_S = 5.0
-"""Ray itself tries an address for minutes."""
+"""Ray itself tries an address for a long time."""
 
 
 class ClusterError(ExpectedError):
@@ -111,11 +121,15 @@ def connect(address: str) -> None:
         return
     if address != "auto":
         _knock(address)
+    if (fault := ray_probe.fault_at(address)) is not None:
+        raise _cannot_join(address, fault)
     try:
         with _copy_of_the_code() as folder:
             ray.init(address=address, runtime_env={"working_dir": str(folder)}, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise _no_cluster(address, str(error)) from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        hint = VERSION_HINT if reason.startswith(VERSION_MISMATCH) else ray_probe.START_HINT
+        raise _cannot_join(address, f"{reason}. {hint}") from error
 
 
 @contextmanager
@@ -131,20 +145,23 @@ def _copy_of_the_code() -> Iterator[Path]:
 
 def _knock(address: str) -> None:
     """Find out at once whether anybody listens."""
+    if address.startswith(CLIENT):
+        raise ClusterError(
+            f"expected auto or host:port as [executor] address, found {masked(address)}, which is a Ray client's. "
+            "Give host:port of the cluster's head, whose port is 6379 by default, and join this machine to the cluster "
+            "with `ray start --address host:port`"
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ClusterError(f"expected auto or host:port as [executor] address, found {address!r}")
+        raise ClusterError(f"expected auto or host:port as [executor] address, found {masked(address)!r}")
     try:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        raise _no_cluster(address, str(error)) from error
+        raise _cannot_join(address, f"{error}. {ray_probe.START_HINT}") from error
 
 
-def _no_cluster(address: str, reason: str) -> ClusterError:
-    return ClusterError(
-        f"cannot join a Ray cluster at [executor] address = {address}: {reason.rstrip('.')}. Start one "
-        "with `ray start --head`, or join this machine to one with `ray start --address host:port`; or set kind = local"
-    )
+def _cannot_join(address: str, fault: str) -> ClusterError:
+    return ClusterError(masked(f"cannot join a Ray cluster at [executor] address = {address}: {fault}"))
 
 
 def run_batches(
@@ -226,10 +243,8 @@ class _Tasks(Generic[Job, Result]):
 
     def outcomes(self) -> Iterator[Callable[[], Result]]:
         """For each batch that is done, what gives its result or raises its error."""
-        import ray
-
         while self._fill():
-            (ref,), _ = ray.wait(list(self._running), num_returns=1)
+            ref = _first_done(self._running, {"num_cpus": 1})
             self._running.remove(ref)
             yield functools.partial(_result, ref)
 
@@ -248,6 +263,33 @@ class _Tasks(Generic[Job, Result]):
             # In a list: for a task that takes an object itself, Ray asks for a worker anew.
             self._running.add(self._call([ray.put(batch)], self._where))
         return bool(self._running)
+
+
+def _first_done(running: Iterable[Any], resources: Mapping[str, int]) -> Any:
+    """The first of some calls that is done; says when no node has what each of them asks for."""
+    import ray
+
+    refs = list(running)
+    done, _ = ray.wait(refs, num_returns=1, timeout=PATIENCE_S)
+    if not done:
+        if not any(_has_room(node["Resources"], resources) for node in ray.nodes() if node["Alive"]):
+            _notify_of_no_room(tuple(resources.items()))
+        done, _ = ray.wait(refs, num_returns=1)
+    return done[0]
+
+
+def _has_room(node: Mapping[str, float], resources: Mapping[str, int]) -> bool:
+    """Whether a node that has nothing else to do can take a call."""
+    return all(node.get(RESOURCES[name], 0) >= count for name, count in resources.items())
+
+
+@functools.cache  # once a process
+def _notify_of_no_room(resources: Sequence[tuple[str, int]]) -> None:
+    wanted = " and ".join(f"{count} {RESOURCES[name]}" for name, count in resources)
+    logs.notify(
+        f"waiting for a node of the Ray cluster with {wanted}: none of its nodes has that. Add one with `ray start "
+        "--address host:port`; or press Ctrl-C, set [executor] device = cpu or kind = local, and run again"
+    )
 
 
 class _Actor:
@@ -291,6 +333,7 @@ class _Crew:
 
         self._function = function
         self._where = where
+        self._resources = resources
         self._actor = ray.remote(max_restarts=0, **resources)(_Actor)
         self._batches = batches
         self._waiting = deque(_Attempt(batch) for batch in itertools.islice(batches, size))
@@ -303,7 +346,7 @@ class _Crew:
         import ray
 
         while self._has_waiting() or any(attempt.batch for _, attempt in self._busy.values()):
-            (ref,), _ = ray.wait(list(self._busy), num_returns=1)
+            ref = _first_done(self._busy, self._resources)
             actor, attempt = self._busy.pop(ref)
             try:
                 ray.get(ref)
@@ -401,7 +444,7 @@ def _check(where: Site) -> None:
     node = socket.gethostname()
     if not where.store.files.exists(where.marker):
         raise StoreError(
-            f"node {node} of the Ray cluster does not see {where.store.root}: [paths] store must lie where every "
+            f"node {node} of the Ray cluster does not see {where.store.files.root}: [paths] store must lie where every "
             "node finds it under the same path or URL, and so must the data and the weights"
         )
     for name, expected in where.libraries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -22,7 +23,7 @@ from object_store_faults import Contents, configure_small
 
 import tasks
 from spctrl.errors import ExpectedError
-from tasks import ray_executor, work
+from tasks import ray_executor, ray_probe, work
 from tasks.executor import WorkerError
 from tasks.files import StoreError
 from tasks.ray_executor import ClusterError, Site, connect, run_batches
@@ -377,6 +378,102 @@ def test_where_no_cluster_is_the_error_says_how_to_start_one(
         wanted = address.format(free_port=free.getsockname()[1])
         with pytest.raises(ClusterError, match=f"{wanted}.*ray start --head|expected auto or host:port"):
             connect(wanted)
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "another token"),
+        ({"RAY_AUTH_TOKEN": None, "RAY_AUTH_TOKEN_PATH": "/no/such/file"}, "none that can be read"),
+        ({"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE = disabled"),
+    ],
+)
+def test_a_cluster_that_asks_for_a_token_names_what_to_set(
+    cluster: Any, variables: dict[str, str | None], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for name, value in variables.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    for address in ("auto", cluster.address):
+        with pytest.raises(
+            ClusterError, match=rf"RAY_AUTH_MODE = token .* RAY_AUTH_TOKEN .*{found}"
+        ) as failure:
+            connect(address)
+        assert "\n" not in str(failure.value) and "0000" not in str(failure.value)
+
+
+@needs_ray
+@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"])
+def test_a_port_of_another_service_is_told_from_a_cluster(
+    greeting: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(ray_probe, "ANSWER_TIMEOUT_S", 1.0)
+
+    def answer(service: socket.socket) -> None:
+        connections = []
+        with contextlib.suppress(OSError):
+            while True:
+                connections.append(service.accept()[0])
+                connections[-1].sendall(greeting)
+
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        threading.Thread(target=answer, args=[service], daemon=True).start()
+        address = f"127.0.0.1:{service.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=f"{address}: no Ray head answers there.*ray start --head"):
+            connect(address)
+    assert [path for path in Path("/proc").glob("[0-9]*/cmdline") if address.encode() in _bytes(path)] == []
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@needs_ray
+def test_a_client_address_is_refused_without_its_password() -> None:
+    with pytest.raises(ClusterError, match=r"found ray://me:\*{3}@head:10001, .* host:port of") as failure:
+        ray_executor._knock("ray://me:hunter2@head:10001")
+    assert "hunter2" not in str(failure.value)
+
+
+@needs_ray
+def test_another_version_of_ray_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.setattr(ray_probe, "fault_at", lambda address: None)
+    with pytest.raises(ClusterError, match=r"started with: Ray: 2\.1\.0\. Install the same versions of Ray"):
+        connect("auto")
+
+
+@needs_ray
+def test_work_that_no_node_has_room_for_says_what_it_waits_for(
+    cluster: Any,
+    here: ray_executor.Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray_executor, "PATIENCE_S", 0.5)
+    ray_executor._notify_of_no_room.cache_clear()
+    with here.join():
+        needed = {"num_gpus": 1}
+        actor = ray.remote(max_restarts=0, **needed)(ray_executor._Actor).remote()
+        greeting = actor.greet.remote()
+        threading.Timer(1.5, ray.kill, [actor]).start()
+        assert ray_executor._first_done([greeting], needed) == greeting
+        assert ray_executor._first_done([ray.put(0)], {"num_cpus": 1})
+    assert capsys.readouterr().err.count("waiting for a node of the Ray cluster with 1 GPU: none") == 1
 
 
 def test_another_kind_is_refused_with_the_known_ones(workspace: Workspace) -> None:

@@ -86,7 +86,7 @@ def _ask(address: str) -> None:
     """What the process does. The names are Ray's own; a version without them leaves the answer to ``ray.init``."""
     try:
         from ray._private.services import canonicalize_bootstrap_address
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
     except ImportError:
         return
     try:

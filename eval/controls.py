@@ -21,6 +21,7 @@ from PIL import Image
 from eval.images import read_rgb
 from spctrl.datasets import DATASETS
 from spctrl.inference.folders import generated_path
+from spctrl.terminal import say
 
 CONTROLS = ("ground-truth", "noise", "shuffled")
 NOISE_LEVELS = 96.0
@@ -100,11 +101,11 @@ def main() -> None:
     if arguments.command == "check":
         if faults := order_faults(arguments.table):
             sys.exit("\n".join(faults))
-        print(f"In order: {', '.join(CONTROLS)}.")
+        say(f"In order: {', '.join(CONTROLS)}.")
         return
     images = images_of(arguments.data, arguments.dataset, arguments.split, arguments.variant)
     write_controls(images, arguments.folder)
-    print(f"{len(images):,} images of each of {', '.join(CONTROLS)} in {arguments.folder}")
+    say(f"{len(images):,} images of each of {', '.join(CONTROLS)} in {arguments.folder}")
 
 
 if __name__ == "__main__":

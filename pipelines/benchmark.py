@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
+from spctrl.terminal import say, say_text
 from tasks.base import MeetsBadRecords
 from tasks.benchmark import PAGE, BenchmarkReport, Tables
 from tasks.evaluate import evaluation_json
@@ -53,7 +54,7 @@ class Evaluate(MeetsBadRecords, luigi.WrapperTask):
                     metric = METRIC[row["metric"]]
                     numbers = [printed(metric.scale * row[name], metric) for name in ("value", "low", "high")]
                     mark = "  (RANDOM WEIGHTS)" if task.weights_note() == "random" else ""
-                    print(f"{task.how.name}: {metric.title} {numbers[0]} [{numbers[1]}, {numbers[2]}]{mark}")
+                    say(f"{task.how.name}: {metric.title} {numbers[0]} [{numbers[1]}, {numbers[2]}]{mark}")
 
 
 class Benchmark(Evaluate):
@@ -75,8 +76,8 @@ class Benchmark(Evaluate):
         from eval.tables import to_markdown
 
         tables = self.tables_task()
-        print(to_markdown(tables.table(), intervals=False))
-        print(f"Report: {tables.folder / PAGE}\nTables: the files beside it")
+        say_text(to_markdown(tables.table(), intervals=False))
+        say(f"Report: {tables.folder / PAGE}", "Tables: the files beside it")
 
 
 def _read(path: Path) -> Evaluation:

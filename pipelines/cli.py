@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,18 +17,20 @@ import luigi
 import typer
 from luigi.task_register import Register
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train, cluster, tools
 from spctrl import options
+from spctrl.console import PlainConsole, lines
 from spctrl.errors import ExpectedError
+from spctrl.printable import one_line
 from spctrl.secrets import masked
+from spctrl.terminal import say_message
 from tasks import settings
 from tasks.base import StageTask
 from tasks.conditions import CONDITIONS, condition_class
-from tasks.console import MaskedConsole
 from tasks.files import TEMPORARY, files_at, is_url
 from tasks.index import AnnotationFile
 from tasks.model_stage import ModelStage
@@ -39,30 +41,45 @@ if TYPE_CHECKING:
 
 
 class _Commands(TyperGroup):
-    """Commands that show the message of an error that explains itself, not its way through the program."""
+    """Commands that show the message of an error that explains itself, not its traceback."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _printable_usage_errors():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_usage_errors():
+                return super().invoke(ctx)
         except ExpectedError as error:
-            MaskedConsole(stderr=True).print(str(error), soft_wrap=True, markup=False, highlight=False)
+            say_message(str(error))
             raise typer.Exit(FAILED) from None
-        except typer.BadParameter as error:  # shown in a box, in lines that may part a secret
-            error.message = masked(error.message)
-            raise
+
+
+_UsageError: Any = typer.BadParameter.__base__
+
+
+@contextmanager
+def _printable_usage_errors() -> Iterator[None]:
+    """Typer prints its own errors, whose messages may quote anything, in lines that may part a secret."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = one_line(masked(error.message))
+        raise
 
 
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,  # likewise
+    pretty_exceptions_enable=False,  # pipelines.startup shows them
     help="Look at what is built and why it would be built again, check and clean the store, draw a sample. "
     "Settings come from luigi.cfg and LUIGI_CONFIG_PATH, as for luigi itself.",
 )
 tools.add_to(app)
 cluster.add_to(app)
-console = MaskedConsole()
+console = PlainConsole()
 
 FOUND_SOMETHING = FAILED = 1
 
@@ -142,7 +159,7 @@ def _status(build: BuildDataset) -> Iterator[RenderableType]:
         table.add_row(
             each.task.stage,
             each.task.part,
-            "\n".join(each.reasons) or "[dim]up to date[/dim]",
+            lines(*each.reasons) if each.reasons else Text("up to date", style="dim"),
             "" if each.to_make is None else f"{each.to_make:,}",
             "" if each.last_duration_s is None else f"{each.last_duration_s:,.1f} s",
         )
@@ -171,7 +188,7 @@ def verify(
     with progress("verify", total, lambda percentage: None) as advance:
         damages = verify_store(store, exports, repair=not dry_run, advance=advance)
     for damage in damages:
-        console.print(f"{damage.place}: {damage.fault}", soft_wrap=True, markup=False, highlight=False)
+        console.say(f"{damage.place}: {damage.fault}")
     if not damages:
         console.print(f"Nothing is damaged ({total:,} packs, runs and exports).")
         return
@@ -203,12 +220,11 @@ def gc(
     ]
     waste = collect(settings.store(), current, keep=keep, grace_s=grace_hours * 3600, dry_run=dry_run)
     for run in waste.runs:
-        console.print(f"run {run.stage} {run.part} {run.fingerprint}")
-    console.print(
+        console.say(f"run {run.stage} {run.part} {run.fingerprint}")
+    console.say(
         f"{'Would remove' if dry_run else 'Removed'} {len(waste.runs):,} runs, {len(waste.packs):,} packs and "
         f"{len(waste.leftovers):,} left-over files, {'would rewrite' if dry_run else 'rewrote'} "
-        f"{len(waste.repacked):,} packs: {waste.freed_bytes / 1e6:,.1f} MB.",
-        soft_wrap=True,
+        f"{len(waste.repacked):,} packs: {waste.freed_bytes / 1e6:,.1f} MB."
     )
 
 
@@ -246,7 +262,7 @@ def accept(
         for kind in ("code", "libraries"):
             for name in {**now[kind], **before[kind]}:
                 if now[kind].get(name) != before[kind].get(name):
-                    console.print(f"{stage}: {kind} {name} changed", highlight=False)
+                    console.say(f"{stage}: {kind} {name} changed")
         if not yes:
             typer.confirm(f"Keep what {stage} made before these changes?", abort=True)
         task.store.accept(now["code_version"], before["code_version"])
@@ -263,7 +279,7 @@ def sample(
     from spctrl.sample import write_sample
 
     write_sample(folder, images_per_split=images_per_split, seed=seed)
-    console.print(f"Drew {4 * images_per_split} images into {folder}/AP-10K and {folder}/HumanArt.")
+    console.say(f"Drew {4 * images_per_split} images into {folder}/AP-10K and {folder}/HumanArt.")
 
 
 @app.command()
@@ -280,7 +296,7 @@ def tiny_weights(
 
     for module in (spctrl.image_models.tiny, eval.tiny, eval.vitpose.tiny):
         for name, path in module.write_tiny_weights(folder):
-            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+            console.say(f"{name}: {path}")
 
 
 @app.command()
@@ -289,12 +305,13 @@ def doctor() -> None:
     versions = Table("package", "version", box=None, pad_edge=False)
     versions.add_row("python", platform.python_version())
     for name in ("luigi", "numpy", "opencv-python-headless", "pyarrow", "torch", "ray"):
-        versions.add_row(name, _version_or_none(name) or "[dim]not installed[/dim]")
+        versions.add_row(name, _version_or_none(name) or Text("not installed", style="dim"))
     console.print(versions)
-    console.print(f"\ncores: {len(os.sched_getaffinity(0))}; devices: {_devices()}")
+    console.print()
+    console.say(f"cores: {len(os.sched_getaffinity(0))}; devices: {_devices()}")
     for name in ("store", "export"):
         place = getattr(settings.paths(), name)
-        console.print(f"\\[paths] {name} = {place}: {_writable(place)}", highlight=False, soft_wrap=True)
+        console.print(f"[paths] {name} = {place}:", _writable(place), soft_wrap=True)
     build = _build(None, None, None, None)
     possible = False
     found = Table("dataset", "split", "annotations", box=None, pad_edge=False)
@@ -302,7 +319,9 @@ def doctor() -> None:
         path = AnnotationFile(dataset=task.dataset, split=task.split).path
         possible |= path.is_file()
         found.add_row(
-            task.spec.title, task.split, f"{path}" if path.is_file() else f"[red]missing: {path}[/red]"
+            task.spec.title,
+            task.split,
+            f"{path}" if path.is_file() else lines(f"missing: {path}", style="red"),
         )
     console.print()
     console.print(found)
@@ -321,7 +340,7 @@ def _conditions_table(build: BuildDataset) -> Table:
     for name in CONDITIONS:
         stage = build.clone(condition_class(name), dataset=build.dataset[0], split=build.split[0])
         lacking = sorted(set(_lacking(stage)))
-        possible = "[red]no: " + escape("; ".join(lacking)) + "[/red]" if lacking else "yes"
+        possible = lines(f"no: {'; '.join(lacking)}", style="red") if lacking else "yes"
         table.add_row(name, "yes" if name in build.conditions else "", possible)
     return table
 
@@ -347,9 +366,13 @@ def _weights_table() -> Table:
     for name, entry in known_weights().items():
         path = Path(settings.paths().weights) / entry.file
         there = (
-            "random" if are_random(path) else "yes" if path.exists() else f"[dim]no: {entry.publisher}[/dim]"
+            "random"
+            if are_random(path)
+            else "yes"
+            if path.exists()
+            else lines(f"no: {entry.publisher}", style="dim")
         )
-        table.add_row(name, escape(entry.setting), there)
+        table.add_row(name, entry.setting, there)
     return table
 
 
@@ -368,19 +391,19 @@ def _devices() -> str:
     return ", ".join(["cpu", *gpus])
 
 
-def _writable(place: str) -> str:
+def _writable(place: str) -> str | Text:
     if is_url(place):
         name, files = f"{TEMPORARY}doctor-{os.getpid()}", files_at(place)
         try:
             files.write(name, b"")
             files.remove([name])
         except ExpectedError as error:
-            return f"[red]{escape(str(error))}[/red]"
+            return _shown(str(error), "red")
         return "writable"
     folder = Path(place)
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not os.access(existing, os.W_OK):
-        return f"[red]cannot be written ({existing})[/red]"
+        return lines(f"cannot be written ({existing})", style="red")
     return f"writable, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free"
 
 

@@ -24,6 +24,7 @@ from pipelines.scheduler import LOCAL, fault_at, is_given
 from pipelines.worker import INTERRUPTED, StageWorker
 from spctrl.errors import ExpectedError
 from spctrl.secrets import masked
+from spctrl.terminal import say_message
 from tasks import logs
 from tasks.store import forget_what_was_found
 
@@ -176,4 +177,4 @@ def _say(message: str) -> None:
     if logs.are_json():
         logs.event(message)
     else:
-        typer.echo(message, err=True)
+        say_message(message)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
+from spctrl.terminal import say
 from tasks.base import MeetsBadRecords
 from tasks.generate import GeneratedImages, method_json
 from tasks.paths import PathParameter
@@ -37,7 +38,7 @@ class Generate(MeetsBadRecords, luigi.WrapperTask):
     def run(self) -> None:
         for task in self.requires():
             counts = task.finished_run().provenance()["counts"]
-            print(f"{task.how.name}: {counts['made']:,} of {counts['records']:,} images in {task.folder}")
+            say(f"{task.how.name}: {counts['made']:,} of {counts['records']:,} images in {task.folder}")
 
 
 def _read(path: Path) -> Generation:

@@ -10,6 +10,8 @@ import luigi
 from luigi.cmdline_parser import CmdlineParser
 from luigi.task_register import Register
 
+from spctrl.printable import one_line
+
 
 class _Parser(argparse.ArgumentParser):
     """Luigi's parser, without abbreviations: ``--condition`` must not pass for ``--conditions``."""
@@ -46,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """The message alone; argparse puts pages of usage before it."""
-        self.exit(2, f"ERROR: {message}\n")
+        self.exit(2, f"ERROR: {one_line(message)}\n")
 
 
 def _is_target(name: str | None) -> bool:

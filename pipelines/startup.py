@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import TracebackType
 
 from pipelines import settings_files
 from spctrl import secrets
 from spctrl.errors import ExpectedError
+from spctrl.printable import printable
+from spctrl.terminal import say, say_message
 
 STOPPED = "stopped. What was finished stays, run again to go on"
 
@@ -20,10 +24,12 @@ _show_uncaught = sys.excepthook
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Show Ctrl-C, and errors that explain themselves, without a traceback."""
     if issubclass(kind, KeyboardInterrupt):
-        sys.stderr.write(f"{STOPPED}\n")
+        say(STOPPED, err=True)
     elif issubclass(kind, ExpectedError) or kind.__module__ == "luigi.task_register":  # no such target
-        sys.stderr.write(secrets.masked(f"ERROR: {error}\n"))
-    else:
+        say_message(f"ERROR: {error}")
+    elif _show_uncaught is sys.__excepthook__:
+        sys.stderr.write(printable(secrets.masked("".join(traceback.format_exception(kind, error, trace)))))
+    else:  # a notebook's own
         _show_uncaught(kind, error, trace)
 
 
@@ -46,5 +52,8 @@ def hold_sigusr1() -> None:
 sys.excepthook = _show_error
 if _is_command():
     hold_sigusr1()
+    for _stream in (sys.stdout, sys.stderr):
+        if isinstance(_stream, io.TextIOWrapper):
+            _stream.reconfigure(errors="backslashreplace")  # a terminal need not know all characters
     secrets.mask_output(os.environ, sys.argv)
 settings_files.check_settings_files()

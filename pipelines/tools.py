@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from spctrl import options
+from spctrl.console import PlainConsole
 from spctrl.errors import ExpectedError
 from tasks import settings
 from tasks.base import MANIFEST
-from tasks.console import MaskedConsole
 from tasks.index import Index
 from tasks.model_stage import weights_at
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from spctrl.inference.methods import Kind
     from spctrl.inference.poses import Pose
 
-console = MaskedConsole()
+console = PlainConsole()
 
 SHEET_COLUMNS = 4
 
@@ -161,12 +161,7 @@ def prompt(
     from spctrl.inference.poses import write_pose
 
     found = _annotated(image_id, dataset, split)
-    console.print(
-        _prompt_of(found, _dataset(dataset), words),
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+    console.say(_prompt_of(found, _dataset(dataset), words))
     if pose is not None:
         write_pose(found, pose)
 
@@ -319,7 +314,7 @@ def keypoint_embeddings(
     embeddings = embed(weights_at(stable_diffusion), _dataset(dataset).name)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(embeddings, output)
-    console.print(f"{tuple(embeddings.shape)} embeddings: {output}", highlight=False, soft_wrap=True)
+    console.say(f"{tuple(embeddings.shape)} embeddings: {output}")
 
 
 def edit(
@@ -562,6 +557,5 @@ def _write_sheet(
 
 
 def _say(prompt: str, folder: Path) -> None:
-    console.print(
-        f"prompt: {prompt}\nsheet:  {folder / 'sheet.png'}", soft_wrap=True, markup=False, highlight=False
-    )
+    console.say(f"prompt: {prompt}")
+    console.say(f"sheet:  {folder / 'sheet.png'}")

@@ -27,6 +27,7 @@ import luigi
 
 import spctrl
 from spctrl.errors import ExpectedError
+from spctrl.printable import one_line
 from spctrl.secrets import masked
 from tasks import logs, settings
 from tasks.code_version import PACKAGES, ROOT, code_components
@@ -319,7 +320,7 @@ def _format_reject(reject: Mapping[str, Any]) -> str:
     image_id, file_name = reject["image_id"], reject["file_name"]
     of_image = "" if image_id is None else f"image {image_id}{f' ({file_name})' if file_name else ''}: "
     message = textwrap.shorten(reject["message"], MAX_EXAMPLE_CHARACTERS, placeholder=" ...")
-    return f"{of_image}{message.removeprefix(f'image {image_id}: ')}"
+    return one_line(f"{of_image}{message.removeprefix(f'image {image_id}: ')}")
 
 
 def code_of(functions: Sequence[str], store: Store) -> dict[str, str]:

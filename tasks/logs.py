@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from datetime import UTC, datetime
 from typing import Any
 
 from spctrl.errors import ExpectedError
 from spctrl.secrets import masked, masked_values
+from spctrl.terminal import PrintableLines, say
 from tasks import settings
 
 LOGGER = logging.getLogger("luigi-interface")
@@ -32,7 +32,8 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(masked_values(line), default=lambda value: masked(str(value)))
+        text = json.dumps(masked_values(line), default=lambda value: masked(str(value)))
+        return text.replace("\x7f", "\\u007f")  # all else but ASCII is escaped already
 
 
 def are_json() -> bool:
@@ -54,19 +55,22 @@ def notify(message: str) -> None:
     if are_json():
         event(message)
     else:
-        print(masked(message), file=sys.stderr, flush=True)
+        say(message, err=True)
 
 
 def follow_setting() -> None:
-    """Give Luigi's handler the format that is set.
+    """Give Luigi's handler the format that is set, and have it print nothing that acts on a terminal.
 
     To be called before a record is handled: Luigi makes its handler after it has read the command line, and there is
     nothing of ours in between.
     """
-    if are_json():
-        for handler in LOGGER.handlers:
-            if not isinstance(handler.formatter, JsonLines):
-                handler.setFormatter(JsonLines())
+    as_json = are_json()
+    for handler in LOGGER.handlers:
+        if as_json and not isinstance(handler.formatter, JsonLines):
+            handler.setFormatter(JsonLines())
+        elif not isinstance(handler.formatter, JsonLines | PrintableLines):
+            handler.setFormatter(PrintableLines(handler.formatter))
+    if as_json:
         logging.captureWarnings(True)
         warnings = logging.getLogger("py.warnings")
         if not warnings.handlers:

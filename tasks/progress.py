@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
+from spctrl.printable import one_line
+from spctrl.terminal import say
 from tasks import logs
 
 LINE_EVERY_S = 5.0
@@ -81,7 +83,6 @@ def _shown(title: str, total: int) -> Iterator[_Show]:
     if not sys.stderr.isatty():
         yield _line_printer(title, total)
         return
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -91,28 +92,30 @@ def _shown(title: str, total: int) -> Iterator[_Show]:
         TimeRemainingColumn,
     )
 
+    from spctrl.console import PlainConsole
+
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        shown = bar.add_task(title, total=total, note="")
-        yield lambda done, note: bar.update(shown, completed=done, note=note)
+    with Progress(*columns, console=PlainConsole(stderr=True)) as bar:
+        shown = bar.add_task(one_line(title), total=total, note="")
+        yield lambda done, note: bar.update(shown, completed=done, note=one_line(note))
 
 
 def _line_printer(title: str, total: int) -> _Show:
-    def say(done: int, left_s: float | None, note: str) -> None:
+    def show_line(done: int, left_s: float | None, note: str) -> None:
         facts = [f"{title}: {done:,} of {total:,}"]
         if left_s is not None:
             facts.append(f"about {left_s:,.0f} s left")
-        print(", ".join([*facts, note] if note else facts), file=sys.stderr, flush=True)
+        say(", ".join([*facts, note] if note else facts), err=True)
 
-    return _now_and_then(say, total)
+    return _now_and_then(show_line, total)
 
 
 def _event_logger(title: str, total: int) -> _Show:

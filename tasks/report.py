@@ -209,7 +209,7 @@ def print_summary(exports: Iterable[Export]) -> None:
         return
     from rich.table import Table
 
-    from tasks.console import MaskedConsole
+    from spctrl.console import PlainConsole
 
     table = Table(title="Built", title_justify="left")
     for column in ("dataset", "split"):
@@ -220,7 +220,7 @@ def print_summary(exports: Iterable[Export]) -> None:
         counts = task.clone(Manifest).finished_run().provenance()["counts"]
         numbers = (counts["made"], counts["instances"], counts["images_on_disk"], counts["rejected"])
         table.add_row(task.spec.title, task.split, *(f"{number:,}" for number in numbers))
-    console = MaskedConsole(stderr=True)
+    console = PlainConsole(stderr=True)
     console.print(table)
     for place in (*dict.fromkeys(task.place.root for task in tasks), settings.export_files().place(PAGE)):
-        console.print(place, soft_wrap=True, markup=False, highlight=False)
+        console.say(place)

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import luigi
 
 from spctrl.errors import ExpectedError
+from spctrl.terminal import say
 from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask
 from tasks.code_version import ROOT
@@ -351,7 +352,7 @@ class Train(StageTask):
             elif logs.are_json():
                 logs.event("training", what=f"{self.stage} {self.part}", note=report["message"])
             else:
-                print(f"{self.stage} {self.part}: {report['message']}", file=sys.stderr, flush=True)
+                say(f"{self.stage} {self.part}: {report['message']}", err=True)
 
     def _show(self, reports: Iterator[dict[str, Any]]) -> None:
         """Show step, loss and the time that is left."""

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from spctrl import secrets
+from spctrl.console import PlainConsole
 from spctrl.secrets import mask_record, masked, masked_values, remember, remember_environment, without_secrets
-from tasks.console import MaskedConsole
 from tasks.files import StoreError, files_at
 from tasks.logs import JsonLines
 from tasks.paths import PathParameter
@@ -155,7 +155,7 @@ def test_a_table_is_masked_before_it_is_wrapped() -> None:
 
     table = Table("place")
     table.add_row("ftp://user:a-long-pass-word-of-many-letters@host/store")
-    console = MaskedConsole(file=io.StringIO(), width=20)
+    console = PlainConsole(file=io.StringIO(), width=20)
     console.print(table)
     console.print("ftp://user:a-long-pass-word-of-many-letters@host")
     text = console.file.getvalue()  # type: ignore[attr-defined]

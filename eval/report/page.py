@@ -25,7 +25,7 @@ from eval.tables import (
     provenance_link,
 )
 from spctrl.report.pictures import ThumbnailBudget
-from spctrl.report.text import words
+from spctrl.report.text import visible, words
 
 COMPARED = ("AP", "FID", "CLIP-score", "PCK", "KID", "diversity")
 """Metrics whose differences are shown; table.json has them all."""
@@ -224,6 +224,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader("eval"), jinja2.PackageLoader("spctrl")]),
         autoescape=True,
+        finalize=visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -37,6 +37,7 @@ from eval.vitpose.checkpoints import LAYER_NORM_EPS
 from eval.vitpose.crops import boxes_to_regions, crop
 from spctrl.datasets import DATASETS
 from spctrl.sample import write_sample
+from spctrl.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +178,7 @@ def train(truth: GroundTruth, files: dict[int, Path], protocol: Protocol, recipe
         optimizer.step()
         schedule.step()
         if step % 50 == 49:
-            print(f"step {step + 1} of {recipe.steps}: loss {loss.item():.3f}", flush=True)
+            say(f"step {step + 1} of {recipe.steps}: loss {loss.item():.3f}")
     return model.eval()
 
 
@@ -254,12 +255,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=Recipe.images)
     arguments = parser.parse_args()
     recipe = Recipe(steps=arguments.steps, images=arguments.images)
-    print(f"weights: {make_small(arguments.folder, arguments.dataset, recipe)}")
+    say(f"weights: {make_small(arguments.folder, arguments.dataset, recipe)}")
     for name, found in check_small(arguments.folder, arguments.dataset).items():
         samples = bootstrap(found.at, len(found.image_ids))
         low, high = interval(found.scores["AP"], samples[:, 0])[1:]
         ap50, ar = found.scores["AP50"], found.scores["AR"]
-        print(f"{name}: AP {found.scores['AP']:.3f} ({low:.3f} to {high:.3f}), AP50 {ap50:.3f}, AR {ar:.3f}")
+        say(f"{name}: AP {found.scores['AP']:.3f} ({low:.3f} to {high:.3f}), AP50 {ap50:.3f}, AR {ar:.3f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from markupsafe import Markup
+
+from spctrl.printable import printable
+
+
+def visible(value: Any) -> Any:
+    """What a template's expression stands for, without characters that turn text around or are not shown."""
+    if not isinstance(value, str):
+        return value
+    return Markup(printable(value)) if isinstance(value, Markup) else printable(value)
+
 
 def words(name: str) -> str:
     return name.replace("_", " ")

@@ -19,7 +19,9 @@ import typer
 
 from spctrl import locks, options
 from spctrl.errors import ExpectedError
+from spctrl.printable import printable
 from spctrl.secrets import mask_output, masked
+from spctrl.terminal import PrintableLines, say, say_message
 from spctrl.training.checkpoints import LOCK
 from spctrl.training.config import TrainingConfig, read_training_config
 
@@ -115,10 +117,10 @@ def main(
                 watched = (validation_manifest, name or config.stem, json_progress)
                 _train(settings, inputs, found, earlier_runs, *watched)
     except ExpectedError as error:
-        print(error, file=sys.stderr, flush=True)
+        say_message(str(error))
         if found is not None and not dry_run:
             found.mkdir(parents=True, exist_ok=True)
-            (found / ERROR).write_text(masked(f"{error}\n"))
+            (found / ERROR).write_text(printable(masked(f"{error}\n")))
         raise typer.Exit(1) from error
 
 
@@ -143,7 +145,7 @@ def _train(
         finally:
             watcher.close()
     if not json_progress and _is_main():
-        print(f"trained: {last}")
+        say(f"trained: {last}")
 
 
 def _describe(config: TrainingConfig, inputs: Any, output: Path, earlier_runs: Sequence[Path]) -> None:
@@ -159,13 +161,14 @@ def _describe(config: TrainingConfig, inputs: Any, output: Path, earlier_runs: S
     tokens = "" if rows is None else f" and {len(rows):,} token embeddings"
     source = "cached latents" if config.use_cached_latents else "images encoded in every step"
     start = find_start(config, schedule, output, earlier_runs)
-    print(
-        f"trains: {type(run.networks.control).__name__}, {sizes[0] / 1e6:,.1f} million parameters{tokens}\n"
-        f"on: {schedule.images:,} images of {inputs.manifest}, {config.resolution} x {config.resolution}, {source}\n"
+    say(
+        f"trains: {type(run.networks.control).__name__}, {sizes[0] / 1e6:,.1f} million parameters{tokens}",
+        f"on: {schedule.images:,} images of {inputs.manifest}, {config.resolution} x {config.resolution}, {source}",
         f"in: {schedule.total_steps:,} steps of {schedule.step_images:,} images ({schedule.batch_size} x "
         f"{schedule.micro_batches} micro-batches x {schedule.processes} processes), {schedule.steps_per_epoch:,} an "
-        f"epoch\nwith: precision {config.mixed_precision} on {accelerator.device}\n"
-        f"into: {output}, from {start.checkpoint or 'the start'}"
+        "epoch",
+        f"with: precision {config.mixed_precision} on {accelerator.device}",
+        f"into: {output}, from {start.checkpoint or 'the start'}",
     )
 
 
@@ -221,6 +224,7 @@ def _log_shown(as_json: bool) -> Iterator[None]:
         yield
         return
     handler = _JsonHandler() if as_json else logging.StreamHandler()
+    handler.setFormatter(PrintableLines(None))
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     try:
@@ -231,7 +235,7 @@ def _log_shown(as_json: bool) -> Iterator[None]:
 
 class _JsonHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        _write_json({"message": record.getMessage()})
+        _write_json({"message": printable(record.getMessage())})
 
 
 def _is_main() -> bool:
@@ -255,11 +259,11 @@ def _throttled(write: Show, every_s: float) -> Show:
 
 def _write_json(progress: dict[str, Any]) -> None:
     """For the process that started this one."""
-    print(json.dumps(progress), flush=True)
+    say(json.dumps(progress))
 
 
 def _write_text(progress: dict[str, Any]) -> None:
-    print(progress_line(progress), flush=True)
+    say(progress_line(progress))
 
 
 def progress_line(progress: dict[str, Any]) -> str:

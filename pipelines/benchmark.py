@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
+from spctrl.paths import config_name
 from spctrl.terminal import say, say_text
 from tasks.base import MeetsBadRecords
 from tasks.benchmark import PAGE, BenchmarkReport, Tables
@@ -32,7 +33,9 @@ class Evaluate(MeetsBadRecords, luigi.WrapperTask):
         self.how = _read(Path(self.config))
 
     def tables_task(self) -> Tables:
-        task: Tables = self.clone(Tables, name=Path(self.config).stem, evaluation=evaluation_json(self.how))
+        task: Tables = self.clone(
+            Tables, name=config_name(Path(self.config)), evaluation=evaluation_json(self.how)
+        )
         return task
 
     def metric_tasks(self) -> Iterator[MetricStage]:
@@ -65,7 +68,7 @@ class Benchmark(Evaluate):
 
     def report_task(self) -> BenchmarkReport:
         task: BenchmarkReport = self.clone(
-            BenchmarkReport, name=Path(self.config).stem, evaluation=evaluation_json(self.how)
+            BenchmarkReport, name=config_name(Path(self.config)), evaluation=evaluation_json(self.how)
         )
         return task
 

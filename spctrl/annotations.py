@@ -48,6 +48,7 @@ MAX_REJECTS, MAX_REJECT_CHARACTERS = 1_000_000, 10_000
 """A row of reasons takes half a kilobyte, and a faulty entry two bytes of the file."""
 _LIKE_EXPORTED_FILES = (".png", ".json", ".npy", ".jpg")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
+_WINDOWS_PATH, _URL = re.compile(r"[A-Za-z]:[/\\]"), re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PLAIN_PATH = re.compile(r"(?:[\w-][\w -]{0,99}/){0,4}[\w-][\w. -]{0,99}", re.ASCII)
 """What nearly all paths look like, and no rule of ``unsafe_path`` forbids: one look instead of seven."""
 _STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
@@ -655,8 +656,12 @@ def unsafe_path(path: str) -> str | None:
     """Why a relative path may not be joined to a folder, or None when it is harmless."""
     if _PLAIN_PATH.fullmatch(path):
         return None
-    if path.startswith("/") or path[1:2] == ":":
+    if path.startswith("/"):
         return "is absolute"
+    if _WINDOWS_PATH.match(path):
+        return "is an absolute path of Windows"
+    if _URL.match(path):
+        return "is a URL, where a path below the dataset was expected"
     parts = path.split("/")
     if ".." in parts:
         return "climbs out of the dataset"

@@ -11,6 +11,12 @@ from pathlib import Path
 
 from spctrl.errors import ExpectedError
 
+MAX_COMPONENT_BYTES = 255
+"""Of a name in a path, on common file systems."""
+SHOWN_CHARACTERS = 40
+MAX_NAME_BYTES = 200
+"""Of a name that users choose and that becomes part of a name in a path: leaves room for what is put around it, such as
+a dataset, a split, and a temporary file's prefix."""
 _VARIABLE = re.compile(r"\$(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[^}]*)\})")
 
 
@@ -20,9 +26,12 @@ def expand_path(path: str) -> str:
     Variables come first, so that one may hold a path that begins with ``~``. A ``$`` that begins no name stays.
 
     Raises:
-        ValueError: a variable that is not set or empty, or a user that this machine does not know.
+        ValueError: a variable that is not set or empty, a user that this machine does not know, or what no file can be
+            called.
     """
     expanded = _VARIABLE.sub(_value, path)
+    if (fault := _path_fault(expanded)) is not None:
+        raise ValueError(fault)
     if not expanded.startswith("~"):
         return expanded
     absolute = os.path.expanduser(expanded)  # noqa: PTH111 - Path would change URLs and trailing slashes
@@ -41,6 +50,46 @@ def _value(variable: re.Match[str]) -> str:
             f"expected environment variables that are set and not empty, found {variable[0]}, which is not"
         )
     return os.environ[name]
+
+
+def _path_fault(path: str) -> str | None:
+    """Why no file can have a path; URLs may be longer."""
+    if "\0" in path:
+        return f"expected a path without null characters, found {path!r}"
+    longest = max(path.split("/"), key=_num_bytes)
+    if "://" in path or _num_bytes(longest) <= MAX_COMPONENT_BYTES:
+        return None
+    return (
+        f"expected a path whose names have at most {MAX_COMPONENT_BYTES} bytes of UTF-8, found one of "
+        f"{_num_bytes(longest)}: {longest[:SHOWN_CHARACTERS]}..."
+    )
+
+
+def name_fault(name: str) -> str | None:
+    """Why a name that a user chose cannot become part of the names of files and folders; None where it can."""
+    if not name.strip(".") or "/" in name or "\0" in name:
+        return f"expected a name that a file can have, found {name!r}"
+    if _num_bytes(name) > MAX_NAME_BYTES:
+        return (
+            f"expected a name of at most {MAX_NAME_BYTES} bytes of UTF-8, since it becomes part of folders' names, "
+            f"found {_num_bytes(name)}: {name[:SHOWN_CHARACTERS]}..."
+        )
+    return None
+
+
+def config_name(path: Path) -> str:
+    """What runs and folders are called after a configuration: its file's name, without suffix.
+
+    Raises:
+        ExpectedError: it cannot be part of folders' names.
+    """
+    if (fault := name_fault(path.stem)) is not None:
+        raise ExpectedError(f"{path}: {fault}. Rename the file")
+    return path.stem
+
+
+def _num_bytes(name: str) -> int:
+    return len(name.encode("utf-8", "surrogatepass"))
 
 
 class UnsafePathError(ExpectedError):

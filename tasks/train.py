@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import luigi
 
 from spctrl.errors import ExpectedError
+from spctrl.paths import config_name
 from spctrl.terminal import say
 from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask
@@ -77,7 +78,7 @@ class Train(StageTask):
 
     @property
     def part(self) -> str:
-        return Path(self.config).stem
+        return config_name(Path(self.config))
 
     @property
     def folder(self) -> Path:

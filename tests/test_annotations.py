@@ -360,6 +360,13 @@ def test_an_unsafe_file_name_costs_its_image_only(tmp_path: Path, name: str) -> 
         ("\ud800.jpg", "not valid Unicode"),
         ("", "names no file"),
         ("x" * 300, "longer than"),
+        ("鹿" * 80 + ".jpg", "has a part longer than 230 bytes"),
+        ("a/" + "x" * 231 + "/2.jpg", "has a part longer than 230 bytes"),
+        ("C:/2.jpg", "is an absolute path of Windows"),
+        ("c:\\2.jpg", "is an absolute path of Windows"),
+        ("http://a/2.jpg", "is a URL"),
+        ("S3://bucket/2.jpg", "is a URL"),
+        ("a+b.c://2.jpg", "is a URL"),
     ],
 )
 def test_the_reason_says_what_is_unsafe(name: str, why: str) -> None:
@@ -367,7 +374,22 @@ def test_the_reason_says_what_is_unsafe(name: str, why: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["2.jpg", "deep/er/2.jpg", "鹿/2.jpg", "a b (1).jpeg", "..2.jpg", "2..jpg", "-2", "…"]
+    "name",
+    [
+        "2.jpg",
+        "deep/er/2.jpg",
+        "鹿/2.jpg",
+        "a b (1).jpeg",
+        "..2.jpg",
+        "2..jpg",
+        "-2",
+        "…",
+        "a:b.jpg",
+        "c:x/2.jpg",
+        "2021-01-01T10:00:00.jpg",
+        "::",
+        "s3:a/2.jpg",
+    ],
 )
 def test_an_unusual_but_harmless_file_name_is_kept(tmp_path: Path, name: str) -> None:
     found = indexed(tmp_path, edited(put(image, "file_name", name)))

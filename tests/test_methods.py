@@ -13,6 +13,7 @@ from spctrl.errors import ExpectedError
 from spctrl.inference.checkpoints import learned_embeds_file, network_folder
 from spctrl.inference.folders import find_images, generated_path, list_images
 from spctrl.inference.methods import Generation, Method, Sampler, image_seed, sampler_parameters
+from tasks.files import temporary_name
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "generate").glob("*.yaml"))
 
@@ -114,6 +115,16 @@ def test_an_index_map_is_the_condition_of_sp_ctrl() -> None:
 def test_a_method_that_cannot_be_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=message):
         method(**values)
+
+
+@pytest.mark.parametrize(("name", "num_bytes"), [("m" * 300, 300), ("m" * 201, 201), ("m" + "é" * 100, 201)])
+def test_a_name_that_fits_no_folder_is_refused(name: str, num_bytes: int) -> None:
+    method: dict[str, Any] = {"kind": "external", "folder": "x"}
+    with pytest.raises(ValueError, match=rf"name: expected a name of at most 200 bytes.*found {num_bytes}: "):
+        Method(name=name, **method)
+    longest = Method(name="m" + "é" * 99, **method).name
+    for wrapped in (f"humanart-train-{longest}", f"generated-{longest}", temporary_name(f"{longest}.json")):
+        assert len(wrapped.encode()) <= 255
 
 
 def test_methods_of_one_file_have_different_names(tmp_path: Path) -> None:

@@ -14,8 +14,16 @@ import spctrl.weights
 from eval.settings import Evaluation
 from spctrl import options
 from spctrl.configuration import ConfigurationError, read_config
+from spctrl.errors import ExpectedError
 from spctrl.inference.methods import Generation
-from spctrl.paths import UnsafePathError, expand_path, listed_files, outside_folders, refuse_unsafe_paths
+from spctrl.paths import (
+    UnsafePathError,
+    config_name,
+    expand_path,
+    listed_files,
+    outside_folders,
+    refuse_unsafe_paths,
+)
 from spctrl.training.config import decisive_settings, read_training_config
 
 
@@ -64,6 +72,25 @@ def test_homes_and_variables_are_expanded_and_all_else_stays(path: str, expanded
 def test_unknown_variables_and_users_are_refused(path: str, found: str) -> None:
     with pytest.raises(ValueError, match=found):
         expand_path(path)
+
+
+@pytest.mark.parametrize("path", ["x" * 256, "/a/" + "é" * 128 + "/b", "~/" + "x" * 300, "a\0b"])
+def test_what_no_file_can_be_called_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match=r"at most 255 bytes of UTF-8, found one of|without null characters"):
+        expand_path(path)
+
+
+def test_long_paths_of_short_names_and_urls_stay() -> None:
+    for path in ("/".join(["x" * 255] * 9), "s3://bucket/" + "x" * 300):
+        assert expand_path(path) == path
+
+
+def test_a_configuration_whose_name_fits_no_folder_is_refused() -> None:
+    assert config_name(Path("a/" + "é" * 100 + ".yaml")) == "é" * 100
+    assert config_name(Path("ap10k:v1.2.yaml")) == "ap10k:v1.2"
+    for name, found in (("é" * 101, "found 202"), ("x" * 250, "found 250"), ("..", "found '..'")):
+        with pytest.raises(ExpectedError, match=re.escape(found) + ".*Rename the file"):
+            config_name(Path(f"{name}.yaml"))
 
 
 def test_paths_of_a_training_are_expanded_whatever_they_are_written_as(tmp_path: Path) -> None:

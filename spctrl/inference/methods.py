@@ -10,6 +10,7 @@ import msgspec
 
 from spctrl.configuration import PathText
 from spctrl.fingerprints import without_neutral
+from spctrl.paths import name_fault
 
 Kind = Literal["spctrl", "controlnet", "t2i_adapter", "external"]
 Condition = Literal["spatext", "openpose", "mask", "depth", "masked_depth"]
@@ -109,7 +110,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A way to make images of poses.
 
     Attributes:
-        name: in tables and folder names; letters, digits and ``_.+-``.
+        name: in tables and folder names; letters, digits and ``_.+-``, at most ``spctrl.paths.MAX_NAME_BYTES``.
         kind: ``spctrl``, ``controlnet``, ``t2i_adapter``, or ``external`` for images that someone else's code made.
         checkpoint: entry of configs/weights.yaml or folder of the ControlNet or adapter, or the folder around it
             (``controlnet/`` or ``adapter/``). Keypoint tokens are read from ``learned_embeds.bin`` in it or beside it.
@@ -145,6 +146,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "name: expected letters, digits and _.+-",
             repr(self.name),
         )
+        if (fault := name_fault(self.name)) is not None:
+            raise ValueError(f"name: {fault}")
         _check(self.images_per_pose >= 1, "images_per_pose: expected at least 1", self.images_per_pose)
         given = [name for name in ("checkpoint", "train", "folder") if getattr(self, name)]
         wanted = "folder" if self.kind == "external" else "checkpoint or train"

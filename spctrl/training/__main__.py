@@ -19,6 +19,7 @@ import typer
 
 from spctrl import locks, options
 from spctrl.errors import ExpectedError
+from spctrl.paths import config_name, name_fault
 from spctrl.printable import printable
 from spctrl.secrets import mask_output, masked
 from spctrl.terminal import PrintableLines, say, say_message
@@ -90,6 +91,8 @@ def main(
     found = output
     if json_progress:
         _end_without_reader()
+    if name is not None and (fault := name_fault(name)) is not None:
+        raise typer.BadParameter(f"--name: {fault}")
     try:
         settings = read_training_config(config)
         found = output or (Path(settings.output_dir) if settings.output_dir else None)
@@ -114,7 +117,7 @@ def main(
             if dry_run:
                 _describe(settings, inputs, found, earlier_runs)
             else:
-                watched = (validation_manifest, name or config.stem, json_progress)
+                watched = (validation_manifest, name or config_name(config), json_progress)
                 _train(settings, inputs, found, earlier_runs, *watched)
     except ExpectedError as error:
         say_message(str(error))

@@ -194,6 +194,7 @@ def test_members_are_named_after_ids_and_contents_whatever_the_annotated_name(wo
     raw = workspace.data / "AP-10K/data"
     longest = "x" * (MAX_FILE_NAME_BYTES - 4) + ".jpg"
     names = {1: "a.b.c.jpg", 2: longest, 3: "no suffix", 4: "<script>.jpg", 5: "true.png.jpg"}
+    names |= {6: "2021-01-01T10:00:00.jpg", 7: "a::b:c.jpg"}
     with workspace.edit_annotations("ap10k", "train") as content:
         for image in content["images"]:
             if (name := names.get(image["id"])) is not None:
@@ -201,9 +202,12 @@ def test_members_are_named_after_ids_and_contents_whatever_the_annotated_name(wo
                 image["file_name"] = name
     with Image.open(raw / names[5]) as image:
         image.save(raw / names[5], format="PNG")
-    folder = sharded(workspace, "webdataset", "parquet")
+    folder = sharded(workspace, "folders", "webdataset", "parquet")
     workspace.configure("build", conditions=["spatext"])
     built(workspace)
+    assert {row["file_name"] for row in workspace.manifest("ap10k", "train")} >= set(names.values())
+    for name in names.values():
+        assert (folder / "data" / name).read_bytes() == (raw / name).read_bytes()
     found = samples(folder)
     assert list(found) == [f"{image_id:012d}" for image_id in range(1, IMAGES + 1)]
     used = {image_id: json.loads(found[f"{image_id:012d}"]["json"])["file_name"] for image_id in names}

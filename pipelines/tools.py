@@ -490,13 +490,14 @@ def _annotated(image_id: int, dataset: str, split: str) -> Pose:
     splits = _dataset(dataset).split_words
     if split not in splits:
         raise typer.BadParameter(f"--split: expected {', '.join(splits)}, found {split}")
-    run = Index(dataset=dataset, split=split).current_run()
+    index = Index(dataset=dataset, split=split)
+    run = index.current_run()
     if run is None or not run.is_whole():
         raise ExpectedError(
             f"expected an index of {dataset}, {split}, found none. Any build makes it, such as `luigi --module "
             f"pipelines BuildDataset --dataset {dataset} --split {split}`"
         )
-    table = read_table(run.path(MANIFEST))
+    table = read_table(index.finished_run().path(MANIFEST))
     row = table.filter(pc.equal(table.column("image_id"), image_id))
     if len(row) != 1:
         raise ExpectedError(

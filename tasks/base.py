@@ -34,6 +34,7 @@ from tasks.code_version import PACKAGES, ROOT, code_components
 from tasks.files import StoreError
 from tasks.inputs import DigestCache
 from tasks.store import Run, Store, digest
+from tasks.tables import refuse_damaged_tables, table_faults
 
 MANIFEST = "manifest.parquet"
 REJECTS = "rejects.parquet"
@@ -184,13 +185,18 @@ class StageTask(MeetsBadRecords):
         return None if ingredients is None else self.store.run(self.stage, self.part, ingredients.fingerprint)
 
     def finished_run(self) -> Run:
-        """The result, for the stages that read it."""
+        """The result, for the stages that read it.
+
+        Raises:
+            StoreError: there is none, or one with a damaged table, which was struck out.
+        """
         run = self.current_run()
         if run is None or not run.provenance():
             raise StoreError(
                 f"expected a finished run of {self.stage} for {self.part}, found none in {self.store.files.root}. "
                 "Build it, or build again if it was removed meanwhile"
             )
+        refuse_damaged_tables(run)
         return run
 
     def ingredients(self) -> Ingredients | None:
@@ -264,6 +270,8 @@ class StageTask(MeetsBadRecords):
                 "platform": platform.platform(),
             },
         }
+        for fault in table_faults(run, run.files()):  # or the stage would be built again and again
+            raise ValueError(f"{self.stage} {self.part}: {fault}")
         run.commit(self.packs_of(run), provenance)
         logs.event(
             "stage done",

@@ -20,6 +20,7 @@ from tasks.provenance import ProvenanceError
 from tasks.record_stage import artifact_schema
 from tasks.settings import LEDGERS
 from tasks.store import PROVENANCE, Location, Run, Store, index_name, pack_name, parquet_bytes
+from tasks.tables import table_faults
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,17 +173,12 @@ def _has_digest(run: Run, name: str, digest: str) -> bool:
 
 def _content_faults(run: Run, names: Iterable[str]) -> Iterator[str]:
     """Files that have their digests, but that no stage could read: this project did not write them."""
-    import pyarrow as pa
-
-    from spctrl.parquet import open_table
-
     for name in names:
         try:
-            if name.endswith(".parquet"):
-                open_table(run.path(name))
-            elif name == IMAGE_PATHS:
+            yield from table_faults(run, [name])
+            if name == IMAGE_PATHS:
                 read_image_paths(run)
-        except (OSError, FileTooLargeError, ValueError, pa.ArrowException) as error:
+        except (OSError, FileTooLargeError, ValueError) as error:
             yield f"{name} cannot be read: {error}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from tasks.store import Location, Run, Store, parquet_bytes
+from tasks.tables import FORMS
 
 FACTS: dict[str, Any] = {
     "stage": "mask",
@@ -29,7 +30,8 @@ FACTS: dict[str, Any] = {
 def commit(run: Run, packs: Iterable[str] = (), **changes: Any) -> None:
     """Commit a run with the tables that its readers expect, empty where they are not there."""
     for name in {"manifest.parquet", "rejects.parquet"} - run.files().keys():
-        run.write(name, parquet_bytes(pa.table({})))
+        form = FORMS.get((run.stage, name))
+        run.write(name, parquet_bytes((form().schema if form else pa.schema([])).empty_table()))
     counts = FACTS["counts"] | {"instances": 0, "images_on_disk": 0}
     run.commit(packs, FACTS | {"stage": run.stage, "part": run.part, "counts": counts} | changes)
 

@@ -398,7 +398,7 @@ def _writable(place: str) -> str | Text:
             files.write(name, b"")
             files.remove([name])
         except ExpectedError as error:
-            return _shown(str(error), "red")
+            return lines(str(error), style="red")
         return "writable"
     folder = Path(place)
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())

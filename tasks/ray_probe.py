@@ -97,7 +97,7 @@ def _ask(address: str) -> None:
         setup.ensure_token_if_auth_enabled(create_token_if_missing=False)
     except (ImportError, AttributeError, TypeError):
         pass  # of a version without tokens
-    print(READY, flush=True)
+    print(READY, flush=True)  # noqa: T201 - for the parent
     if (head := canonicalize_bootstrap_address(address)) is not None:
         GcsClient(address=head)
 

@@ -66,7 +66,7 @@ def test_a_console_shows_text_as_text(
     console.print(HOSTILE)  # broken where the terminal ends, nothing left out
     table = Table("name", HOSTILE, title=HOSTILE)
     table.add_row("[bold]x", Text(HOSTILE), end_section=True)
-    table.add_row("y", lines([HOSTILE, "second"]))
+    table.add_row("y", lines(HOSTILE, "second"))
     console.print(table)
     output = capsys.readouterr().out
     assert not ACTING.search(output)

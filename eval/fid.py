@@ -9,7 +9,6 @@ Legend: N images, F features.
 from __future__ import annotations
 
 import warnings
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from eval.images import Images
 from eval.inception import BATCH_SIZE, REMEDY, Crop, Inception, Resize, load_inception
+from spctrl.arrays import read_arrays
 from spctrl.errors import ExpectedError
 
 Floats = NDArray[np.float64]
@@ -163,14 +163,14 @@ def load_statistics(path: Path) -> Statistics:
         FeaturesError: no such file, or not one of ``save_statistics``.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return Statistics(
-                mean=file["mean"],
-                covariance=file["covariance"],
-                num_images=int(file["num_images"]),
-                root=file["root"] if file["root"].size else None,
-            )
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        found = read_arrays(path)
+        return Statistics(
+            mean=found["mean"],
+            covariance=found["covariance"],
+            num_images=int(found["num_images"]),
+            root=found["root"] if found["root"].size else None,
+        )
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise FeaturesError(
             f"{path}: expected statistics of features, as written by this project: {error}"
         ) from error

@@ -29,6 +29,7 @@ from eval.pck import pck
 from eval.pose_ap import METRICS as AP_METRICS
 from eval.pose_ap import THRESHOLDS, evaluate, scenario_weights
 from eval.settings import DetectionArea, Intervals
+from spctrl.arrays import read_arrays
 from spctrl.errors import ExpectedError
 from spctrl.parquet import read_table
 
@@ -257,8 +258,7 @@ def write_scores(scores: Scores, table: Path, samples: Path) -> None:
 def read_scores(folder: Path) -> Scores:
     """What ``write_scores`` wrote into a folder as ``SCORES`` and ``SAMPLES``."""
     rows = read_table(folder / SCORES).to_pylist()
-    with np.load(folder / SAMPLES, allow_pickle=False) as file:
-        samples = {name: file[name] for name in file.files}
+    samples = read_arrays(folder / SAMPLES)
     return Scores(
         rows=[Score(**row) for row in rows],
         image_ids=samples.pop("image_ids"),

@@ -642,10 +642,9 @@ METRICS: Mapping[str, type[MetricStage]] = {
 
 def read_features(run: Run) -> dict[str, NDArray[Any]]:
     """``image_ids``, ``index`` and ``values`` of a run of an ``InceptionStage``."""
-    import numpy as np
+    from spctrl.arrays import read_arrays
 
-    with np.load(run.path(FEATURES), allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    return read_arrays(run.path(FEATURES))
 
 
 def first_features(run: Run) -> Features:

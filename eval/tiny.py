@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from spctrl.image_models.loading import mark_random
 from spctrl.models.tiny import MAX_TOKENS, VOCABULARY_SIZE, random_weights, write_tokenizer
-from spctrl.weights import known_weights
+from spctrl.weights import known_weights, save_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def build_inception(path: Path) -> None:
         else:
             start = 9973 * position % (longest - shape.numel() + 1)
             state[name] = numbers[start : start + shape.numel()].view(shape)
-    torch.save(state, path)
+    save_torch_file(state, path)
     path.with_name(f"{path.name}.json").write_text(json.dumps({"weights": "random"}) + "\n")
 
 

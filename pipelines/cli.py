@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train, cluster, tools
 from spctrl import options
 from spctrl.console import PlainConsole, lines
+from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
 from spctrl.printable import one_line
 from spctrl.secrets import masked
@@ -294,9 +295,10 @@ def tiny_weights(
     import eval.vitpose.tiny
     import spctrl.image_models.tiny
 
-    for module in (spctrl.image_models.tiny, eval.tiny, eval.vitpose.tiny):
-        for name, path in module.write_tiny_weights(folder):
-            console.say(f"{name}: {path}")
+    with writing(folder):
+        for module in (spctrl.image_models.tiny, eval.tiny, eval.vitpose.tiny):
+            for name, path in module.write_tiny_weights(folder):
+                console.say(f"{name}: {path}")
 
 
 @app.command()

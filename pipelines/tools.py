@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -90,7 +91,20 @@ def add_to(app: typer.Typer) -> None:
         ("keypoint-embeddings", keypoint_embeddings),
         ("edit", edit),
     ):
-        app.command(name)(command)
+        app.command(name)(_explaining_disk_errors(command))
+
+
+def _explaining_disk_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors of the disk name its ``output``."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        from spctrl.disk_errors import writing
+
+        with writing(options.get("output") or options.get("pose") or Path()):
+            command(**options)
+
+    return run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,13 +321,12 @@ def keypoint_embeddings(
     stable_diffusion: BaseModel = "stable_diffusion",
 ) -> None:
     """Write CLIP's pooled embeddings of the keypoints' names, for `spatext_init_emb` of a training."""
-    import torch
-
     from spctrl.inference.keypoint_embeddings import keypoint_embeddings as embed
+    from spctrl.weights import save_torch_file
 
     embeddings = embed(weights_at(stable_diffusion), _dataset(dataset).name)
     output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(embeddings, output)
+    save_torch_file(embeddings, output)
     console.say(f"{tuple(embeddings.shape)} embeddings: {output}")
 
 

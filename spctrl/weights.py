@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from spctrl.configuration import ConfigurationError, PathText, read_yaml, with_expanded_paths
+from spctrl.disk_errors import writing
+from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
 
 if TYPE_CHECKING:
@@ -53,12 +55,15 @@ def known_weights() -> dict[str, KnownWeights]:
     return {name: with_expanded_paths(entry, f"{REGISTRY}: {name}.") for name, entry in entries.items()}
 
 
+MAX_NOTE_BYTES = 2**20
+
+
 def are_random(weights: Path) -> bool:
     """Whether weights say of themselves, in a JSON file beside or in them, that they are random."""
     beside = weights / "spctrl.json" if weights.is_dir() else weights.with_name(f"{weights.name}.json")
     try:
-        return bool(json.loads(beside.read_bytes()).get("weights") == "random")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return bool(read_document_file(beside, MAX_NOTE_BYTES).get("weights") == "random")
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -84,10 +89,20 @@ def read_torch_file(path: Path) -> Any:
         TorchFileError: the file is missing, cut short, of another kind, holds code, or tensors that are far larger
             than it is.
     """
+    return _torch_file(path)
+
+
+def mapped_torch_file(path: Path) -> Any:
+    """``read_torch_file`` whose tensors stay in the file, to look at their shapes."""
+    return _torch_file(path, mmap=zipfile.is_zipfile(path))
+
+
+def _torch_file(path: Path, *, mmap: bool = False) -> Any:
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        _check_members(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         total_bytes = sum(tensor.nbytes for tensor in _tensors(found))
         most_bytes = MOST_TIMES_FILE * path.stat().st_size
     except Exception as error:  # a damaged pickle leads its reader to nearly any of them
@@ -102,6 +117,39 @@ def read_torch_file(path: Path) -> Any:
             f"its own size, found {total_bytes:,}"
         )
     return found
+
+
+def _check_members(path: Path) -> None:
+    """Refuse compressed members, which PyTorch never writes and which may expand to any size.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: names a member.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"found no file at {path}")
+    if not zipfile.is_zipfile(path):
+        return  # the older format, which is not compressed
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    compressed = next((each for each in members if each.compress_type != zipfile.ZIP_STORED), None)
+    if compressed is not None:
+        raise ValueError(f"expected members that are not compressed, found {compressed.filename!r}")
+    if (total := sum(each.file_size for each in members)) > (size := path.stat().st_size):
+        raise ValueError(f"expected members of at most {size:,} bytes, the file's size, found {total:,}")
+
+
+def save_torch_file(value: Any, path: Path) -> None:
+    """Write what ``read_torch_file`` reads.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    import torch
+
+    # torch's own writer of files forgets what the system says of a full disk; Python's raises it.
+    with writing(path), path.open("wb") as file:
+        torch.save(value, file)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from spctrl.documents import MAX_DOCUMENT_BYTES
 from spctrl.paths import UnsafePathError, is_safe_relative_path
 from spctrl.secrets import without_secrets
 from tasks import logs, settings
 from tasks.base import MANIFEST, code_of, digest_cache
-from tasks.documents import MAX_DOCUMENT_BYTES, read_document
+from tasks.documents import read_document
 from tasks.files import Files, FileTooLargeError, Folder, StoreError, cannot_write, file_digest
 from tasks.index import AnnotationFile
 from tasks.inputs import InputChangedError

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from spctrl.documents import parse_document
 from spctrl.paths import is_safe_relative_path
-from tasks.documents import parse_document
 
 MAX_SHOWN_CHARACTERS = 60
 LARGEST_COUNT = 2**63 - 1

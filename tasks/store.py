@@ -30,8 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spctrl.documents import MAX_DOCUMENT_BYTES
 from spctrl.secrets import without_secrets
-from tasks.documents import MAX_DOCUMENT_BYTES, read_document
+from tasks.documents import read_document
 from tasks.files import (
     Files,
     FileTooLargeError,

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import luigi
 
+from spctrl.disk_errors import fault_in, writing
 from spctrl.errors import ExpectedError
 from spctrl.paths import config_name
 from spctrl.terminal import say
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from spctrl.training.config import TrainingConfig
 
-CONFIG, LOG, ERROR, COMPUTATION = "config.yaml", "train.log", "error.txt", "computation"
+CONFIG, LOG, COMPUTATION = "config.yaml", "train.log", "computation"
 KEPT = (CONFIG, "losses.jsonl", "validation", "logs")
 """What is kept of a run beside its last checkpoint, where it is there."""
 RESULT = ("controlnet", "adapter", "learned_embeds.bin")
@@ -240,7 +241,7 @@ class Train(StageTask):
                     path.unlink()
 
     def make(self, run: Run) -> dict[str, int]:
-        from spctrl.training.checkpoints import checkpoints, step_of
+        from spctrl.training.checkpoints import CHECKPOINTS_STAY, checkpoints, step_of
 
         self._check_latents()
         images, rejects = self._images_and_rejects()
@@ -249,7 +250,8 @@ class Train(StageTask):
         if self.reject_fault(counts) is not None:  # the caller raises it, before anything is trained
             return counts
         self._fetch_packs()
-        self._train()
+        with writing(self.folder, CHECKPOINTS_STAY):
+            self._train()
         return {**counts, "made": step_of(checkpoints(self.folder)[-1])}
 
     def _images_and_rejects(self) -> tuple[int, pa.Table]:
@@ -307,23 +309,25 @@ class Train(StageTask):
             ExpectedError: what stopped them, where they could say.
             RuntimeError: they failed in another way; with the end of what they wrote.
         """
+        from spctrl.training.checkpoints import CHECKPOINTS_STAY
         from spctrl.training.config import write_training_config
 
         self._own_files()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_training_config(self.how, self.folder / CONFIG)  # also what a later edit would change
         write_atomic(self.folder / COMPUTATION, self.computation().encode())
-        error, log = self.folder / ERROR, self.folder / LOG
-        error.unlink(missing_ok=True)
+        log, errors = self.folder / LOG, list[str]()
         command = [*self.command(), *(f"--continue-from={folder}" for folder in self.earlier_runs())]
         with log.open("ab") as output, running(command, self.environment(), output) as process:
             assert process.stdout is not None
-            self._show(self._reports(process.stdout))
+            self._show(self._reports(process.stdout, errors))
             failed = process.wait() != 0
-        if failed and error.is_file():
-            raise ExpectedError(f"{self.config}: {error.read_text().strip()}")
+        if failed and errors:
+            raise ExpectedError(f"{self.config}: {errors[0]}")
         if failed:
             tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-MESSAGE_LINES:])
+            if (fault := fault_in(tail)) is not None:  # of the launcher, which says so in its log alone
+                raise ExpectedError(f"{self.config}: {fault}, as {log} says at its end. {CHECKPOINTS_STAY}")
             raise RuntimeError(f"training {self.part} failed; the end of {log}:\n{tail}")
 
     def _own_files(self) -> None:
@@ -342,13 +346,15 @@ class Train(StageTask):
                 shutil.copyfile(path, copy)
                 copy.replace(path)
 
-    def _reports(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """The reports of steps among the lines of the training process; passes its messages on."""
+    def _reports(self, lines: Iterable[str], errors: list[str]) -> Iterator[dict[str, Any]]:
+        """The reports of steps among the lines of the training process; passes its messages on, and adds to errors."""
         for line in lines:
             if not line.startswith("{"):
                 continue
             report = json.loads(line)
-            if "message" not in report:
+            if "error" in report:  # not read from a file: its disk may be full
+                errors.append(report["error"])
+            elif "message" not in report:
                 yield report
             elif logs.are_json():
                 logs.event("training", what=f"{self.stage} {self.part}", note=report["message"])

@@ -12,7 +12,7 @@ import pytest
 from conftest import Workspace, _luigi_settings
 from stores import FACTS, commit
 
-from tasks.documents import MAX_DOCUMENT_BYTES, parse_document
+from spctrl.documents import MAX_DOCUMENT_BYTES, parse_document
 from tasks.provenance import ProvenanceError, parse_provenance
 from tasks.store import PROVENANCE, Run, Store
 from tasks.upkeep import collect, verify

@@ -16,7 +16,7 @@ import numpy as np
 from eval.vitpose.checkpoints import LAYER_NORM_EPS, MMPOSE, VITPOSE, attention_heads, from_transformers
 from spctrl.image_models.loading import mark_random
 from spctrl.records import NUM_KEYPOINTS
-from spctrl.weights import known_weights
+from spctrl.weights import known_weights, save_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,5 @@ def _add_experts(state: Mapping[str, torch.Tensor], mlp: str, shared_rows: int) 
 
 
 def _save(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    import torch
-
-    torch.save({"meta": {}, "state_dict": dict(state)}, path)
+    save_torch_file({"meta": {}, "state_dict": dict(state)}, path)
     path.with_name(f"{path.name}.json").write_text(json.dumps({"weights": "random"}) + "\n")

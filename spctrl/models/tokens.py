@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spctrl.datasets import DATASETS
 from spctrl.errors import ExpectedError
-from spctrl.weights import TorchFileError, read_torch_file
+from spctrl.weights import TorchFileError, read_torch_file, save_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +136,7 @@ def set_learned_embeds(tokenizer: Any, text_encoder: Any, embeds: Mapping[str, t
 
 def save_learned_embeds(path: Path, embeds: Mapping[str, torch.Tensor]) -> None:
     """Write ``learned_embeds.bin``: placeholder -> (D,) float32."""
-    import torch
-
-    torch.save({name: row.detach().float().cpu().clone() for name, row in embeds.items()}, path)
+    save_torch_file({name: row.detach().float().cpu().clone() for name, row in embeds.items()}, path)
 
 
 def load_learned_embeds(path: Path) -> dict[str, torch.Tensor]:

@@ -11,19 +11,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spctrl import locks, options
+from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
 from spctrl.paths import config_name, name_fault
 from spctrl.printable import printable
 from spctrl.secrets import mask_output, masked
 from spctrl.terminal import PrintableLines, say, say_message
-from spctrl.training.checkpoints import LOCK
+from spctrl.training.checkpoints import CHECKPOINTS_STAY, LOCK
 from spctrl.training.config import TrainingConfig, read_training_config
 
 if TYPE_CHECKING:
@@ -113,17 +114,22 @@ def main(
         for folder in earlier_runs:
             if not folder.is_dir():
                 raise ExpectedError(f"--continue-from: expected the folder of a run, found none at {folder}")
-        with _log_shown(json_progress):
+        with _log_shown(json_progress), writing(found, CHECKPOINTS_STAY):
             if dry_run:
                 _describe(settings, inputs, found, earlier_runs)
             else:
                 watched = (validation_manifest, name or config_name(config), json_progress)
                 _train(settings, inputs, found, earlier_runs, *watched)
     except ExpectedError as error:
-        say_message(str(error))
+        if json_progress:
+            with suppress(OSError):
+                _write_json({"error": masked(str(error))})
+        with suppress(OSError):  # the log may be on a full disk too
+            say_message(str(error))
         if found is not None and not dry_run:
-            found.mkdir(parents=True, exist_ok=True)
-            (found / ERROR).write_text(printable(masked(f"{error}\n")))
+            with suppress(OSError):
+                found.mkdir(parents=True, exist_ok=True)
+                (found / ERROR).write_text(printable(masked(f"{error}\n")))
         raise typer.Exit(1) from error
 
 

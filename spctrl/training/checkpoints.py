@@ -13,13 +13,14 @@ two are also what generation reads, so any checkpoint can be used as it is.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spctrl.disk_errors import disk_error
+from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
 from spctrl.weights import TorchFileError, read_torch_file
 
@@ -28,10 +29,16 @@ if TYPE_CHECKING:
 
 STATE, RUN, SUMS = "state.pt", "run.json", "SHA256SUMS"
 TOKENS = "learned_embeds.bin"
+MAX_RUN_BYTES = 2**20
 LOCK = "lock"
 """Beside the checkpoints, held by the one run that writes there."""
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
+
+
+CHECKPOINTS_STAY = (
+    "Earlier checkpoints stay; make room or fix the permissions, then run again to continue from the latest"
+)
 
 
 class DamagedCheckpointError(ExpectedError):
@@ -63,7 +70,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, 
         keep: how many stay; None for all.
 
     Raises:
-        ExpectedError: it cannot be written (full disk, no permission); the earlier ones are as they were.
+        DiskError: it cannot be written (full disk, no permission); the earlier ones are as they were.
     """
     final = checkpoint_path(folder, step)
     if final.exists():
@@ -77,12 +84,11 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, 
         (partial / SUMS).write_text("".join(sums))
         _sync(partial)
         partial.rename(final)
-    except OSError as error:
+    except Exception as error:  # torch's and safetensors' writers raise others than OSError
         shutil.rmtree(partial, ignore_errors=True)
-        raise ExpectedError(
-            f"cannot write the checkpoint {final}: {error.strerror or error}. Earlier checkpoints stay; make room or "
-            "fix the permissions, then run again: training goes on from the latest"
-        ) from error
+        if (explained := disk_error(error, final, CHECKPOINTS_STAY)) is None:
+            raise
+        raise explained from error
     if keep is not None:
         for path in [each for each in checkpoints(folder) if step_of(each) <= step][:-keep]:
             remove_checkpoint(path)
@@ -190,8 +196,8 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
         return read_state(checkpoint)  # of an earlier version, which had them there alone
     check_digests(checkpoint, RUN)
     try:
-        run = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        run = read_document_file(path, MAX_RUN_BYTES)
+    except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(run, dict):
         raise DamagedCheckpointError(f"{path}: expected a JSON object, found {type(run).__name__}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from spctrl.disk_errors import is_shared_memory
 from spctrl.errors import ExpectedError
 from spctrl.training.checkpoints import (
     RUN,
@@ -31,6 +33,7 @@ from spctrl.training.networks import FROZEN_DTYPES, Networks, load_networks
 from spctrl.training.objective import Batch, draw, objective_of, step_seed
 from spctrl.training.resumption import Start, run_facts, take_start
 from spctrl.training.schedule import Schedule, learning_rates, make_schedule
+from spctrl.weights import save_torch_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -267,6 +270,31 @@ def show_overflow(rows: torch.nn.Parameter, table: torch.nn.Parameter) -> None:
         rows.grad += 0 * table.grad.sum()
 
 
+WORKER_ERROR = re.compile(
+    r"Caught \w+ in DataLoader worker process.*\n(?:spctrl|eval)\.[\w.]+: (.+)", re.DOTALL
+)
+
+
+def _explaining_workers(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches of a loader.
+
+    Raises:
+        ExpectedError: shared memory is full; or a worker's, without the traceback that torch makes part of its message.
+    """
+    try:
+        yield from loader
+    except ExpectedError as error:
+        found = WORKER_ERROR.match(str(error))
+        raise ExpectedError(found[1].strip() if found else str(error)) from error
+    except (OSError, RuntimeError) as error:
+        if not is_shared_memory(error):
+            raise
+        raise ExpectedError(
+            "expected room in shared memory (/dev/shm), through which loader processes pass images, found it full. "
+            "Lower dataloader_num_workers (0 needs none) or make it larger (docker run --shm-size), then run again"
+        ) from error
+
+
 class _Loop:
     """One process's part of a run."""
 
@@ -314,7 +342,7 @@ class _Loop:
             num_workers=self.config.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        for batch in loader:
+        for batch in _explaining_workers(loader):
             yield {
                 name: value.to(self.accelerator.device, non_blocking=True)
                 for name, value in batch.items()
@@ -412,7 +440,8 @@ class _Loop:
 
         def write(folder: Path) -> None:
             self.networks.save(folder)
-            torch.save({"optimizer": self.optimizer.state_dict(), "loss_scale": loss_scale}, folder / STATE)
+            state = {"optimizer": self.optimizer.state_dict(), "loss_scale": loss_scale}
+            save_torch_file(state, folder / STATE)
             (folder / RUN).write_text(json.dumps(run))
 
         if self.accelerator.is_main_process:

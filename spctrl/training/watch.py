@@ -13,10 +13,12 @@ import msgspec
 import numpy as np
 import torch
 
+from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
 from spctrl.inference.generator import ImageGenerator, Request, jpeg_bytes
 from spctrl.inference.methods import Sampler, image_seed
 from spctrl.prompts import load_templates, rows_without_prompt
+from spctrl.training.checkpoints import CHECKPOINTS_STAY
 from spctrl.training.loop import training_dataset
 from spctrl.training.networks import FROZEN_DTYPES
 from spctrl.training.resumption import HISTORY, VALIDATION, keep_history
@@ -108,16 +110,18 @@ class Watcher:
             **{f"gradient_norm/{name}": value for name, value in (report.norms or {}).items()},
             **{f"learning_rate/{name}": value for name, value in report.rates.items()},
         }
-        with (self.output / HISTORY).open("a") as file:
+        path = self.output / HISTORY
+        with writing(path, CHECKPOINTS_STAY), path.open("a") as file:
             file.write(json.dumps({"step": report.step, **values}) + "\n")
         if self._tracker is not None:
             self._tracker.log(values, step=report.step)
 
     def _keep_images(self, step: int, images: dict[int, NDArray[np.float32]]) -> None:
         folder = self.output / VALIDATION / f"step-{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for image_id, image in images.items():
-            (folder / f"{image_id}.jpg").write_bytes(jpeg_bytes(image))
+        with writing(folder, CHECKPOINTS_STAY):
+            folder.mkdir(parents=True, exist_ok=True)
+            for image_id, image in images.items():
+                (folder / f"{image_id}.jpg").write_bytes(jpeg_bytes(image))
         if self._tracker is not None:
             levels = np.stack([np.rint(image * 255).astype(np.uint8) for image in images.values()])
             named = levels if self.config.report_to == "wandb" else np.moveaxis(levels, -1, 1)

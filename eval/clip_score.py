@@ -20,11 +20,13 @@ from eval.images import Images, Pixels, in_batches, listed, read_rgb
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device
 from spctrl.image_models.loading import WeightsFolder, load_strictly
+from spctrl.network_size import MAX_SIDE, check_tokenizer, read_config
 
 if TYPE_CHECKING:
     import torch
 
 BATCH_SIZE = 32
+IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 CLIP = WeightsFolder(
     what="a CLIP model in transformers' format",
@@ -159,6 +161,10 @@ def load_clip_scorer(weights: Path | str, *, device: str = "auto") -> ClipScorer
         ),
     )
     try:
+        check_tokenizer(folder)
+        for name in IMAGE_SETTINGS:
+            if (folder / name).exists():
+                read_config(folder / name, most=MAX_SIDE)
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise ExpectedError(

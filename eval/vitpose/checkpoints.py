@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
+from spctrl.network_size import MAX_NUMBER, parameters_within
 from spctrl.records import NUM_KEYPOINTS
 from spctrl.weights import TorchFileError, read_torch_file
 
@@ -170,22 +171,31 @@ def _from_checkpoint(path: Path, expert: int) -> tuple[Any, Format]:
         raise PoseWeightsError(
             f"{path}: expected the key {error} of a ViTPose checkpoint, found none"
         ) from None
-    width = positions.shape[-1]
+    width, layers = positions.shape[-1], _count_layers(state, names)
+    if layers > len(state) or not 0 < width <= MAX_NUMBER or keypoints > MAX_NUMBER:
+        raise PoseWeightsError(
+            f"{path}: expected as many layers as it has tensors of, found {layers:,} of width {width:,} for "
+            f"{keypoints:,} keypoints with {len(state):,} tensors"
+        )
     config = VitPoseConfig(
         backbone_config=VitPoseBackboneConfig(
             image_size=IMAGE_HW,
             patch_size=(PATCH, PATCH),
             hidden_size=width,
-            num_hidden_layers=_count_layers(state, names),
+            num_hidden_layers=layers,
             num_attention_heads=attention_heads(width),
             mlp_ratio=fc1.shape[0] // width,
             layer_norm_eps=LAYER_NORM_EPS,
-            out_indices=[_count_layers(state, names)],
+            out_indices=[layers],
         ),
         use_simple_decoder=f"{names.head}.deconv_layers.0.weight" not in state,
         num_labels=keypoints,
     )
-    return _build(config, _to_transformers(state, names), path), found
+    try:
+        renamed = _to_transformers(state, names)
+    except (ValueError, IndexError, RuntimeError) as error:  # tensors of fewer rows or dimensions
+        raise PoseWeightsError(f"{path}: expected the weights of a ViTPose: {error}") from None
+    return _build(config, renamed, path), found
 
 
 def recognise(state: State, path: Path) -> Format:
@@ -360,7 +370,7 @@ def _positions(positions: torch.Tensor, names: Names) -> torch.Tensor:
 
 
 def _count_layers(state: State, names: Names) -> int:
-    found = (re.match(rf"{re.escape(names.layer)}\.(\d+)\.", key) for key in state)
+    found = (re.match(rf"{re.escape(names.layer)}\.(\d{{1,9}})\.", key) for key in state)
     return 1 + max(int(match[1]) for match in found if match)
 
 
@@ -369,8 +379,12 @@ def _build(config: Any, state: State, path: Path) -> Any:
     import torch
     from transformers import VitPoseForPoseEstimation
 
-    with torch.device("meta"):
-        model = VitPoseForPoseEstimation(config)
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    try:
+        with torch.device("meta"), parameters_within(shapes, "its keys"):
+            model = VitPoseForPoseEstimation(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise PoseWeightsError(f"{path}: expected the weights of a ViTPose: {error}") from None
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     counters = {
         key: torch.zeros((), dtype=torch.int64) for key in expected if key.endswith("batches_tracked")

@@ -23,6 +23,7 @@ from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device, mixed_precision
 from spctrl.image_models.loading import WeightsFolder, load_strictly, mark_random
 from spctrl.images import open_rgb
+from spctrl.network_size import MAX_SIDE, read_config
 from spctrl.records import RecordError
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _network_size(path: Path) -> tuple[tuple[int, int], int]:
     if not path.exists():
         return NETWORK_HW, NETWORK_MULTIPLE
     try:
-        config = json.loads(path.read_bytes())
+        config = read_config(path, most=MAX_SIDE)
         height, width = (int(config["size"][side]) for side in ("height", "width"))
         multiple = int(config.get("ensure_multiple_of", NETWORK_MULTIPLE))
         if min(height, width, multiple) < 1:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
+from spctrl.network_size import MAX_CONFIG_BYTES, NetworkSizeError, within_weights
+from spctrl.weights import TorchFileError
 
 _KEYS_NAMED = 5
 
@@ -57,16 +60,20 @@ def load_strictly(
         )
     key, value = expected.kind
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_document_file(folder / "config.json", MAX_CONFIG_BYTES)
         found = config.get(key) if isinstance(config, dict) else None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ExpectedError(f"{where}: config.json cannot be read: {error}. {remedy}.") from None
     if found != value:
         raise ExpectedError(f"{where}: expected {key} = {value} in config.json, found {found}. {remedy}.")
     try:
-        model, info = load(folder)
+        with within_weights(folder):
+            model, info = load(folder)
+    except NetworkSizeError as error:
+        raise ExpectedError(f"{where}: {error}. {remedy}.") from None
     except (
-        OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError
+        OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, ImportError,
+        pickle.UnpicklingError, SafetensorError, TorchFileError,
     ) as error:  # fmt: skip
         raise ExpectedError(
             f"{where}: the weights cannot be read: {error}. A file may be missing or cut short. {remedy}."

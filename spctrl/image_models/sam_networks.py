@@ -12,7 +12,8 @@ import segment_anything
 import torch
 
 from spctrl.errors import ExpectedError
-from spctrl.weights import TorchFileError, read_torch_file
+from spctrl.network_size import MAX_SIDE, parameters_within, read_config
+from spctrl.weights import TorchFileError, read_torch_file, save_torch_file
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it imports timm by old names, and registers what timm has by now
@@ -41,6 +42,7 @@ RELEASED = {
 }
 
 KEYS_NAMED = 4
+MAX_WINDOW = 32
 PATCH_PX = 16
 
 
@@ -79,7 +81,7 @@ def load_network(backend: Backend, model_type: ModelType, weights: Path) -> torc
     """
     _check_model(backend, model_type)
     state = _read_weights(weights, backend, model_type)
-    network = _build_network(weights, backend, model_type)
+    network = _build_network(weights, backend, model_type, state)
     _check_keys(weights, backend, model_type, network.state_dict(), state)
     network.load_state_dict(state, strict=True)
     # After loading, not before: TinyViT computes its attention biases from the weights when this is called.
@@ -129,7 +131,7 @@ def build_tiny(backend: Backend, model_type: ModelType, path: Path) -> None:
             if "hypernetworks" in name or "hf_mlp" in name:
                 parameter *= 2
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
+    save_torch_file(model.state_dict(), path)
     _sizes_path(path).write_bytes(msgspec.json.format(msgspec.json.encode(sizes), indent=1) + b"\n")
 
 
@@ -232,15 +234,41 @@ def _check_keys(
         )
 
 
-def _build_network(path: Path, backend: Backend, model_type: ModelType) -> torch.nn.Module:
+def _check_windows(sizes: Sizes) -> None:
+    """TinyViT lists all pairs of a window's cells before it has any parameter.
+
+    Raises:
+        ValueError: a window, or the input, is too large.
+    """
+    windows = sizes.encoder.get("window_sizes", [])
+    if max([0, *windows]) > MAX_WINDOW or sizes.image_size > MAX_SIDE:
+        raise ValueError(
+            f"expected windows of at most {MAX_WINDOW} cells and images of at most {MAX_SIDE} pixels a side, found "
+            f"{windows} and {sizes.image_size}"
+        )
+
+
+def _build_network(
+    path: Path, backend: Backend, model_type: ModelType, state: dict[str, torch.Tensor]
+) -> torch.nn.Module:
     beside = _sizes_path(path)
     if not beside.exists():
         return PACKAGES[backend].sam_model_registry[model_type]()
     try:
-        sizes = msgspec.json.decode(beside.read_bytes(), type=Sizes)
+        sizes = msgspec.convert(read_config(beside), Sizes)
         if (sizes.backend, sizes.model_type) == (backend, model_type):
-            return network_of_sizes(sizes)
-    except (OSError, msgspec.DecodeError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+            _check_windows(sizes)
+            with parameters_within({key: tuple(each.shape) for key, each in state.items()}, beside.name):
+                return network_of_sizes(sizes)
+    except (
+        OSError,
+        msgspec.ValidationError,
+        msgspec.DecodeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         raise ExpectedError(
             f"{beside}: expected a network's sizes as `spctrl tiny-weights` writes them, found others: {error}"
         ) from None

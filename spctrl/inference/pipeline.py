@@ -32,7 +32,13 @@ from spctrl.index_maps import index_map_of_image, value_fault
 from spctrl.inference.checkpoints import learned_embeds_file, network_folder
 from spctrl.inference.methods import LATENT_FACTOR, FinalSigmas, Kind, MapResize
 from spctrl.models.controlnet import RELEASED_CLASS, SpCtrlControlNetModel
-from spctrl.models.stable_diffusion import load_text_encoder, load_tokenizer, load_unet, load_vae
+from spctrl.models.stable_diffusion import (
+    load_schedule,
+    load_text_encoder,
+    load_tokenizer,
+    load_unet,
+    load_vae,
+)
 from spctrl.models.tokens import load_learned_embeds, set_learned_embeds
 from spctrl.records import RecordError
 
@@ -192,13 +198,7 @@ def unipc(folder: Path, final_sigmas_type: FinalSigmas = "zero") -> Any:
     Raises:
         ExpectedError: there is no schedule.
     """
-    try:
-        config = UniPCMultistepScheduler.load_config(folder / "scheduler", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ExpectedError(
-            f"expected the noise schedule of Stable Diffusion 1.5 in {folder / 'scheduler'}, found a fault: {error}"
-        ) from error
-    return UniPCMultistepScheduler.from_config(config, final_sigmas_type=final_sigmas_type)
+    return load_schedule(UniPCMultistepScheduler, folder, final_sigmas_type=final_sigmas_type)
 
 
 def load_network(kind: Kind, folder: Path) -> Any:

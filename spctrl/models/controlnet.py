@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from spctrl.models.embedding import (
     SpatextEmbedding,
     load_keypoint_init,
 )
+from spctrl.network_size import within_weights
+from spctrl.weights import TorchFileError
 
 RELEASED_CLASS = "SpaTextControlNetModel"
 """What the config.json of a released folder calls this model; folders saved here say the same."""
@@ -152,11 +155,13 @@ class SpCtrlControlNetModel(ControlNetModel):
         if kwargs.pop("output_loading_info", False):
             return super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         expected = f"{pretrained_model_name_or_path}: expected the weights of an SP-Ctrl ControlNet"
+        folder = Path(pretrained_model_name_or_path) / kwargs.get("subfolder", "")
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, output_loading_info=True, **kwargs
-            )
-        except (RuntimeError, ValueError) as error:
+            with within_weights(folder) if (folder / "config.json").is_file() else nullcontext():
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, output_loading_info=True, **kwargs
+                )
+        except (RuntimeError, ValueError, TorchFileError) as error:
             raise ExpectedError(f"{expected}, which cannot be loaded: {error}") from error
         wrong = {what: info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched")}
         if any(wrong.values()):

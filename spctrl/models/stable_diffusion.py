@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
+from spctrl.network_size import MAX_CONFIG_BYTES, check_tokenizer, read_config
 
 PARTS = ("unet", "text_encoder", "tokenizer", "scheduler", "vae")
 """Folders of a Stable Diffusion folder that are read; what else lies there is not."""
@@ -82,8 +83,9 @@ def load_tokenizer(folder: Path) -> Any:
             "folder tokenizer of stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face hub"
         )
     try:
+        check_tokenizer(part)
         return CLIPTokenizer.from_pretrained(part, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ExpectedError(f"{part}: the tokenizer cannot be read: {error}") from error
 
 
@@ -95,18 +97,33 @@ def noise_schedule(folder: Path) -> Any:
     """
     from diffusers import DDPMScheduler
 
-    try:
-        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ExpectedError(
-            f"expected the noise schedule of Stable Diffusion 1.5 in {folder / 'scheduler'}, found a fault: {error}"
-        ) from error
+    scheduler = load_schedule(DDPMScheduler, folder)
     if scheduler.config.prediction_type != "epsilon":
         raise ExpectedError(
             f"{folder / 'scheduler'}: expected a model that predicts noise (prediction_type epsilon), as Stable "
             f"Diffusion 1.5, found {scheduler.config.prediction_type}"
         )
     return scheduler
+
+
+def load_schedule(scheduler: Any, folder: Path, **settings: Any) -> Any:
+    """A scheduler of diffusers with the noise schedule of a Stable Diffusion folder.
+
+    Args:
+        scheduler: its class.
+        folder: of Stable Diffusion 1.5.
+        settings: in place of the folder's own.
+
+    Raises:
+        ExpectedError: there is no schedule, or none that can be.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        return scheduler.from_config(read_config(path), **settings)
+    except (OSError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ExpectedError(
+            f"expected the noise schedule of Stable Diffusion 1.5 in {path}, found a fault: {error}"
+        ) from error
 
 
 def latent_scale(folder: Path) -> float:
@@ -117,7 +134,7 @@ def latent_scale(folder: Path) -> float:
     """
     path = folder / "vae" / "config.json"
     try:
-        return float(json.loads(path.read_bytes()).get("scaling_factor", 0.18215))
+        return float(read_document_file(path, MAX_CONFIG_BYTES).get("scaling_factor", 0.18215))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ExpectedError(f"{path}: expected the autoencoder's config, found a fault: {error}") from error
 

@@ -195,5 +195,8 @@ def test_a_training_with_little_shared_memory_says_so(inputs: TrainingInputs, tm
         timeout=faults.TIMEOUT_S,
     )
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "expected room in shared memory" in done.stderr
+    first = done.stderr.splitlines()[
+        0
+    ]  # torch complains of a loader that it has made in part, at the very end
+    assert first.startswith("expected room in shared memory (/dev/shm)")
+    assert (tmp_path / "run" / "error.txt").read_text() == f"{first}\n"

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -26,6 +25,7 @@ from spctrl.datasets import DATASETS
 from spctrl.errors import ExpectedError
 from spctrl.images import equal_channels, open_rgb, opened_image
 from spctrl.index_maps import read_index_map
+from spctrl.parquet import TableError, open_table
 from spctrl.paths import refuse_unsafe_paths
 from spctrl.prompts import (
     Subject,
@@ -386,10 +386,10 @@ def _read_manifest(path: Path, max_samples: int | None, stages: Sequence[str]) -
     keys = [f"{stage}_key" for stage in (*stages, "spatext", "openpose")]
     nested = [f"instances.list.element.{name}" for name in _INSTANCE_FIELDS]
     try:
-        file = pq.ParquetFile(path)
+        file = open_table(path)
         known = [name for name in dict.fromkeys(keys) if name in file.schema_arrow.names]
         table = file.read(columns=[*_COLUMNS, *nested, *known])
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, TableError) as error:
         raise ExpectedError(
             f"expected a manifest at {path}, found none that can be read: {error}. BuildDataset makes it"
         ) from error

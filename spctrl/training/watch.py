@@ -17,6 +17,7 @@ from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
 from spctrl.inference.generator import ImageGenerator, Request, jpeg_bytes
 from spctrl.inference.methods import Sampler, image_seed
+from spctrl.parquet import read_table
 from spctrl.prompts import load_templates, rows_without_prompt
 from spctrl.training.checkpoints import CHECKPOINTS_STAY
 from spctrl.training.loop import training_dataset
@@ -217,9 +218,7 @@ class Validation:
 
 def _validation_ids(config: TrainingConfig, manifest: Path) -> list[int]:
     """Images of the manifest to generate, among those that the dataset has: the ones that a prompt template fits."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(manifest, partitioning=None)
+    table = read_table(manifest)
     path = None if config.prompt_templates is None else Path(config.prompt_templates)
     without_prompt = rows_without_prompt(load_templates(path, config.dataset_name).training, table)
     ids = [

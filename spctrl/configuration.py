@@ -96,6 +96,16 @@ def with_expanded_paths(config: Config, where: str) -> Config:
     return msgspec.structs.replace(config, **changes)
 
 
+def without_paths(config: Config) -> Config:
+    """A configuration with the default of every ``PathText`` that is not within another configuration."""
+    defaults = {
+        field.name: field.default
+        for field in msgspec.structs.fields(config)
+        if PathText in (field.type, *get_args(field.type))
+    }
+    return msgspec.structs.replace(config, **defaults)
+
+
 def _with_expanded_paths_in(value: Any, name: str) -> Any:
     """The same for a configuration, or those of a list, that are a setting's value."""
     if isinstance(value, msgspec.Struct):

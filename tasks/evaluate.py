@@ -229,10 +229,10 @@ class WithNetwork(StageTask):
         return None if found is None or weights == MISSING else {**found, "weights": weights}
 
     def random_network(self) -> list[str]:
-        """The network's name, where its weights are random."""
+        """The network's name, or that of its file or folder, where its weights are random."""
         from spctrl.weights import are_random
 
-        return [self.weights_name()] if are_random(self.weights_path) else []
+        return [Path(self.weights_name()).name] if are_random(self.weights_path) else []
 
 
 class PredictedPoses(WithNetwork, OfImages):
@@ -263,15 +263,25 @@ class PredictedPoses(WithNetwork, OfImages):
     def parameters(self) -> dict[str, Any]:
         pose = self.settings_of("pose")["pose"]
         detector = {name: value for name, value in pose["detector"].items() if name != "weights"}
+        if self._detector_config_file is not None:
+            del detector["config"]  # a file counts by content, as an input
         found = {name: pose[name] for name in pose if name not in ("weights", "environment", "detector")}
         return {**found, "detector": detector if self.detector_path else None}
+
+    @property
+    def _detector_config_file(self) -> Path | None:
+        """The detector's configuration, where it is a file and not the name of one that mmdet ships."""
+        path = Path(self.how_measured.pose.detector.config)
+        return path if self.detector_path and path.is_file() else None
 
     def inputs(self) -> dict[str, str] | None:
         found, detector = super().inputs(), self.detector_path
         if found is None or detector is None:
             return found
-        weights = weights_digest(self.store, detector)
-        return None if weights == MISSING else {**found, "detector": weights}
+        digests = {"detector": weights_digest(self.store, detector)}
+        if (config := self._detector_config_file) is not None:
+            digests["detector_config"] = digest_cache(self.store).file_digest(config)
+        return None if MISSING in digests.values() else {**found, **digests}
 
     def random(self) -> list[str]:
         return [*super().random(), *self.random_network()]

@@ -149,10 +149,11 @@ class Train(StageTask):
         return weights_at(self.how.pretrained_model_name_or_path)
 
     def parameters(self) -> dict[str, Any]:
+        from spctrl.configuration import without_paths
         from spctrl.training.config import decisive_settings
 
         return {
-            "settings": decisive_settings(self.how),
+            "settings": decisive_settings(without_paths(self.how)),  # files count by content, as inputs
             "num_processes": settings.train().num_processes,
             **self._drawing(),
         }

@@ -79,7 +79,7 @@ class Benchmark(Evaluate):
         from eval.tables import to_markdown
 
         tables = self.tables_task()
-        say_text(to_markdown(tables.table(), intervals=False))
+        say_text(to_markdown(tables.table, intervals=False))
         say(f"Report: {tables.folder / PAGE}", "Tables: the files beside it")
 
 

@@ -18,7 +18,8 @@ import platform
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -165,6 +166,11 @@ class StageTask(MeetsBadRecords):
     def store(self) -> Store:
         return settings.store()
 
+    @property
+    def view_address(self) -> str:
+        """Folder or file where users find the result; empty where it is in the store alone."""
+        return ""
+
     def requires(self) -> Sequence[luigi.Task]:
         return ()
 
@@ -176,6 +182,11 @@ class StageTask(MeetsBadRecords):
         return self.is_up_to_date() and all(task.complete() for task in self.requires())
 
     def is_up_to_date(self) -> bool:
+        """Whether there is nothing to do for this stage itself."""
+        return self.is_made()
+
+    def is_made(self) -> bool:
+        """Whether the run is there, whole, and without too many rejects."""
         run = self.current_run()
         return run is not None and run.is_whole() and self.reject_fault(run.provenance()["counts"]) is None
 
@@ -230,14 +241,23 @@ class StageTask(MeetsBadRecords):
         self.fill_cache()
         run = self.store.run(self.stage, self.part, self.made_from().fingerprint)
         run.forget()  # whoever has it made found it missing, perhaps on another machine and later
-        if self.is_up_to_date():
-            return
+        if not self.is_up_to_date():
+            self.build(run)
+
+    def build(self, run: Run) -> None:
+        """Make the result, and commit it."""
         started = time.time()
-        try:
+        with self.os_errors_explained():
             counts = self.make(run)
             if (fault := self.reject_fault(counts)) is not None:
                 raise TooManyRejectsError(f"{self.stage} for {self.part}: {fault}{reject_examples(run)}")
             self.commit(run, counts, started)
+
+    @contextmanager
+    def os_errors_explained(self) -> Iterator[None]:
+        """Errors of the system as errors that name the stage and say what to do."""
+        try:
+            yield
         except OSError as error:
             raise StoreError(
                 f"{self.stage} for {self.part}: {error}. What was finished before stays; see to the file, then "

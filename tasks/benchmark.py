@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,26 +14,30 @@ import luigi
 
 from spctrl.secrets import without_secrets
 from tasks import settings
-from tasks.base import MANIFEST, StageTask, digest_cache
+from tasks.base import MANIFEST, digest_cache
 from tasks.code_version import ROOT
 from tasks.evaluate import INSTANCES, METRICS, POSES, EvaluatedImages, MetricStage, OfEvaluation, PoseAp
 from tasks.export import LOCK
-from tasks.files import exclusive, is_url, write_atomic
+from tasks.files import Folder, exclusive, is_url
 from tasks.generate import method_json
+from tasks.settings import LEDGERS
 from tasks.store import PROVENANCE, Run, parquet_bytes
+from tasks.views import RenderedView, ViewStage
 
 if TYPE_CHECKING:
-    from eval.report import MethodView
+    from eval.report import Case, MethodView
     from eval.scores import Scores
     from eval.tables import MethodScores, Table
 
 TABLE, TABLE_PARQUET = "table.md", "table.parquet"
 PAGE, GRID_PNG, GRID_PDF = "report.html", "grid.png", "grid.pdf"
+STORE_OF_RUN = "../../../.."
+"""The store from a run, ``runs/<stage>/<part>/<fingerprint>/``."""
 TEMPLATES = ("eval/templates/benchmark.html.j2", "spctrl/templates/style.css.j2")
 
 
-class OfMethods(OfEvaluation, StageTask):
-    """A stage that compares all methods of an evaluation; its files are also in a folder for the reader."""
+class OfMethods(OfEvaluation, ViewStage):
+    """A stage that compares all methods of an evaluation; its view is a folder with its files."""
 
     reads_several_parts = True
 
@@ -72,24 +78,39 @@ class OfMethods(OfEvaluation, StageTask):
     def methods(self) -> list[str]:
         return [method.name for method in self.how_measured.methods]
 
-    def is_up_to_date(self) -> bool:
-        if not super().is_up_to_date():
-            return False
-        run = self.current_run()
-        assert run is not None
-        files = run.provenance()["files"]
-        found = digest_cache(self.store).file_digests([str(self.folder / name) for name in files])
-        return found == [each["digest"] for each in files.values()]
+    @property
+    def view_address(self) -> str:
+        return str(self.folder)
 
-    def run(self) -> None:
-        with exclusive(self.folder / LOCK, f"writing to {self.folder}"):
-            super().run()
+    @property
+    def _view(self) -> RenderedView:
+        return RenderedView(Folder(self.folder, LEDGERS), f"{LEDGERS}/{self.stage}.json")
 
-    def publish(self, run: Run, files: Mapping[str, bytes]) -> None:
-        """Write the files of the run, and the same for the reader."""
+    def view_lock(self) -> AbstractContextManager[None]:
+        return exclusive(self.folder / LOCK, f"writing to {self.folder}")
+
+    def has_view(self, run: Run) -> bool:
+        return self._view.is_of(run, digest_cache(self.store))
+
+    def write_view(self, run: Run) -> None:
+        address = without_secrets(self.store.files.address)
+        store = address if is_url(address) else os.path.relpath(address, self.folder.absolute())
+        self._view.write(run, self.render(store))
+
+    def render(self, store: str) -> dict[str, bytes]:
+        """The files by name.
+
+        Args:
+            store: path of the store from where the files will lie, or its URL; for links to provenances.
+        """
+        raise NotImplementedError
+
+    def render_into(self, run: Run) -> int:
+        """Write the files into a run; returns how many."""
+        files = self.render(STORE_OF_RUN)
         for name, data in files.items():
             run.write(name, data)
-            write_atomic(self.folder / name, data)
+        return len(files)
 
 
 class Tables(OfMethods):
@@ -114,25 +135,21 @@ class Tables(OfMethods):
             "methods": self.methods(),
             "dataset": self.how_measured.dataset,
             "split": self.how_measured.split,
-            "store": self.store_path,
         }
 
-    @property
-    def store_path(self) -> str:
-        """The store from the folder of the tables, for links."""
-        address = without_secrets(self.store.files.address)
-        return address if is_url(address) else os.path.relpath(address, self.folder.absolute())
-
     def make(self, run: Run) -> dict[str, int]:
+        self.render_into(run)
+        return {"records": len(self.table.measured), "made": len(self.table.cells), "rejected": 0}
+
+    def render(self, store: str) -> dict[str, bytes]:
         from eval.tables import FORMATS, to_arrow, to_markdown
 
-        table = self.table()
-        files = {name: write(table).encode() for name, write in FORMATS.items()}
-        files[TABLE] = to_markdown(table, store=self.store_path).encode()
-        files[TABLE_PARQUET] = parquet_bytes(to_arrow(table))
-        self.publish(run, files)
-        return {"records": len(table.measured), "made": len(table.cells), "rejected": 0}
+        files = {name: write(self.table).encode() for name, write in FORMATS.items()}
+        files[TABLE] = to_markdown(self.table, store=store).encode()
+        files[TABLE_PARQUET] = parquet_bytes(to_arrow(self.table))
+        return files
 
+    @functools.cached_property
     def table(self) -> Table:
         """What the finished metrics found, beside the reported numbers."""
         from eval.scores import differences
@@ -208,29 +225,39 @@ class BenchmarkReport(OfMethods):
         return {**self.settings_of("num_cases"), "templates": templates}
 
     def make(self, run: Run) -> dict[str, int]:
-        from eval.report import choose_cases, draw_case, render_benchmark, render_grid
+        return {"records": len(self._cases), "made": self.render_into(run), "rejected": 0}
 
-        views = [self._view(method) for method in self.methods() if "pose_ap" in self.how_measured.metrics]
-        cases = []
-        if views:
-            rows, root = self._annotated(views[0]), settings.dataset_root(self.how_measured.dataset)
-            chosen = choose_cases([view.oks for view in views], self.how_measured.num_cases)
-            cases = [
-                draw_case(rows[case.image_id], case, views, dataset=self.how_measured.dataset, root=root)
-                for case in chosen
-            ]
+    def render(self, store: str) -> dict[str, bytes]:
+        from eval.report import render_benchmark
+
         page = render_benchmark(
-            self.tables_task().table(),
-            cases,
-            store=self.tables_task().store_path,
+            self.tables_task().table,
+            self._cases,
+            store=store,
             warnings=list(self._warnings()),
             made_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         )
-        files = {PAGE: page.encode()}
-        if cases:
-            files[GRID_PNG], files[GRID_PDF] = render_grid(cases)
-        self.publish(run, files)
-        return {"records": len(cases), "made": len(files), "rejected": 0}
+        return {PAGE: page.encode(), **self._grid}
+
+    @functools.cached_property
+    def _cases(self) -> list[Case]:
+        from eval.report import choose_cases, draw_case
+
+        views = [self._method_view(each) for each in self.methods() if "pose_ap" in self.how_measured.metrics]
+        if not views:
+            return []
+        rows, root = self._annotated(views[0]), settings.dataset_root(self.how_measured.dataset)
+        return [
+            draw_case(rows[case.image_id], case, views, dataset=self.how_measured.dataset, root=root)
+            for case in choose_cases([view.oks for view in views], self.how_measured.num_cases)
+        ]
+
+    @functools.cached_property
+    def _grid(self) -> dict[str, bytes]:
+        """The cases as a figure."""
+        from eval.report import render_grid
+
+        return dict(zip((GRID_PNG, GRID_PDF), render_grid(self._cases), strict=True)) if self._cases else {}
 
     def _annotated(self, view: MethodView) -> dict[int, dict[str, Any]]:
         """Rows of the index by image id."""
@@ -240,7 +267,7 @@ class BenchmarkReport(OfMethods):
         rows = read_table(index.path(MANIFEST)).to_pylist()
         return {row["image_id"]: row for row in rows}
 
-    def _view(self, method: str) -> MethodView:
+    def _method_view(self, method: str) -> MethodView:
         from eval.instances import read_poses
         from eval.report import MethodView
         from spctrl.parquet import read_table

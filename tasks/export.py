@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from spctrl.documents import MAX_DOCUMENT_BYTES
 from spctrl.paths import UnsafePathError, is_safe_relative_path
-from spctrl.secrets import without_secrets
 from tasks import logs, settings
 from tasks.base import MANIFEST, code_of, digest_cache
 from tasks.documents import read_document
@@ -187,7 +186,6 @@ class Export(Manifest):
     def parameters(self) -> dict[str, Any]:
         return {
             **super().parameters(),
-            "folder": without_secrets(self.place.address),
             "link": settings.export().link,
             "heatmaps": self.has_heatmaps,
             "format": self.formats,
@@ -220,6 +218,10 @@ class Export(Manifest):
     @property
     def ledger_name(self) -> str:
         return f"{LEDGERS}/{self.layout.split_name}.json"
+
+    @property
+    def view_address(self) -> str:
+        return self.place.root
 
     def is_up_to_date(self) -> bool:
         run = self.current_run()

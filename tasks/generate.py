@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,12 +18,13 @@ from tasks.conditions import FromArtifacts, condition_class
 from tasks.export import LOCK, UNFINISHED, Entry, Ledger, fingerprint_at
 from tasks.files import Files
 from tasks.index import DatasetStage
-from tasks.inputs import MISSING
+from tasks.inputs import MISSING, InputChangedError
 from tasks.model_stage import OnDevice, Weights, weights_at, weights_digest
 from tasks.progress import progress
 from tasks.record_stage import NOTHING, Artifacts, Prepared
 from tasks.settings import LEDGERS
 from tasks.store import Run, content_digest, digest, parquet_bytes
+from tasks.views import ViewStage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -267,11 +269,12 @@ class Samples(MethodStage, OnDevice, FromArtifacts):
         return prepared
 
 
-class GeneratedImages(MethodStage):
+class GeneratedImages(ViewStage, MethodStage):
     """A method's images of a split, as a folder: ``<image name>/<i>.jpg``, with prompts and seeds in images.parquet.
 
     The run's own ``images.parquet`` lists the images (``spctrl.inference.folders.GENERATED_SCHEMA``); their paths are
-    relative to ``folder``. The folder of an external method is the user's and only read.
+    relative to ``folder``, which is the view. That of an external method is the user's and only read: its images count
+    by their paths in it and their contents, wherever it lies.
     """
 
     stage = "generate"
@@ -323,11 +326,7 @@ class GeneratedImages(MethodStage):
         return f"{LEDGERS}/{self._split_folder}.json"
 
     def parameters(self) -> dict[str, Any]:
-        return {
-            "images_per_pose": self.how.images_per_pose,
-            "seed": self.how.seed,
-            "folder": str(self.folder.absolute()),
-        }
+        return {"images_per_pose": self.how.images_per_pose, "seed": self.how.seed}
 
     def inputs(self) -> dict[str, str] | None:
         found = {}
@@ -357,20 +356,24 @@ class GeneratedImages(MethodStage):
                 "the method's `folder`"
             )
 
-    def is_up_to_date(self) -> bool:
-        run = self.current_run()
-        if run is None or not super().is_up_to_date():
-            return False
+    @property
+    def view_address(self) -> str:
+        return str(self.folder)
+
+    def view_lock(self) -> AbstractContextManager[None]:
+        if self.is_external:
+            return nullcontext()
+        return self._place.exclusive(LOCK, f"writing to {self.folder}")
+
+    def has_view(self, run: Run) -> bool:
         return self.is_external or (
             fingerprint_at(self._place, self._ledger_name) == run.fingerprint and self._view_is_whole(run)
         )
 
     def _view_is_whole(self, run: Run) -> bool:
         """Whether the folder holds the images of a run, whatever became of it since: they are measured there."""
-        from spctrl.parquet import read_table
-
-        listed = read_table(run.path(IMAGES), columns=["path", "digest"]).to_pydict()
-        return bool(self._digests_at(listed["path"]) == listed["digest"])
+        listed = self._listed(run)
+        return self._digests_at([row["path"] for row in listed]) == [row["digest"] for row in listed]
 
     def _digests_at(self, paths: Sequence[str]) -> list[str]:
         """Of images below the folder, as they are now."""
@@ -383,14 +386,6 @@ class GeneratedImages(MethodStage):
             UnsafePathError: one of them leads out of it.
         """
         return listed_files(self.folder, paths, follow_links=self.is_external)
-
-    def run(self) -> None:
-        if self.is_external:
-            super().run()
-            return
-        # Another build may be writing the same folder; when it is done, there may be nothing left to do.
-        with self._place.exclusive(LOCK, f"writing to {self.folder}"):
-            super().run()
 
     def weights_note(self) -> str | None:
         return next((task.weights_note() for task in self.samples_tasks()), None)
@@ -411,11 +406,8 @@ class GeneratedImages(MethodStage):
             raise ExpectedError(
                 f"{self.part}: expected images in {self.folder}{example}, found none that fit a pose"
             )
-        table = parquet_bytes(generated_table(rows))
-        run.write(IMAGES, table)
+        run.write(IMAGES, parquet_bytes(generated_table(rows)))
         run.write(REJECTS, parquet_bytes(rejects_table(rejects)))
-        if not self.is_external:
-            self._write_view(rows, table, run.fingerprint)
         return {"records": len(rows) + len(rejects), "made": len(rows), "rejected": len(rejects)}
 
     def _image_names(self) -> dict[int, str]:
@@ -482,10 +474,32 @@ class GeneratedImages(MethodStage):
                 else:
                     rows.append({**pose, "index": index, "path": path})
         digests = self._digests_at([row["path"] for row in rows])
+        if (
+            self._external_digest() != self.made_from().inputs["files"]
+        ):  # others would take the run for theirs
+            raise InputChangedError(f"{self.folder} was modified during the build; rerun once it is stable")
         return [{**row, "digest": found} for row, found in zip(rows, digests, strict=True)]
 
-    def _write_view(self, rows: list[dict[str, Any]], table: bytes, fingerprint: str) -> None:
-        """Bring the folder in step with ``rows``: write what changed, remove what is no longer there."""
+    def can_be_shown(self, run: Run) -> bool:
+        """Whether the packs hold the listed images: those that were generated again may differ on a GPU."""
+        return self.is_external or all(
+            (found := self._locations[row["index"]].get(row["image_id"])) and found.digest == row["digest"]
+            for row in self._listed(run)
+        )
+
+    def _listed(self, run: Run) -> list[dict[str, Any]]:
+        """What a run lists of each image."""
+        from spctrl.parquet import read_table
+
+        columns = ["image_id", "index", "path", "digest"]
+        rows: list[dict[str, Any]] = read_table(run.path(IMAGES), columns=columns).to_pylist()
+        return rows
+
+    def write_view(self, run: Run) -> None:
+        """Write what changed, and remove what is no longer there."""
+        if self.is_external:
+            return
+        rows, table, fingerprint = self._listed(run), run.path(IMAGES).read_bytes(), run.fingerprint
         old = Ledger.read(self._place, self._ledger_name)
         wanted = {f"{self._split_folder}/{row['path']}": row for row in rows}
         there = self._digests_at([row["path"] for row in rows])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
 from spctrl.paths import listed_files, refuse_unsafe_paths
 from tasks import logs, settings
-from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
+from tasks.base import MANIFEST, REJECTS, digest_cache
 from tasks.code_version import ROOT
 from tasks.conditions import CONDITIONS
 from tasks.export import LOCK, Export
@@ -19,7 +21,9 @@ from tasks.manifest import Manifest
 from tasks.names import NamesParameter
 from tasks.progress import progress
 from tasks.record_stage import Artifacts
+from tasks.settings import LEDGERS
 from tasks.store import Run
+from tasks.views import RenderedView, ViewStage
 
 if TYPE_CHECKING:
     from spctrl.audit import SplitTables
@@ -30,7 +34,7 @@ MASKS_COMPARED = 200
 TEMPLATES = ("spctrl/templates/report.html.j2", "spctrl/templates/style.css.j2")
 
 
-class Report(StageTask):
+class Report(ViewStage):
     """Counts, visibility, sizes, rejects, leakage between splits and a gallery, over all datasets and splits."""
 
     stage = "report"
@@ -56,23 +60,33 @@ class Report(StageTask):
             if split in settings.dataset_of(dataset).split_words
         ]
 
-    def is_up_to_date(self) -> bool:
-        if not super().is_up_to_date():
-            return False
-        run = self.current_run()
-        assert run is not None
-        expected: str = run.provenance()["files"][PAGE]["digest"]
-        return digest_cache(self.store).digest_at(settings.export_files(), PAGE) == expected
+    @property
+    def view_address(self) -> str:
+        return settings.export_files().place(PAGE)
+
+    def view_lock(self) -> AbstractContextManager[None]:
+        return settings.export_files().exclusive(LOCK, "writing the report")
+
+    @property
+    def _view(self) -> RenderedView:
+        return RenderedView(settings.export_files(), f"{LEDGERS}/report.json")
+
+    def has_view(self, run: Run) -> bool:
+        return self._view.is_of(run, digest_cache(self.store))
+
+    def write_view(self, run: Run) -> None:
+        self._view.write(run, {PAGE: self._page})
 
     def parameters(self) -> dict[str, Any]:
         """The page's templates count like code."""
         return {"templates": digest_cache(self.store).file_digests([str(ROOT / each) for each in TEMPLATES])}
 
-    def run(self) -> None:
-        with settings.export_files().exclusive(LOCK, "writing the report"):
-            super().run()
-
     def make(self, run: Run) -> dict[str, int]:
+        run.write(PAGE, self._page)
+        return {"records": 1, "made": 1}
+
+    @functools.cached_property
+    def _page(self) -> bytes:
         from spctrl.audit import audit_split
         from spctrl.report import render_report
 
@@ -86,10 +100,7 @@ class Report(StageTask):
             kinds = (adjusted_notes, orientation_notes, weights_notes, truth_notes)
             notes = [note for task in tasks for notes_of in kinds for note in notes_of(task)]
             title = "Pose dataset report"
-            page = render_report(splits, title=title, generated_at=written_at, notes=notes).encode()
-        run.write(PAGE, page)
-        settings.export_files().write(PAGE, page)
-        return {"records": 1, "made": 1}
+            return render_report(splits, title=title, generated_at=written_at, notes=notes).encode()
 
 
 def adjusted_notes(task: Manifest) -> Iterator[str]:

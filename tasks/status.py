@@ -68,6 +68,8 @@ def _reasons(task: StageTask, upstream: list[StageTask]) -> tuple[str, ...]:
     if task.is_up_to_date():
         # Finished earlier with the inputs that its upstream stages would make again: it will only be looked at.
         return tuple(f"{each.stage} runs first" for each in upstream)
+    if task.is_made():
+        return (f"{task.view_address} is missing or out of date",)
     runs = task.store.runs(task.stage, task.part)
     if not runs:
         return ("never built",)
@@ -92,12 +94,18 @@ def _changes(
     kind: str, before: Mapping[str, Any], after: Mapping[str, Any], *, with_values: bool = False
 ) -> list[str]:
     names = [name for name in {**before, **after} if _plain(before.get(name)) != _plain(after.get(name))]
-    shown = [
-        f"{kind} {name}"
-        + (f": {_plain(before.get(name))} -> {_plain(after.get(name))}" if with_values else " changed")
-        for name in names[:MOST_NAMED]
-    ]
+    shown = [_change(kind, name, before, after, with_values=with_values) for name in names[:MOST_NAMED]]
     return shown + ([f"{len(names) - MOST_NAMED} more of kind {kind}"] if len(names) > MOST_NAMED else [])
+
+
+def _change(
+    kind: str, name: str, before: Mapping[str, Any], after: Mapping[str, Any], *, with_values: bool
+) -> str:
+    if not with_values:
+        return f"{kind} {name} changed"
+    if name not in after:
+        return f"{kind} {name} no longer counts; it was {_plain(before[name])}"
+    return f"{kind} {name}: {_plain(before.get(name))} -> {_plain(after[name])}"
 
 
 def _plain(value: Any) -> Any:

@@ -53,7 +53,7 @@ class Contents:
         }
         runs = {}
         for run in Store(workspace.store).runs():
-            if run.stage != "export":  # its settings name the place
+            if run.stage != "export":  # its counts depend on what the folder held
                 runs[run.prefix] = _facts(run)
         return cls(packs, runs, workspace.exported())
 

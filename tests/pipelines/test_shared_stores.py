@@ -348,3 +348,30 @@ def test_paths_of_a_training_count_by_content(
     parameters, files = planned(controlnet_model_name_or_path="networks/start")
     assert parameters == plain[0] and files.keys() - plain[1].keys() == {"start"}
     assert planned(seed=1)[0] != plain[0]
+
+
+def test_a_detectors_configuration_counts_by_content(
+    first: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(first.folder)
+    Path("detector.pth").write_bytes(b"weights")
+    Path("mine.py").write_text("scale = 1")
+
+    def fingerprint_with(config: str) -> str:
+        pose = {"weights": "vitpose", "boxes": "detected"}
+        detector = {"config": config, "weights": "detector.pth"}
+        settings = {"dataset": "humanart", "pose": {**pose, "detector": detector}}
+        path = benchmark_file(first, external("theirs"), **settings)
+        with _luigi_settings(first.settings_file()):
+            import pipelines
+
+            tables_task = pipelines.Evaluate(config=str(path)).tables_task()
+            scored = tables_task.metrics_of("theirs")["pose_ap"]
+            return scored.poses_task().made_from().fingerprint  # type: ignore[attr-defined, no-any-return]
+
+    found = fingerprint_with("mine.py")
+    assert fingerprint_with(str(first.folder / "mine.py")) == found
+    names = {fingerprint_with(name) for name in ("one_that_mmdet_ships", "another")}
+    assert len(names | {found}) == 3
+    Path("mine.py").write_text("scale = 2")
+    assert fingerprint_with("mine.py") != found

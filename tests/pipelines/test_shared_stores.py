@@ -120,12 +120,10 @@ def tables(workspace: Workspace) -> dict[str, bytes]:
 
 
 def generated(workspace: Workspace) -> dict[str, bytes]:
-    folder = workspace.exports / "generated-trained"
-    return {
-        each.relative_to(folder).as_posix(): each.read_bytes()
-        for each in folder.rglob("*.*")
-        if each.is_file()
-    }
+    """Contents of the trained method's images and their list, by path."""
+    folder = workspace.exports / "generated-trained" / "ap10k-val"
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def check_images(
         {
             "image_id": image_id,
             "code": "missing_image",
-            "message": f"expected image {index} of pose {image_id} in {folder}, found none",
+            "message": f"expected image {index} of pose {image_id}, found none",
         }
         for image_id, index in wanted
         if (image_id, index) not in known

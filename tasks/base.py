@@ -248,10 +248,16 @@ class StageTask(MeetsBadRecords):
         """Make the result, and commit it."""
         started = time.time()
         with self.os_errors_explained():
+            if run.is_whole():  # others may use it under a setting that allows more rejects
+                self._refuse_too_many_rejects(run, run.provenance()["counts"])
             counts = self.make(run)
-            if (fault := self.reject_fault(counts)) is not None:
-                raise TooManyRejectsError(f"{self.stage} for {self.part}: {fault}{reject_examples(run)}")
+            self._refuse_too_many_rejects(run, counts)
             self.commit(run, counts, started)
+
+    def _refuse_too_many_rejects(self, run: Run, counts: Mapping[str, int]) -> None:
+        if (fault := self.reject_fault(counts)) is not None:
+            where = f" in {self.view_address}" if self.view_address else ""
+            raise TooManyRejectsError(f"{self.stage} for {self.part}{where}: {fault}{reject_examples(run)}")
 
     @contextmanager
     def os_errors_explained(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from tasks.index import DatasetStage
 from tasks.inputs import MISSING
 from tasks.model_stage import Weights, weights_at, weights_digest
 from tasks.progress import progress
-from tasks.store import Run, parquet_bytes
+from tasks.store import Run, digest, parquet_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -275,12 +275,15 @@ class PredictedPoses(WithNetwork, OfImages):
         return path if self.detector_path and path.is_file() else None
 
     def inputs(self) -> dict[str, str] | None:
+        from eval.detector_configs import configuration_files
+
         found, detector = super().inputs(), self.detector_path
         if found is None or detector is None:
             return found
         digests = {"detector": weights_digest(self.store, detector)}
         if (config := self._detector_config_file) is not None:
-            digests["detector_config"] = digest_cache(self.store).file_digest(config)
+            files = digest_cache(self.store).file_digests(list(map(str, configuration_files(config))))
+            digests["detector_config"] = MISSING if MISSING in files else digest(*files)
         return None if MISSING in digests.values() else {**found, **digests}
 
     def random(self) -> list[str]:

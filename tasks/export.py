@@ -229,7 +229,17 @@ class Export(Manifest):
             return False
         landmarks = set(self._landmarks())
         is_there = self.place.sizes(landmarks).keys() == landmarks
-        return is_there and fingerprint_at(self.place, self.ledger_name) == run.fingerprint
+        return is_there and fingerprint_at(self.place, self.ledger_name) == self._view_fingerprint(run)
+
+    def _view_fingerprint(self, run: Run) -> str:
+        """What an export is of: of a run, and as long as it links images, of the dataset at one address."""
+        has_links = FOLDERS in self.formats and settings.export().link != "copy"
+        return digest(run.fingerprint, self._images_at) if has_links else run.fingerprint
+
+    @functools.cached_property
+    def _images_at(self) -> str:
+        """Where links lead: a moved dataset leaves links behind that lead nowhere, or to other images."""
+        return str(self.root.resolve())
 
     def _landmarks(self) -> Iterator[str]:
         """One file, or a few, of each format: a look at all files would take long."""
@@ -286,7 +296,7 @@ class Export(Manifest):
             del ledger.files[path]
         self._settle_with_other_splits(stale, ledger)
         self._must_be_there([*written, self.ledger_name])
-        ledger.fingerprint = run.fingerprint
+        ledger.fingerprint = self._view_fingerprint(run)
         ledger.write()
         total, made = len(wanted) + len(shards) + len(texts), len(written)
         return {"records": total, "made": made, "found": total - made, "removed": len(stale)}
@@ -326,6 +336,7 @@ class Export(Manifest):
         from spctrl.parquet import open_table
 
         link = settings.export().link
+        leads_to = "" if link == "copy" else f" {digest(self._images_at)}"
         code = digest(json.dumps(self.code_and_parameters()["code"]))
         drawings = self._drawing_digests() if self.has_heatmaps else {}
         rewriting = self._rewriting_code()
@@ -335,8 +346,10 @@ class Export(Manifest):
             for row in batch.to_pylist():
                 image_id, name = row["image_id"], row["file_name"]
                 if row["image_path"] is not None:
-                    kind, how = (IMAGE, link) if _is_upright(row) else (REWRITTEN, rewriting)
-                    yield Wanted(row["image_path"], f"{how} {row['image_digest']}", kind, image_id, name)
+                    kind, how, at = (
+                        (IMAGE, link, leads_to) if _is_upright(row) else (REWRITTEN, rewriting, "")
+                    )
+                    yield Wanted(row["image_path"], f"{how} {row['image_digest']}{at}", kind, image_id, name)
                 for condition in self.conditions:
                     if (path := row[f"{condition}_path"]) is not None:
                         yield Wanted(path, row[f"{condition}_digest"], condition, image_id, name)

@@ -467,7 +467,7 @@ class GeneratedImages(ViewStage, MethodStage):
         for pose in poses:
             for index, path in enumerate(found[pose["image_name"]]):
                 if path is None:
-                    message = f"expected image {index} of {pose['image_name']} in {self.folder}, found none"
+                    message = f"expected image {index} of {pose['image_name']}, found none"
                     rejects.append(
                         {"image_id": pose["image_id"], "code": "missing_image", "message": message}
                     )

@@ -190,6 +190,11 @@ class Train(StageTask):
             files["keypoint_embeddings"] = Path(how.spatext_init_emb)
         return files
 
+    def _files_digest(self) -> str:
+        """Of the files' content, wherever they lie."""
+        found = self.made_from().inputs
+        return digest(*(f"{name} {found[name]}" for name in sorted(self._files())))
+
     @property
     def _templates_path(self) -> Path:
         return Path(
@@ -386,6 +391,7 @@ class Train(StageTask):
             "data_root": settings.dataset_root(how.dataset_name),
             "weights": settings.paths().weights,
             "output": self.folder,
+            "files_digest": self._files_digest(),
             **self._drawing(),
         }
         if how.validation_steps:

@@ -80,13 +80,17 @@ class ViewStage(StageTask):
             run.forget()
             if self.is_up_to_date():
                 return
-            # Builds with other views make the same run, whose files must all be of one of them.
-            with self.store.files.exclusive(f"{run.prefix}.lock", f"making {self.stage} for {self.part}"):
-                run.forget()
-                if not self.is_made() or not self.can_be_shown(run):
-                    self.build(run)
+            if not self._is_ready(run):
+                # Builds with other views make the same run, whose files must all be of one of them.
+                with self.store.files.exclusive(f"{run.prefix}.lock", f"making {self.stage} for {self.part}"):
+                    run.forget()
+                    if not self._is_ready(run):
+                        self.build(run)
             with self.os_errors_explained():
                 self.write_view(run)
+
+    def _is_ready(self, run: Run) -> bool:
+        return self.is_made() and self.can_be_shown(run)
 
     def can_be_shown(self, run: Run) -> bool:
         """Whether what a view of a whole run is written from is still what the run says."""

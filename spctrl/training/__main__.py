@@ -70,6 +70,12 @@ def main(
             "may be given several times",
         ),
     ] = None,
+    files_digest: Annotated[
+        str | None,
+        typer.Option(
+            help="of the content of all files that the settings name: checkpoints may be continued with other paths"
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="of the run, for trackers; default: the file's")] = None,
     validation_manifest: Annotated[
         Path | None, typer.Option(parser=options.path, help="manifest of the images to generate")
@@ -108,6 +114,7 @@ def main(
             weights=weights,
             keypoint_radius_px=keypoint_radius_px,
             link_half_width_px=link_half_width_px,
+            files_digest=files_digest,
             needs_vae=validation_manifest is not None and settings.validation_steps is not None,
         )
         earlier_runs = continue_from or []
@@ -169,7 +176,7 @@ def _describe(config: TrainingConfig, inputs: Any, output: Path, earlier_runs: S
     rows = run.networks.token_rows
     tokens = "" if rows is None else f" and {len(rows):,} token embeddings"
     source = "cached latents" if config.use_cached_latents else "images encoded in every step"
-    start = find_start(config, schedule, output, earlier_runs)
+    start = find_start(config, schedule, output, earlier_runs, inputs.files_digest)
     say(
         f"trains: {type(run.networks.control).__name__}, {sizes[0] / 1e6:,.1f} million parameters{tokens}",
         f"on: {schedule.images:,} images of {inputs.manifest}, {config.resolution} x {config.resolution}, {source}",

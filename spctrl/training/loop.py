@@ -51,6 +51,7 @@ class TrainingInputs:
         data_root: the raw dataset, with the images; not needed with cached latents.
         weights: folder of the entries of configs/weights.yaml.
         keypoint_radius_px, link_half_width_px: sizes in index maps and renders that are drawn.
+        files_digest: of the content of all files that the settings name. Runs are compared by it, or else by the paths.
         needs_vae: whether the image autoencoder is wanted for more than training, such as drawing images.
     """
 
@@ -61,6 +62,7 @@ class TrainingInputs:
     keypoint_radius_px: int = 4
     link_half_width_px: int = 4
     needs_vae: bool = False
+    files_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,7 @@ class PreparedRun:
     dataset: SpCtrlDataset
     networks: Networks
     schedule: Schedule
+    files_digest: str | None
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -176,7 +179,13 @@ def prepare(config: TrainingConfig, inputs: TrainingInputs, accelerator: Acceler
         networks.unet.compile()
         networks.control.compile()
     schedule = make_schedule(config, images=len(dataset), processes=accelerator.num_processes)
-    return PreparedRun(config=config, dataset=dataset, networks=networks, schedule=schedule)
+    return PreparedRun(
+        config=config,
+        dataset=dataset,
+        networks=networks,
+        schedule=schedule,
+        files_digest=inputs.files_digest,
+    )
 
 
 def training_dataset(config: TrainingConfig, inputs: TrainingInputs, tokenizer: Any) -> SpCtrlDataset:
@@ -308,7 +317,7 @@ class _Loop:
         earlier_runs: Sequence[Path],
     ) -> None:
         self.config, self.schedule, self.networks = run.config, run.schedule, run.networks
-        self.dataset = run.dataset
+        self.dataset, self.files_digest = run.dataset, run.files_digest
         self.accelerator = accelerator
         self.output = output
         self.on_step = on_step
@@ -434,7 +443,7 @@ class _Loop:
 
     def _save(self, step: int) -> Path:
         """Write a checkpoint after so many steps, unless it is there; the other processes wait."""
-        run = {"step": step, **run_facts(self.config, self.schedule)}
+        run = {"step": step, **run_facts(self.config, self.schedule, self.files_digest)}
         scaler = self.accelerator.scaler
         loss_scale = None if scaler is None else scaler.state_dict()
 
@@ -480,4 +489,4 @@ class _Loop:
         remove_partial(self.output)
         if self.config.resume_from_checkpoint is None:
             remove_checkpoints(self.output)
-        return take_start(self.config, self.schedule, self.output, self.earlier_runs)
+        return take_start(self.config, self.schedule, self.output, self.earlier_runs, self.files_digest)

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from spctrl.configuration import without_paths
 from spctrl.errors import ExpectedError
 from spctrl.training.checkpoints import (
     DamagedCheckpointError,
@@ -38,7 +39,7 @@ from spctrl.training.networks import trained_files
 from spctrl.training.schedule import Schedule, learning_rates, make_schedule
 
 HISTORY, VALIDATION = "losses.jsonl", "validation"
-FACTS = ("images", "processes")
+FACTS = ("images", "processes", "files")
 MOST_NAMED = 3
 """Earlier runs that a message names."""
 log = logging.getLogger(__name__)
@@ -62,17 +63,28 @@ class Start:
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
 
 
-def run_facts(config: TrainingConfig, schedule: Schedule) -> dict[str, Any]:
-    """What checkpoints say of the run that wrote them; JSON values."""
+def run_facts(config: TrainingConfig, schedule: Schedule, files_digest: str | None = None) -> dict[str, Any]:
+    """What checkpoints say of the run that wrote them; JSON values.
+
+    Args:
+        config: of the run.
+        schedule: of the run.
+        files_digest: of the content of all files that the settings name, by which they count in place of their paths.
+    """
     return {
-        "settings": decisive_settings(config),
+        "settings": decisive_settings(config if files_digest is None else without_paths(config)),
         "images": schedule.images,
         "processes": schedule.processes,
+        "files": files_digest,
     }
 
 
 def find_start(
-    config: TrainingConfig, schedule: Schedule, output: Path, earlier_runs: Sequence[Path] = ()
+    config: TrainingConfig,
+    schedule: Schedule,
+    output: Path,
+    earlier_runs: Sequence[Path] = (),
+    files_digest: str | None = None,
 ) -> Start:
     """The latest usable checkpoint of a run and of earlier ones; says in the log which one, and which are not usable.
 
@@ -81,13 +93,15 @@ def find_start(
         schedule: of the run.
         output: its folder. All checkpoints in it must be its own.
         earlier_runs: folders of other runs on the same data, weights and code; those that do not fit are passed over.
+        files_digest: as ``run_facts`` takes it.
 
     Raises:
         ExpectedError: ``output`` has checkpoints of another run, or of a longer one.
     """
     if config.resume_from_checkpoint is None:
         return Start()
-    _check_own(config, schedule, output)
+    facts = run_facts(config, schedule, files_digest)
+    _check_own(config, schedule, output, facts)
     unusable = {
         folder: f"{found[-1]}: of a longer run, without a checkpoint within the first {schedule.total_steps:,} steps"
         for folder in earlier_runs
@@ -96,7 +110,7 @@ def find_start(
     unusable |= {folder: f"{folder}: no checkpoint" for folder in earlier_runs if not checkpoints(folder)}
     for checkpoint in _candidates(schedule.total_steps, output, earlier_runs):
         try:
-            if difference := _difference(checkpoint, config, schedule):
+            if difference := _difference(checkpoint, config, schedule, facts):
                 unusable.setdefault(checkpoint.parent, f"{checkpoint}: {difference}")
                 continue
             if has_digests(checkpoint):
@@ -106,7 +120,7 @@ def find_start(
             state = read_state(checkpoint)
         except DamagedCheckpointError as error:
             if not checkpoint.exists():  # another run removed it, which may have written a later one
-                return find_start(config, schedule, output, earlier_runs)
+                return find_start(config, schedule, output, earlier_runs, files_digest)
             log.warning("%s. An earlier checkpoint is tried", error)
             continue
         log.info("continues after step %d, from %s", step_of(checkpoint), checkpoint)
@@ -118,7 +132,11 @@ def find_start(
 
 
 def take_start(
-    config: TrainingConfig, schedule: Schedule, output: Path, earlier_runs: Sequence[Path] = ()
+    config: TrainingConfig,
+    schedule: Schedule,
+    output: Path,
+    earlier_runs: Sequence[Path] = (),
+    files_digest: str | None = None,
 ) -> Start:
     """``find_start``, with its checkpoint in the run's own folder: another run may remove its own at any moment.
 
@@ -129,7 +147,7 @@ def take_start(
         OSError: what another run wrote of its steps cannot be copied.
     """
     while True:
-        start = find_start(config, schedule, output, earlier_runs)
+        start = find_start(config, schedule, output, earlier_runs, files_digest)
         for checkpoint in checkpoints(output):
             if checkpoint != start.checkpoint and start.step <= step_of(checkpoint) <= schedule.total_steps:
                 set_aside(checkpoint)
@@ -150,7 +168,7 @@ def _candidates(total_steps: int, output: Path, earlier_runs: Sequence[Path]) ->
     yield from sorted(within, key=lambda path: (-step_of(path), path.parent != output, str(path)))
 
 
-def _check_own(config: TrainingConfig, schedule: Schedule, output: Path) -> None:
+def _check_own(config: TrainingConfig, schedule: Schedule, output: Path, facts: Mapping[str, Any]) -> None:
     """Refuse a folder of another run.
 
     Raises:
@@ -160,7 +178,7 @@ def _check_own(config: TrainingConfig, schedule: Schedule, output: Path) -> None
     own = checkpoints(output)
     for checkpoint in own:
         with suppress(DamagedCheckpointError):  # reported when it is its turn to be used
-            if difference := _difference(checkpoint, config, schedule):
+            if difference := _difference(checkpoint, config, schedule, facts):
                 raise ExpectedError(
                     f"{checkpoint}: expected a checkpoint of this run, found one of another: {difference}. Train into "
                     "another folder, or start from step 1 with resume_from_checkpoint: null"
@@ -173,13 +191,15 @@ def _check_own(config: TrainingConfig, schedule: Schedule, output: Path) -> None
         )
 
 
-def _difference(checkpoint: Path, config: TrainingConfig, schedule: Schedule) -> str:
+def _difference(
+    checkpoint: Path, config: TrainingConfig, schedule: Schedule, expected: Mapping[str, Any]
+) -> str:
     """How the run that wrote a checkpoint differs up to it from this one, in words; empty where it does not.
 
     Raises:
         DamagedCheckpointError: the checkpoint cannot be read.
     """
-    found, expected = read_run(checkpoint), run_facts(config, schedule)
+    found = {"files": None, **read_run(checkpoint)}
     try:
         before, now = (
             {**NEUTRAL, **facts["settings"], **{each: facts[each] for each in FACTS}}

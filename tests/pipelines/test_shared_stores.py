@@ -102,9 +102,11 @@ def benchmark_file(workspace: Workspace, *methods: dict[str, Any], **settings: A
     return config_file(workspace, *methods, **{**measured, **settings})
 
 
-def built(workspace: Workspace, config: Path | str = "", family: str = "Benchmark") -> Build:
+def built(
+    workspace: Workspace, config: Path | str = "", family: str = "Benchmark", **parameters: Any
+) -> Build:
     """A build that must succeed: of a benchmark or another target, or without a configuration of the dataset."""
-    build = workspace.build(family, config=str(config)) if config else workspace.build()
+    build = workspace.build(family, config=str(config), **parameters) if config else workspace.build()
     assert build.succeeded, build.errors
     return build
 
@@ -373,3 +375,59 @@ def test_a_detectors_configuration_counts_by_content(
     assert len(names | {found}) == 3
     Path("mine.py").write_text("scale = 2")
     assert fingerprint_with("mine.py") != found
+
+    # So do the files that it is based on, wherever they lie.
+    Path("base").mkdir()
+    Path("base/run.json").write_text('{"_base_": "deep.yaml"}')
+    Path("base/deep.yaml").write_text("threshold: 1")
+    Path("base/head.py").write_text("heads = 1")
+    Path("mine.py").write_text(
+        "_base_ = ['./base/run.json', 'mmdet::shipped.py']\nwith read_base():\n    from .base.head import *\n"
+    )
+    based = fingerprint_with("mine.py")
+    shutil.copytree(first.folder / "base", first.folder / "copy" / "base")
+    shutil.copyfile("mine.py", "copy/mine.py")
+    assert fingerprint_with("copy/mine.py") == based
+    for name, text in {"deep.yaml": "threshold: 2", "head.py": "heads = 2", "run.json": "{}"}.items():
+        before = fingerprint_with("mine.py")
+        Path("base", name).write_text(text)
+        assert fingerprint_with("mine.py") != before
+
+
+def test_a_build_that_is_stricter_leaves_the_run_of_others_as_it_was(
+    first: Workspace, second: Workspace
+) -> None:
+    for workspace in (first, second):
+        (image, *_) = sorted((workspace.folder / "theirs").glob("*/0.jpg"))
+        image.unlink()
+    theirs = external(str(first.folder / "theirs"))
+    built(first, config_file(first, theirs, split="train"), "Generate", max_reject_share=1.0)
+    runs = {path: path.read_bytes() for path in first.store.glob("runs/generate/**/*") if path.is_file()}
+
+    shutil.move(second.folder / "theirs", second.folder / "moved")
+    config = config_file(second, external(str(second.folder / "moved")), split="train")
+    build = second.build("Generate", config=str(config), max_reject_share=0.0)
+    assert not build.succeeded
+    assert any("1 of 8 records" in error and "moved" in error for error in build.errors), build.errors
+    assert {path: path.read_bytes() for path in runs} == runs
+    assert first.faults() == []
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_exported_images_follow_a_dataset_that_moves(first: Workspace, link: str) -> None:
+    shutil.copytree(first.data, first.folder / "data")
+    first.configure("export", link=link)
+    first.configure("build", datasets=["ap10k"], splits=["train"])
+    first.configure("paths", data=first.folder / "data")
+    built(first)
+    assert built(first).committed == {}
+    (exported, *_) = sorted(first.exports.glob("AP-10K_triplet/data/*.jpg"))
+
+    shutil.copytree(first.folder / "data", first.folder / "data2")
+    for path in (first.folder / "data").glob("**/*.jpg"):  # by now another user's
+        path.write_bytes(b"another image")
+    first.configure("paths", data=first.folder / "data2")
+    built(first)
+    source = next((first.folder / "data2" / "AP-10K").glob(f"**/{exported.name}"))
+    assert exported.samefile(source)
+    assert first.faults() == []

@@ -17,13 +17,12 @@ import luigi
 import typer
 from luigi.task_register import Register
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
 from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train, cluster, tools
 from spctrl import options
-from spctrl.console import PlainConsole, lines
+from spctrl.console import FoldedTable, PlainConsole, lines
 from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
 from spctrl.printable import one_line
@@ -151,7 +150,7 @@ def _status(build: BuildDataset) -> Iterator[RenderableType]:
     """A table of the stages, and a line that sums it up."""
     from tasks.status import statuses
 
-    table = Table("stage", "of", "would run because", box=None, pad_edge=False)
+    table = FoldedTable("stage", "of", "would run because", box=None, pad_edge=False)
     table.add_column("to make", justify="right")
     table.add_column("took last time", justify="right")
     count = 0
@@ -304,7 +303,7 @@ def tiny_weights(
 @app.command()
 def doctor() -> None:
     """What is installed, found and writable, and which datasets can be built. Exits with 1 when none can."""
-    versions = Table("package", "version", box=None, pad_edge=False)
+    versions = FoldedTable("package", "version", box=None, pad_edge=False)
     versions.add_row("python", platform.python_version())
     for name in ("luigi", "numpy", "opencv-python-headless", "pyarrow", "torch", "ray"):
         versions.add_row(name, _version_or_none(name) or Text("not installed", style="dim"))
@@ -316,7 +315,7 @@ def doctor() -> None:
         console.print(f"[paths] {name} = {place}:", _writable(place), soft_wrap=True)
     build = _build(None, None, None, None)
     possible = False
-    found = Table("dataset", "split", "annotations", box=None, pad_edge=False)
+    found = FoldedTable("dataset", "split", "annotations", box=None, pad_edge=False)
     for task in build.exports():
         path = AnnotationFile(dataset=task.dataset, split=task.split).path
         possible |= path.is_file()
@@ -336,9 +335,9 @@ def doctor() -> None:
         raise typer.Exit(FOUND_SOMETHING)
 
 
-def _conditions_table(build: BuildDataset) -> Table:
+def _conditions_table(build: BuildDataset) -> FoldedTable:
     """Which conditions can be made under the present settings, and what the others lack."""
-    table = Table("condition", "asked for", "possible", box=None, pad_edge=False)
+    table = FoldedTable("condition", "asked for", "possible", box=None, pad_edge=False)
     for name in CONDITIONS:
         stage = build.clone(condition_class(name), dataset=build.dataset[0], split=build.split[0])
         lacking = sorted(set(_lacking(stage)))
@@ -359,12 +358,11 @@ def _lacking(stage: StageTask) -> Iterator[str]:
             yield from _lacking(each)
 
 
-def _weights_table() -> Table:
+def _weights_table() -> FoldedTable:
     """Which weights of configs/weights.yaml are there, and which settings they make possible."""
     from spctrl.weights import are_random, known_weights
 
-    table = Table("weights", "for", "there", box=None, pad_edge=False)
-    table.columns[-1].overflow = "fold"  # addresses without spaces, which people copy
+    table = FoldedTable("weights", "for", "there", box=None, pad_edge=False)
     for name, entry in known_weights().items():
         path = Path(settings.paths().weights) / entry.file
         there = (

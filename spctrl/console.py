@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from spctrl.printable import one_line, printable
 from spctrl.secrets import masked
 
+WIDTH_OF_FILES = 2**20
+"""Columns of an output that is no terminal, such as a pipe: more than any line has."""
+
 
 class PlainConsole(Console):
-    """Shows strings, also those in tables, literally and in one line; styles come from ``Text`` and ``style=``."""
+    """Shows strings, also those in tables, literally and in one line; styles come from ``Text`` and ``style=``.
+
+    Lines end where the terminal ends; in files and pipes only where ``COLUMNS`` asks for it.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, highlight=False, emoji=False, **options)
+        if not (self.is_terminal or "width" in options or os.environ.get("COLUMNS", "").isdigit()):
+            self.width = WIDTH_OF_FILES
 
     def render_str(
         self, text: str, *, style: Any = "", justify: Any = None, overflow: Any = None, **_: Any
@@ -32,6 +42,13 @@ class PlainConsole(Console):
     def say(self, line: str) -> None:
         """Print one line, which is not broken where the terminal ends."""
         self.print(line, soft_wrap=True)
+
+
+class FoldedTable(Table):
+    """A table that breaks what is wider than its column; rich cuts it."""
+
+    def add_column(self, *header: Any, **options: Any) -> None:
+        super().add_column(*header, **{"overflow": "fold", **options})
 
 
 def lines(*texts: str, style: str = "") -> Text:

@@ -218,11 +218,9 @@ def print_summary(exports: Iterable[Export]) -> None:
             counts = task.clone(Manifest).finished_run().provenance()["counts"]
             logs.event("built", dataset=task.dataset, split=task.split, folder=task.place.root, **counts)
         return
-    from rich.table import Table
+    from spctrl.console import FoldedTable, PlainConsole
 
-    from spctrl.console import PlainConsole
-
-    table = Table(title="Built", title_justify="left")
+    table = FoldedTable(title="Built", title_justify="left")
     for column in ("dataset", "split"):
         table.add_column(column)
     for column in ("images", "instances", "on disk", "rejected"):

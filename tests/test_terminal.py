@@ -13,7 +13,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from spctrl.console import PlainConsole, lines
+from spctrl.console import FoldedTable, PlainConsole, lines
 from spctrl.printable import indented, one_line, printable
 from spctrl.report.text import visible
 from spctrl.terminal import PrintableLines, say, say_message, say_text
@@ -73,6 +73,23 @@ def test_a_console_shows_text_as_text(
     assert "[bold]x" in output
     if width == 2000:
         assert output.count(SHOWN) == 4
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_no_text_of_a_table_is_cut(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    stream, path = io.StringIO(), "/a/path" * 40
+    table = FoldedTable("stage", "reason")
+    table.add_column(path, justify="right")
+    table.add_row("export", lines(f"{path}.png is missing", path), path)
+    console = PlainConsole(file=stream, force_terminal=is_terminal, width=60 if is_terminal else None)
+    console.print(table)
+    console.print(path, "word " * 40)
+    output = stream.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in output
+    assert output.count("/") == 5 * path.count("/")
+    assert is_terminal or output.count(path) == 5
+    assert max(map(len, output.splitlines())) < 2000
 
 
 def test_styles_of_a_terminal_remain(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from spctrl.errors import ExpectedError
@@ -36,9 +37,13 @@ def check_settings_files() -> None:
             f"expected settings in the format of luigi.cfg, found {FORMAT} = toml: unset it, and write the settings as "
             "`name = value` below [section]"
         )
+    parsers = {}
     for path in settings_files():
-        if (fault := _fault(path)) is not None:
+        parsers[path] = configparser.ConfigParser(interpolation=None)
+        if (fault := _fault(path, parsers[path])) is not None:
             raise ExpectedError(fault)
+    if (fault := _passed_over(list(parsers.items()))) is not None:
+        raise ExpectedError(fault)
 
 
 def location_of(section: str, name: str) -> str:
@@ -64,9 +69,8 @@ def _line_of(text: str, section: str, name: str | None = None) -> int | None:
     return None
 
 
-def _fault(path: Path) -> str | None:
-    """Why a file cannot be read as settings."""
-    parser = configparser.ConfigParser(interpolation=None)
+def _fault(path: Path, parser: configparser.ConfigParser) -> str | None:
+    """Why a file cannot be read as settings by a new parser."""
     parser.optionxform = str  # type: ignore[assignment, method-assign]  # names keep their case, as for Luigi
     if not path.is_file():
         found = "something else" if path.exists() else "none"
@@ -98,23 +102,41 @@ def _fault(path: Path) -> str | None:
         line = error.errors[0][0]
         found = path.read_text().splitlines()[line - 1].strip()
         return f"{path}, line {line}: expected `name = value` or [section], found {found!r}"
-    return _spelled_twice(path, parser)
+    return None
 
 
-def _spelled_twice(path: Path, parser: configparser.ConfigParser) -> str | None:
-    """What is said of a setting that a section holds with dashes and with underscores: Luigi reads the latter alone."""
-    text = path.read_text()
-    for section in (configparser.DEFAULTSECT, *parser.sections()):
-        for name in parser[section]:
-            underscored = name.replace("-", "_")
-            if name == underscored or underscored not in parser[section]:
-                continue
-            lines = _line_of(text, section, name), _line_of(text, section, underscored)
-            if None not in lines:
-                return (
-                    f"{path}: expected each setting once, found [{section}] {name} in line {lines[0]} and "
-                    f"{underscored}, which Luigi takes for the same, in line {lines[1]}"
-                )
+def _passed_over(files: Sequence[tuple[Path, configparser.ConfigParser]]) -> str | None:
+    """What is said of a setting with dashes that should count, and that Luigi passes over for one with underscores.
+
+    Luigi looks for the former only where no file has the latter, in the same section or for all sections.
+
+    Args:
+        files: parsed settings files; later ones override earlier ones.
+    """
+    texts = {path: path.read_text() for path, _ in files}
+    for i, (path, parser) in enumerate(files):
+        for section in (configparser.DEFAULTSECT, *parser.sections()):
+            for name in parser[section]:
+                underscored = name.replace("-", "_")
+                line = None if name == underscored else _line_of(texts[path], section, name)
+                if line is None or any(
+                    _line_of(texts[each], section, underscored) for each, _ in files[i + 1 :]
+                ):
+                    continue
+                places = [(each, section) for each, _ in reversed(files[: i + 1])]
+                places += [(each, configparser.DEFAULTSECT) for each, _ in reversed(files)]
+                for other, its_section in places:
+                    if (its_line := _line_of(texts[other], its_section, underscored)) is None:
+                        continue
+                    if (other, its_section) == (path, section):
+                        return (
+                            f"{path}: expected each setting once, found [{section}] {name} in line {line} and "
+                            f"{underscored}, which Luigi takes for the same, in line {its_line}"
+                        )
+                    return (
+                        f"{path}, line {line}: expected [{section}] {underscored}, found {name}, which Luigi passes "
+                        f"over for [{its_section}] {underscored} in {other}, line {its_line}. Write it with underscores"
+                    )
     return None
 
 

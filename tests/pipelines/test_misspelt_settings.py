@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from configparser import ConfigParser
 from typing import TYPE_CHECKING
 
 import pytest
 from conftest import _luigi_settings
 from typer.testing import CliRunner
 
+import pipelines
 from pipelines.cli import app
+from pipelines.settings_check import refuse_unknown_settings
+from spctrl.errors import ExpectedError
 from tasks.settings import settings_without_effect
 
 if TYPE_CHECKING:
@@ -31,6 +36,40 @@ ON_THE_COMMAND_LINE = {
     "a percentage": (["--max-reject-share", "5"], ["--max-reject-share: 5", "[0.0, 1.0]"]),
     "a section's choice": (["--openpose-style", "cocoo"], ["[openpose] style", "cocoo", "mmpose"]),
 }
+
+
+SECTIONS = {
+    "[PATHS]\n": "[paths]",
+    "[Build]\n": "[build]",
+    "[ export ]\n": "[export]",
+    "[Export]\nshard-images = 9\n": "[export]",
+    "[pa\u200bths]\n": "[paths]",
+    "[lo\x01g]\n": "[log]",
+    "[OPNPOSE]\n": "[openpose]",
+    "[Resources]\n": "[resources]",
+    "[Worker]\n": "[worker]",
+    "[default]\n": "[DEFAULT]",
+    "[openpose]\nkeypoint-radius_px = 3\n": "keypoint_radius_px",
+}
+
+
+def check(text: str) -> None:
+    config = ConfigParser()
+    config.read_string(text)
+    known = {**pipelines.KNOWN, "log": ["level"]}
+    refuse_unknown_settings(config, known, ["Export", "Report", "worker"])
+
+
+@pytest.mark.parametrize(("text", "expected"), SECTIONS.items())
+def test_a_section_in_another_case_or_with_hidden_characters_is_refused(text: str, expected: str) -> None:
+    with pytest.raises(ExpectedError, match=f"^expected .*{re.escape(expected)}"):
+        check(text)
+
+
+def test_stages_and_settings_in_both_spellings_are_known() -> None:
+    check(
+        "[Export]\nconditions = a\n[Report]\nx = 1\n[MyTask]\n[worker]\n[retcode]\n[openpose]\nkeypoint-radius-px=3"
+    )
 
 
 WITHOUT_EFFECT = {

@@ -90,10 +90,41 @@ def test_what_a_file_holds_twice_is_refused_with_both_lines(folder: Path, conten
 def test_a_file_may_override_another_and_a_section_the_defaults(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "luigi.cfg").write_text("[DEFAULT]\nshard-images = 1\n[export]\nshard_images = 2\n")
-    (folder / "my.cfg").write_text("[export]\nshard-images = 3\n")
+    (folder / "luigi.cfg").write_text("[DEFAULT]\nshard-images = 1\n[export]\nshard-images = 2\n")
+    (folder / "my.cfg").write_text("[export]\nshard_images = 3\n[log]\nto-file = 1\n")
     monkeypatch.setenv("LUIGI_CONFIG_PATH", "my.cfg")
     check_settings_files()
+
+
+PASSED_OVER = {
+    "of a lower file": (
+        "[log]\n[export]\nshard_images = 7\n", "[export]\nshard-images = 9\n", "my.cfg, line 2",
+        "[export] shard_images in luigi.cfg, line 3",
+    ),
+    "for all sections": (
+        "[export]\nshard-images = 9\n[DEFAULT]\nshard_images = 7\n", "", "luigi.cfg, line 2",
+        "[DEFAULT] shard_images in luigi.cfg, line 4",
+    ),
+    "for all sections of a higher file": (
+        "[export]\nshard-images = 9\n", "[DEFAULT]\nshard_images = 7\n", "luigi.cfg, line 2",
+        "[DEFAULT] shard_images in my.cfg, line 2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("low", "high", "where", "instead"), PASSED_OVER.values(), ids=PASSED_OVER)
+def test_a_spelling_that_luigi_would_pass_over_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, low: str, high: str, where: str, instead: str
+) -> None:
+    (folder / "luigi.cfg").write_text(low)
+    (folder / "my.cfg").write_text(high)
+    monkeypatch.setenv("LUIGI_CONFIG_PATH", "my.cfg")
+    with pytest.raises(ExpectedError) as error:
+        check_settings_files()
+    assert str(error.value) == (
+        f"{where}: expected [export] shard_images, found shard-images, which Luigi passes over for {instead}. "
+        "Write it with underscores"
+    )
 
 
 def test_files_that_luigi_would_pass_over_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

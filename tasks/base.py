@@ -296,7 +296,7 @@ class StageTask(MeetsBadRecords):
                 "platform": platform.platform(),
             },
         }
-        for fault in table_faults(run, run.files()):  # or the stage would be built again and again
+        for fault in table_faults(run, run.files(), counts):  # or the stage would be built again and again
             raise ValueError(f"{self.stage} {self.part}: {fault}")
         run.commit(self.packs_of(run), provenance)
         logs.event(

@@ -22,6 +22,7 @@ from tasks.files import Folder, exclusive, is_url
 from tasks.generate import method_json
 from tasks.settings import LEDGERS
 from tasks.store import PROVENANCE, Run, parquet_bytes
+from tasks.tables import struck_out
 from tasks.views import RenderedView, ViewStage
 
 if TYPE_CHECKING:
@@ -247,9 +248,13 @@ class BenchmarkReport(OfMethods):
         if not views:
             return []
         rows, root = self._annotated(views[0]), settings.dataset_root(self.how_measured.dataset)
+        cases = choose_cases([view.oks for view in views], self.how_measured.num_cases)
+        if unknown := {case.image_id for case in cases} - rows.keys():
+            scored = [self._of_method(PoseAp, view.method).finished_run() for view in views]
+            raise struck_out(scored, f"expected images of the index, found {min(unknown)}")
         return [
             draw_case(rows[case.image_id], case, views, dataset=self.how_measured.dataset, root=root)
-            for case in choose_cases([view.oks for view in views], self.how_measured.num_cases)
+            for case in cases
         ]
 
     @functools.cached_property

@@ -25,6 +25,7 @@ from tasks.inputs import MISSING
 from tasks.model_stage import Weights, weights_at, weights_digest
 from tasks.progress import progress
 from tasks.store import Run, digest, parquet_bytes
+from tasks.tables import struck_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -151,12 +152,14 @@ class OfImages(OfEvaluation, MethodStage):
         """Rows of ``eval.checks.IMAGES_SCHEMA`` with the file of each image as ``file``."""
         from spctrl.parquet import read_table
 
-        table = read_table(self.images_task().finished_run().path(IMAGES))
+        run, generated = self.images_task().finished_run(), self.images_task().generated_task().finished_run()
+        table = read_table(run.path(IMAGES))
         paths = table.column("path").to_pylist()
         files = list(map(str, self.images_task().generated_task().files(paths)))
-        listing = self.images_task().generated_task().finished_run().path(IMAGES)
-        listed = read_table(listing, columns=["path", "digest"]).to_pydict()
+        listed = read_table(generated.path(IMAGES), columns=["path", "digest"]).to_pydict()
         digests = dict(zip(listed["path"], listed["digest"], strict=True))
+        if unknown := set(paths) - digests.keys():
+            raise struck_out([run, generated], f"expected images that were generated, found {min(unknown)}")
         found = digest_cache(self.store).file_digests(files)
         changed = [
             file for file, path, digest in zip(files, paths, found, strict=True) if digests[path] != digest
@@ -294,8 +297,12 @@ class PredictedPoses(WithNetwork, OfImages):
         from eval.poses import annotated_boxes, detected_boxes, estimate_poses, make_estimator, sizes_of
         from spctrl.parquet import read_table
 
-        index = read_table(self.index_task().finished_run().path(MANIFEST))
+        index_run = self.index_task().finished_run()
+        index = read_table(index_run.path(MANIFEST))
         images, truth, sizes_wh = self.first_images(), read_ground_truth(index), sizes_of(index)
+        if unknown := set(images.column("image_id").to_pylist()) - sizes_wh.keys():
+            runs = [self.images_task().finished_run(), self.prompts_task().finished_run(), index_run]
+            raise struck_out(runs, f"expected images of the index, found {min(unknown)}")
         ids, names = (images.column(name).to_pylist() for name in ("image_id", "file"))
         files = dict(zip(ids, map(Path, names), strict=True))
         pose, device = self.how_measured.pose, settings.executor().device

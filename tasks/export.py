@@ -27,6 +27,7 @@ from tasks.progress import progress
 from tasks.record_stage import Artifacts
 from tasks.settings import LEDGERS
 from tasks.store import Run, content_digest, digest, parquet_bytes
+from tasks.tables import struck_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -285,8 +286,8 @@ class Export(Manifest):
         ledger.write()
         self.place.remove(self.place.leftovers(older_than_s=0))
         with progress(f"{self.stage} {self.part}", len(changed), self.set_progress_percentage) as advance:
-            self._write_changed(changed, ledger, advance)
-        self._write_shards(changed_shards, ledger)
+            self._write_changed(source, changed, ledger, advance)
+        self._write_shards(source, changed_shards, ledger)
         put = self._put if FOLDERS in self.formats else self.place.write
         for path, data in changed_texts.items():
             put(path, data)
@@ -354,6 +355,9 @@ class Export(Manifest):
                     if (path := row[f"{condition}_path"]) is not None:
                         yield Wanted(path, row[f"{condition}_digest"], condition, image_id, name)
                 if self.has_heatmaps:
+                    if image_id not in drawings:
+                        index = self.index_task().finished_run()
+                        raise struck_out([source, index], f"expected images of the index, found {image_id}")
                     made_from = digest(code, drawings[image_id])
                     yield Wanted(self.layout.heatmaps(name), made_from, HEATMAPS, image_id, name)
 
@@ -385,7 +389,7 @@ class Export(Manifest):
         table = read_table(self.index_task().finished_run().path(MANIFEST), columns=columns)
         return dict(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
 
-    def _write_changed(self, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
+    def _write_changed(self, source: Run, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
         from spctrl.links import Linker
 
         locations = {name: Artifacts(task.finished_run()) for name, task in self.condition_tasks().items()}
@@ -394,15 +398,15 @@ class Export(Manifest):
         linker = Linker(link, logs.notify)
         for count, each in enumerate(changed, 1):
             if each.kind == IMAGE:
-                source, target = images[each.file_name], self.folder.local(each.path)
+                image, target = images[each.file_name], self.folder.local(each.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    linker.link(source, target, temporary=self.folder.temporary(each.path))
+                    linker.link(image, target, temporary=self.folder.temporary(each.path))
                 except OSError as error:
                     if link not in ("hard", "symbolic") or error.errno not in LINKS_REFUSED:
                         raise cannot_write(target, error) from error
                     raise StoreError(
-                        f"cannot make a {link} link to {source} at {target}: {error.strerror}; set [export] link = copy"
+                        f"cannot make a {link} link to {image} at {target}: {error.strerror}; set [export] link = copy"
                     ) from error
                 ledger.files[each.path] = Entry(each.made_from, each.made_from.split(" ")[1])
             elif each.kind == REWRITTEN:
@@ -411,7 +415,7 @@ class Export(Manifest):
                 self._put(each.path, data)
                 ledger.files[each.path] = Entry(each.made_from, content_digest(data))
             elif each.kind != HEATMAPS:
-                found = locations[each.kind][each.image_id]
+                found = locations[each.kind].listed(each.image_id, source)
                 self._put(each.path, self.store.read(each.kind, found))
                 ledger.files[each.path] = Entry(each.made_from, found.digest)
             if count % DISPLAY_EVERY == 0:
@@ -462,7 +466,7 @@ class Export(Manifest):
                     ledger.files[each.path] = Entry(each.made_from, content_digest(data))
                 advance(len(records))
 
-    def _write_shards(self, changed: list[WantedShard], ledger: Ledger) -> None:
+    def _write_shards(self, source: Run, changed: list[WantedShard], ledger: Ledger) -> None:
         if not changed:
             return
         from spctrl.shards import SHARD_WRITERS
@@ -473,13 +477,13 @@ class Export(Manifest):
         with progress(f"shards {self.part}", total, self.set_progress_percentage) as advance:
             for each in changed:
                 with self.place.create(each.path) as temporary:
-                    read_files = self._file_reader(each.rows, locations)
+                    read_files = self._file_reader(source, each.rows, locations)
                     SHARD_WRITERS[each.kind](temporary, each.rows, names, read_files)
                     found = file_digest(temporary)
                 ledger.files[each.path] = Entry(each.made_from, found)
                 advance(len(each.rows))
 
-    def _file_reader(self, rows: pa.Table, locations: dict[str, Artifacts]) -> ReadFiles:
+    def _file_reader(self, source: Run, rows: pa.Table, locations: dict[str, Artifacts]) -> ReadFiles:
         """What reads the image, with its orientation tag set to 1, and the conditions of one of the rows."""
         from tasks.work import ArtifactSource, FileSource
 
@@ -496,7 +500,7 @@ class Export(Manifest):
             elif image_digest is not None:
                 files[IMAGE] = self._read(FileSource(str(path), image_digest))
             for name, places in locations.items():
-                files[name] = self._read(ArtifactSource(name, places[image_id]))
+                files[name] = self._read(ArtifactSource(name, places.listed(image_id, source)))
             return files
 
         return read_files

@@ -483,7 +483,9 @@ class GeneratedImages(ViewStage, MethodStage):
     def can_be_shown(self, run: Run) -> bool:
         """Whether the packs hold the listed images: those that were generated again may differ on a GPU."""
         return self.is_external or all(
-            (found := self._locations[row["index"]].get(row["image_id"])) and found.digest == row["digest"]
+            row["index"] in range(len(self._locations))
+            and (found := self._locations[row["index"]].get(row["image_id"]))
+            and found.digest == row["digest"]
             for row in self._listed(run)
         )
 
@@ -515,7 +517,7 @@ class GeneratedImages(ViewStage, MethodStage):
         ledger.write()
         with progress(f"{self.stage} {self.part}", len(changed), self.set_progress_percentage) as advance:
             for count, (path, row) in enumerate(changed.items(), 1):
-                found = self._locations[row["index"]][row["image_id"]]
+                found = self._locations[row["index"]].listed(row["image_id"], run)
                 data = self.store.read(Samples.stage, found)
                 self._place.write(path, data)
                 if count % DISPLAY_EVERY == 0:

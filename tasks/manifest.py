@@ -19,12 +19,14 @@ from tasks.names import NamesParameter
 from tasks.progress import progress
 from tasks.record_stage import InOrder, location_of
 from tasks.store import Run, parquet_bytes
+from tasks.tables import struck_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from spctrl.layout import Layout
     from spctrl.manifest import ImageFacts
+    from tasks.files import StoreError
 
 
 class Manifest(DatasetStage):
@@ -97,6 +99,9 @@ class Manifest(DatasetStage):
                     name: {row["image_id"]: ConditionFacts(row["key"], row["digest"]) for row in each.of(ids)}
                     for name, each in artifacts.items()
                 }
+                for name, facts in made.items():
+                    if absent := ids - rejected - facts.keys():
+                        raise self._disagreement(f"expected {name} of image {min(absent)}, found none")
                 images = {row["image_id"]: self._image_facts(row) for row in probes.of(ids)}
                 masks: dict[int, list[dict[str, Any]]] = {}
                 for row in segments.of(ids) if segments else ():
@@ -108,7 +113,9 @@ class Manifest(DatasetStage):
                 advance(len(batch))
         readers = {**artifacts, Images.stage: probes, **({Segments.stage: segments} if segments else {})}
         if unread := [name for name, each in readers.items() if not each.is_at_end]:
-            raise RuntimeError(f"{self.part}: expected the order of the index in {', '.join(unread)}")
+            raise self._disagreement(
+                f"expected its images and their order in {', '.join(unread)}, found others"
+            )
         schema = pa.schema([pa.field("stage", pa.string()), *REJECT_SCHEMA])
         run.write(REJECTS, parquet_bytes(rejects.select(schema.names).cast(schema)))
         if not rows:
@@ -123,6 +130,10 @@ class Manifest(DatasetStage):
             "images_on_disk": images_on_disk,
             "rejected": listed - rows,
         }
+
+    def _disagreement(self, fault: str) -> StoreError:
+        """Any run that the manifest is made from may be the one that is wrong."""
+        return struck_out((task.finished_run() for task in self._stages_before()), fault)
 
     def _gather_rejects(self) -> pa.Table:
         """The rejects of all stages before this one, with the stage's name."""

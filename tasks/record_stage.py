@@ -13,6 +13,7 @@ from tasks.executor import run_jobs, warm_up
 from tasks.inputs import InputChangedError
 from tasks.progress import progress
 from tasks.store import Location, Run, digest, digests, parquet_bytes, results_table
+from tasks.tables import struck_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,8 +129,7 @@ class RecordStage(StageTask):
                 plan.add(locations)
                 made += sum(location.code is None for location in locations.values())
                 advance(len(locations))
-        rejected = plan.write_results(run)
-        return {"records": plan.total, "made": made, "rejected": rejected}
+        return {"records": plan.total, "made": made, **plan.write_results(run)}
 
     def missing_records(self) -> int | None:
         """How many artifacts a run would have to make; None before there is an index."""
@@ -213,8 +213,8 @@ class _Plan:
         if scattered:
             yield self._batch(scattered)
 
-    def write_results(self, run: Run) -> int:
-        """Write the run's manifest and rejects; returns the number of rejects."""
+    def write_results(self, run: Run) -> dict[str, int]:
+        """Write the run's manifest and rejects; returns the numbers of their rows."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -227,7 +227,7 @@ class _Plan:
             raise RuntimeError(f"{self._task.stage}: some records that were worked on have no result")
         schema, names = artifact_schema(), ["image_id", "file_name"]
         rejects: list[dict[str, Any]] = []
-        start = 0
+        start = artifacts = 0
         with (
             run.create(MANIFEST) as destination,
             pq.ParquetWriter(destination, schema, compression="zstd") as writer,
@@ -240,9 +240,10 @@ class _Plan:
                 is_made = pc.and_(pc.is_valid(found.column("key")), pc.is_null(found.column("code")))
                 made = found.select(schema.names).filter(is_made)
                 writer.write_table(made.cast(schema).combine_chunks())
+                artifacts += len(made)
                 start += len(rows)
         run.write(REJECTS, parquet_bytes(rejects_table(rejects)))
-        return len(rejects)
+        return {"artifacts": artifacts, "rejected": len(rejects)}
 
     def _rejects(self, start: int, found: pa.Table) -> Iterator[dict[str, Any]]:
         """Rows of ``REJECT_SCHEMA`` for what was found of the records from ``start`` on."""
@@ -359,6 +360,7 @@ class Artifacts(Mapping[int, Location]):
     def __init__(self, run: Run) -> None:
         from spctrl.parquet import read_table
 
+        self._run = run
         path, columns = run.path(MANIFEST), ["image_id", *PLACE]
         table = read_table(path, columns)
         packs = table.column("pack").dictionary_encode()
@@ -377,6 +379,19 @@ class Artifacts(Mapping[int, Location]):
         is_there[is_there] = self._ids[rows[is_there]] == asked[is_there]
         found = [column.take(pa.array(rows, mask=~is_there)).to_pylist() for column in self._columns]
         return [None if place[0] is None else Location(*place) for place in zip(*found, strict=True)]
+
+    def listed(self, image_id: int, by: Run) -> Location:
+        """Where the artifact of an image lies that another run lists.
+
+        Raises:
+            StoreError: there is none; both runs were struck out.
+        """
+        if (found := self.get(image_id)) is None:
+            raise struck_out(
+                [self._run, by],
+                f"expected an artifact of image {image_id}, which {by.place()} lists, found none",
+            )
+        return found
 
     def __getitem__(self, image_id: int) -> Location:
         row = int(self._ids.searchsorted(image_id))

@@ -227,7 +227,17 @@ class Store:
             index = self.files.read(index_name(stage, pack), max_bytes=MAX_INDEX_BYTES)
         except (FileNotFoundError, FileTooLargeError):
             return {}
-        return _locations(pack, index)
+        return _locations(pack, index) or {}
+
+    def has_damaged_index(self, stage: str, pack: str) -> bool:
+        """Whether a pack has an index that a build cannot read, and so passes over."""
+        try:
+            index = self.files.read(index_name(stage, pack), max_bytes=MAX_INDEX_BYTES)
+        except FileNotFoundError:
+            return False
+        except FileTooLargeError:
+            return True
+        return _locations(pack, index) is None
 
     def read(self, stage: str, place: Location) -> bytes:
         """An artifact's bytes.
@@ -552,7 +562,8 @@ def _numbers(keys: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
     return words[:, 0] * ODD_NUMBER + words[:, 1]
 
 
-def _locations(pack: str, index: bytes) -> dict[str, Location]:
+def _locations(pack: str, index: bytes) -> dict[str, Location] | None:
+    """What an index lists, by key; None where it is damaged."""
     import pyarrow as pa
 
     try:
@@ -560,7 +571,7 @@ def _locations(pack: str, index: bytes) -> dict[str, Location]:
     except (OSError, ValueError, pa.ArrowException):
         table = None
     if table is None:
-        return {}
+        return None
     columns = (column.to_pylist() for column in table.columns)
     return {key: Location(pack, *row) for key, *row in zip(*columns, strict=True)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.files import StoreError
@@ -30,8 +30,11 @@ class TableForm(NamedTuple):
     filled: tuple[str, ...]
 
 
-def table_faults(run: Run, names: Iterable[str]) -> Iterator[str]:
-    """What is wrong with the tables among some of a run's files: they cannot be read, or have another form."""
+def table_faults(run: Run, names: Iterable[str], counts: Mapping[str, int]) -> Iterator[str]:
+    """What is wrong with the tables among some of a run's files.
+
+    They cannot be read, have another form, or not as many rows as the run's counts say.
+    """
     import pyarrow as pa
 
     from spctrl.parquet import open_table
@@ -40,7 +43,8 @@ def table_faults(run: Run, names: Iterable[str]) -> Iterator[str]:
         if not name.endswith(".parquet"):
             continue
         try:
-            fault = _form_fault(open_table(run.path(name)), FORMS.get((run.stage, name)))
+            table, kind = open_table(run.path(name)), (run.stage, name)
+            fault = _form_fault(table, FORMS.get(kind)) or _rows_fault(table, ROWS.get(kind, ()), counts)
         except (ValueError, pa.ArrowException) as error:
             yield f"{name} cannot be read: {error}"
         else:
@@ -54,23 +58,32 @@ def refuse_damaged_tables(run: Run) -> None:
     Raises:
         StoreError: the run was struck out; says why.
     """
-    files = run.provenance()["files"]
-    if _sound.get(run) == files:
+    provenance = run.provenance()
+    files, counts = provenance["files"], provenance["counts"]
+    if _sound.get(run) == (files, counts):
         return
     try:
-        fault = next(table_faults(run, files), None)
+        fault = next(table_faults(run, files, counts), None)
     except OSError:  # a disk or network may be at fault: the stage that reads the file meets the same
         return
     if fault is not None:
+        raise struck_out([run], fault)
+    _sound[run] = (files, counts)
+
+
+def struck_out(runs: Iterable[Run], fault: str) -> StoreError:
+    """Strike out runs, the first of which has a fault that any of them may have caused; returns what to raise."""
+    first, *others = dict.fromkeys(runs)
+    for run in (first, *others):
         run.uncommit()
-        raise StoreError(
-            f"{run.place()}: {fault}. The run no longer counts as finished: build again, which makes it again"
-        )
-    _sound[run] = files
+    beside = f", nor do {len(others)} that may be at fault" if others else ""
+    return StoreError(
+        f"{first.place()}: {fault}. The run no longer counts as finished{beside}: build again, which makes it again"
+    )
 
 
-_sound: dict[Run, dict[str, Any]] = {}
-"""Runs whose tables this process found sound, with the digests of their files."""
+_sound: dict[Run, tuple[dict[str, Any], dict[str, int]]] = {}
+"""Runs whose tables this process found sound, with the digests of their files, and their counts."""
 
 
 def _form_fault(file: pq.ParquetFile, make_form: Callable[[], TableForm] | None) -> str | None:
@@ -90,6 +103,13 @@ def _form_fault(file: pq.ParquetFile, make_form: Callable[[], TableForm] | None)
             if _has_nulls(batch.column(column), fields):
                 return f"expected no nulls in {'.'.join([column, *fields])}, found some"
     return None
+
+
+def _rows_fault(file: pq.ParquetFile, names: Sequence[str], counts: Mapping[str, int]) -> str | None:
+    if not names or not counts.keys() >= set(names):
+        return None
+    expected, found = sum(counts[name] for name in names), file.metadata.num_rows
+    return None if found == expected else f"expected {expected:,} rows, found {found:,}"
 
 
 def _has_nulls(array: pa.Array, fields: Sequence[str]) -> bool:
@@ -207,3 +227,19 @@ FORMS: dict[tuple[str, str], Callable[[], TableForm]] = {
     ("evaluated_images", IMAGES): _evaluated,
 }
 """By stage and file. The functions load what they need: this module is imported wherever a build is planned."""
+
+ROWS: dict[tuple[str, str], tuple[str, ...]] = {
+    **{(stage, MANIFEST): ("artifacts",) for stage in (*RECORD_STAGES, "segments")},
+    **{(stage, REJECTS): ("rejected",) for stage in (*RECORD_STAGES, "segments", "prompts", "generate")},
+    **{(stage, "scores.parquet"): ("made",) for stage in METRICS},
+    ("index", MANIFEST): ("made",),
+    ("index", REJECTS): (),  # of images and of single annotations
+    ("manifest", MANIFEST): ("made",),
+    ("poses", "poses.parquet"): ("made",),
+    ("clip", "clip.parquet"): ("made",),
+    ("prompts", "prompts.parquet"): ("made",),
+    ("generate", IMAGES): ("made",),
+    ("evaluated_images", IMAGES): ("made",),
+    ("evaluated_images", REJECTS): ("rejected", "without_prompt"),
+}
+"""By stage and file: the counts that make up the number of rows. Runs of earlier versions have fewer counts."""

@@ -70,6 +70,11 @@ def verify(
             for key, fault in _damaged_members(store, stage, pack, repair=repair):
                 bad_keys[stage].add(key)
                 found.append(Damage(f"{store.files.place(pack_name(stage, pack))}: {key}", fault))
+            if store.has_damaged_index(stage, pack):
+                index = index_name(stage, pack)
+                found.append(Damage(store.files.place(index), "the pack's index is damaged"))
+                if repair:
+                    store.files.remove([index])
             advance(1)
     for run in store.runs(damaged=True):
         faults = _run_faults(store, run, bad_keys[run.stage])
@@ -161,7 +166,7 @@ def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
         for name, size in packs.items()
         if there.get(name) != size
     ]
-    return faults or list(_content_faults(run, provenance["files"]))
+    return faults or list(_content_faults(run, provenance["files"], provenance["counts"]))
 
 
 def _has_digest(run: Run, name: str, digest: str) -> bool:
@@ -171,11 +176,11 @@ def _has_digest(run: Run, name: str, digest: str) -> bool:
         return False
 
 
-def _content_faults(run: Run, names: Iterable[str]) -> Iterator[str]:
+def _content_faults(run: Run, names: Iterable[str], counts: Mapping[str, int]) -> Iterator[str]:
     """Files that have their digests, but that no stage could read: this project did not write them."""
     for name in names:
         try:
-            yield from table_faults(run, [name])
+            yield from table_faults(run, [name], counts)
             if name == IMAGE_PATHS:
                 read_image_paths(run)
         except (OSError, FileTooLargeError, ValueError) as error:

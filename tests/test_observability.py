@@ -88,7 +88,7 @@ def test_a_build_logs_json_lines_only(workspace: Workspace, workers: str) -> Non
     done = {line["stage"]: line for line in lines if line["message"] == "stage done"}
     assert set(done) == STAGES
     assert done["spatext"]["part"] == "ap10k-train"
-    assert done["spatext"]["counts"] == {"records": 8, "made": 8, "rejected": 0}
+    assert done["spatext"]["counts"] == {"records": 8, "made": 8, "artifacts": 8, "rejected": 0}
     assert done["spatext"]["duration_s"] >= 0
     (built,) = (line for line in lines if line["message"] == "built")
     assert (built["dataset"], built["split"], built["made"]) == ("ap10k", "train", 8)

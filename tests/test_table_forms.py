@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,27 @@ def with_null(name: str) -> Change:
     return change
 
 
+def shortened(count: int) -> Change:
+    return lambda table: table.slice(0, count)
+
+
+def of_another_image(table: pa.Table) -> pa.Table:
+    """The same table with an image id in the last row that no image has."""
+    at = table.schema.get_field_index("image_id")
+    ids = [*table.column("image_id").to_pylist()[:-1], 7]
+    return table.set_column(at, "image_id", pa.array(ids, pa.int64()))
+
+
+def with_texts_as(kind: pa.DataType) -> Change:
+    def change(table: pa.Table) -> pa.Table:
+        columns = [
+            column.cast(kind) if pa.types.is_string(column.type) else column for column in table.columns
+        ]
+        return pa.table(columns, table.column_names)
+
+    return change
+
+
 def with_null_within(field: str) -> Change:
     def change(table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
@@ -61,6 +83,11 @@ DAMAGES: list[tuple[str, str, Change, str]] = [
     ("index", "manifest.parquet", with_null("file_name"), "expected no nulls in file_name"),
     ("index", "manifest.parquet", with_null_within("keypoints"), "expected no nulls in instances.keypoints"),
     ("manifest", "manifest.parquet", retyped("width", pa.string()), "expected int32 in the column width"),
+    ("spatext", "manifest.parquet", shortened(0), "expected 8 rows, found 0"),
+    ("images", "manifest.parquet", shortened(5), "expected 8 rows, found 5"),
+    ("index", "manifest.parquet", shortened(7), "expected 8 rows, found 7"),
+    ("manifest", "manifest.parquet", shortened(0), "expected 8 rows, found 0"),
+    ("spatext", "manifest.parquet", with_texts_as(pa.large_string()), "expected string in the column key"),
 ]
 
 
@@ -90,7 +117,7 @@ def test_a_table_that_no_reader_can_use_is_struck_out_and_made_again(workspace: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "name", "change", "why"), DAMAGES[::2])
+@pytest.mark.parametrize(("stage", "name", "change", "why"), [*DAMAGES[:6:2], *DAMAGES[6:8]])
 def test_a_build_says_what_is_damaged_and_the_next_one_succeeds(
     workspace: Workspace, stage: str, name: str, change: Change, why: str
 ) -> None:
@@ -106,6 +133,51 @@ def test_a_build_says_what_is_damaged_and_the_next_one_succeeds(
     assert any(f"{name} is damaged: {why}" in each for each in done.errors), done.errors
     assert workspace.build().succeeded
     assert workspace.exported() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["spatext", "manifest", "index"])
+@pytest.mark.parametrize("output_format", ["folders", "parquet"])
+def test_tables_of_different_images_are_one_error_and_made_again(
+    workspace: Workspace, stage: str, output_format: str
+) -> None:
+    workspace.configure("build", datasets=["ap10k"], splits=["val"], conditions=["spatext"])
+    workspace.configure("export", format=output_format)
+    assert workspace.build().succeeded
+    before = workspace.exported()
+    damage(workspace.store, stage, "manifest.parquet", of_another_image)
+    shutil.rmtree(workspace.exports)
+    if stage != "manifest":
+        run_folder(workspace.store, "manifest").joinpath("provenance.json").unlink()
+    done = workspace.build()
+    assert not done.succeeded
+    assert any("StoreError" in each and "build again" in each for each in done.errors), done.errors
+    assert not any("KeyError" in each for each in done.errors)
+    assert workspace.build().succeeded
+    assert workspace.exported() == before
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.large_string()])
+def test_verify_and_a_build_refuse_the_same_texts(workspace: Workspace, kind: pa.DataType) -> None:
+    workspace.configure("build", datasets=["ap10k"], splits=["val"], conditions=["spatext"])
+    assert workspace.build().succeeded
+    damage(workspace.store, "spatext", "manifest.parquet", with_texts_as(kind))
+    (found,) = verify(Store(workspace.store), workspace.exports, repair=False)
+    run_folder(workspace.store, "manifest").joinpath("provenance.json").unlink()
+    assert any(found.fault in each for each in workspace.build().errors)
+
+
+@pytest.mark.parametrize("change", [with_texts_as(pa.dictionary(pa.int32(), pa.string())), without("digest")])
+def test_an_index_that_a_build_passes_over_is_damage(tmp_path: Path, change: Change) -> None:
+    store = Store(tmp_path / "store")
+    store.write_pack("mask", ".png", [("1" * 32, b"a"), ("2" * 32, b"b")])
+    assert not verify(store, tmp_path / "exports", repair=True)
+    (path,) = tmp_path.glob("store/packs/mask/*.parquet")
+    pq.write_table(change(pq.read_table(path, partitioning=None)), path)
+    for repair in (False, True):
+        (found,) = verify(store, tmp_path / "exports", repair=repair)
+        assert (found.place, found.fault) == (str(path), "the pack's index is damaged")
+    assert not verify(store, tmp_path / "exports", repair=False)
 
 
 def test_no_run_is_committed_whose_table_has_another_form(

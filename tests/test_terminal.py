@@ -82,7 +82,7 @@ def test_no_text_of_a_table_is_cut(monkeypatch: pytest.MonkeyPatch, is_terminal:
     table = FoldedTable("stage", "reason")
     table.add_column(path, justify="right")
     table.add_row("export", lines(f"{path}.png is missing", path), path)
-    console = PlainConsole(file=stream, force_terminal=is_terminal, width=60 if is_terminal else None)
+    console = PlainConsole(file=stream, force_terminal=is_terminal, **({"width": 60} if is_terminal else {}))
     console.print(table)
     console.print(path, "word " * 40)
     output = stream.getvalue()

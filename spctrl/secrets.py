@@ -10,35 +10,67 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
+from spctrl.credentials import (
+    is_distinctive,
+    is_secret_name,
+    parameter_spans,
+    password_spans,
+    replaced,
+    secret_spans,
+    setting_spans,
+)
+
 MASK = "***"
-SHORTEST_ANYWHERE = 6
-"""Length in characters from which a secret is masked wherever it occurs; a shorter one, which may be part of any word,
-only where it is the password or a parameter of a URL."""
+LONGEST_REMEMBERED = 131_072
+"""Length in characters up to which a secret is remembered, the longest variable that Linux allows."""
+MOST_REMEMBERED = 1_000
+"""Forms of secrets that are remembered. The first ones count: those of environment and settings."""
+MOST_CHARACTERS = 4_000_000
+"""Length of all of them together."""
 
-_NAME = (
-    r"(?:sig|signature|token|passwd|password|passphrase|pwd|secret|credentials?|authorization|sas"
-    r"|connection[-_]?string|(?:api|access|secret|account|private|shared|encryption|signing)[-_]?key)"
-)
-_SECRET_NAME = re.compile(rf"(?:^|[-_.a-z]){_NAME}$", re.IGNORECASE)
-_USERINFO = re.compile(
-    r"(?P<before>[a-z][a-z0-9+.-]*://[^\s/?#@:\"<>\[]*:)(?!:)(?!\d*(?:[/?#\s\"'<>]|$))"
-    # Up to the last @ of the host part; a secret with unquoted slashes makes that part end too early.
-    r"(?P<secret>[^\s/?#\"<>]*(?=@)|[^\s\"<>]*?(?=@))",
-    re.IGNORECASE,
-)
-_PARAMETER = re.compile(
-    rf"(?P<before>(?:^|[?&;])(?:[\w.-]*?[-_.a-z])?(?:{_NAME}|(?<=[?&;])key)=)(?P<secret>[^&;\s\"'<>#]+)",
-    re.IGNORECASE | re.MULTILINE,
-)
-_URL_PATTERNS = (_USERINFO, _PARAMETER)
 
-_remembered: set[str] = set()
-_pattern: re.Pattern[str] | None = None
+class _Memory:
+    """Secrets to be masked wherever they occur, or, where they may be plain words, before the host of a URL only."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+        self._characters = 0
+        self._count = 0
+        self._anywhere: list[str] = []
+        self._before_host: re.Pattern[str] | None = None
+
+    def add(self, secrets: Iterable[str]) -> None:
+        """Remember secrets, the shortest first, as long as there is room."""
+        for each in sorted(set(secrets) - self._known, key=lambda secret: (len(secret), secret)):
+            if len(self._known) < MOST_REMEMBERED and self._characters + len(each) <= MOST_CHARACTERS:
+                self._known.add(each)
+                self._characters += len(each)
+
+    def masked(self, text: str) -> str:
+        """The text with a mask for each secret."""
+        # Secrets are only added: their count tells whether there are new ones.
+        if (count := len(self._known)) != self._count:
+            self._prepare()
+            self._count = count
+        for each in self._anywhere:
+            text = text.replace(each, MASK)
+        return self._before_host.sub(MASK, text) if self._before_host else text
+
+    def _prepare(self) -> None:
+        # One secret may begin another: longer ones first.
+        ordered = sorted(self._known, key=len, reverse=True)
+        self._anywhere = [each for each in ordered if is_distinctive(each)]
+        plain = "|".join(re.escape(each) for each in ordered if not is_distinctive(each))
+        pattern = rf"(?:(?<=:)|(?<=%3A)|(?<=%3a))(?:{plain})(?=@|%40)"
+        self._before_host = re.compile(pattern) if plain else None
+
+
+_memory = _Memory()
 
 
 def remember(value: Any, name: str = "") -> None:
@@ -48,47 +80,28 @@ def remember(value: Any, name: str = "") -> None:
         value: of the setting: text in which URLs or connection strings may occur, or a mapping or list of values.
         name: of the setting. A whole text is secret where its setting is called so, such as ``WANDB_API_KEY``.
     """
-    global _pattern
-    if isinstance(value, Mapping):
-        for key, each in value.items():
-            remember(each, str(key))
-    elif isinstance(value, list | tuple):
-        for each in value:
-            remember(each, name)
-    elif isinstance(value, str):
-        found = {match["secret"] for pattern in _URL_PATTERNS for match in pattern.finditer(value)}
-        found |= {match["secret"] for match in _USERINFO.finditer(re.sub(r"\s", "\0", value))}
-        if _SECRET_NAME.search(name) and not _is_file(value):
-            found.add(value)
-        if not (new := {form for each in found for form in _forms(each)} - _remembered):
-            return
-        _remembered.update(new)
-        _pattern = _pattern_of(_remembered)
+    _memory.add(form for secret in set(_secrets_of(value, name)) for form in _forms(secret))
 
 
 def remember_environment(environment: Mapping[str, str]) -> None:
     """Remember the secrets of environment variables: keys, tokens, proxies with passwords, options of fsspec."""
-    for name, value in environment.items():
-        remember(value, name)
+    remember(environment)
+    for value in environment.values():
         if value.startswith("{"):
             try:
                 remember(json.loads(value))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
 
 
 def masked(text: str) -> str:
-    """The text with ``***`` for the secrets of URLs and those remembered; the rest stays readable."""
-    if "://" in text or "=" in text:
-        text = masked_url(text)
-    return _pattern.sub(_masked_match, text) if _pattern is not None else text
+    """The text with ``***`` for the secrets that it shows as such and those remembered; the rest stays readable."""
+    return _memory.masked(replaced(text, secret_spans(text), MASK))
 
 
-def masked_url(text: str) -> str:
-    """The text with ``***`` for the passwords and secret parameters of URLs, whatever is remembered."""
-    for pattern in _URL_PATTERNS:
-        text = pattern.sub(rf"\g<before>{MASK}", text)
-    return text
+def masked_url(url: str) -> str:
+    """A whole URL with ``***`` for its passwords and secret parameters, whatever is remembered."""
+    return replaced(url, setting_spans(url), MASK)
 
 
 def masked_values(value: Any) -> Any:
@@ -96,7 +109,7 @@ def masked_values(value: Any) -> Any:
     if isinstance(value, str):
         return masked(value)
     if isinstance(value, Mapping):
-        return {masked_values(key): masked_values(each) for key, each in value.items()}
+        return {masked_values(key): _masked_entry(key, each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [masked_values(each) for each in value]
     return value
@@ -108,12 +121,12 @@ def without_secrets(url: str) -> str:
     The parameters of a signed URL go as a whole: its date and its expiry change with the signature.
     """
     address = masked_url(url)
-    return address.partition("?")[0] if _PARAMETER.search(url) else address
+    return address.partition("?")[0] if parameter_spans(url) else address
 
 
 def has_unquoted_password(url: str) -> bool:
     """Whether a URL has a password with letters that end its host part, so that libraries misread it."""
-    return any(set(match["secret"]) & set("/?#") for match in _USERINFO.finditer(url))
+    return any(set(url[start:end]) & set("/?#") for start, end in password_spans(url))
 
 
 def mask_record(record: logging.LogRecord) -> None:
@@ -131,8 +144,8 @@ def mask_output(environment: Mapping[str, str], arguments: Iterable[str]) -> Non
         arguments: its command line, likewise.
     """
     remember_environment(environment)
-    for argument in arguments:
-        remember(argument)
+    for name, value in _options(arguments):
+        remember(value, name)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not hasattr(stream.write, "__wrapped__"):
             _mask_stream(stream)
@@ -150,9 +163,42 @@ def _mask_stream(stream: Any) -> None:
     stream.write = write_masked
 
 
+def _masked_entry(key: Any, value: Any) -> Any:
+    return (
+        MASK
+        if isinstance(key, str) and isinstance(value, str) and is_secret_name(key)
+        else masked_values(value)
+    )
+
+
+def _options(arguments: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of ``--name=value`` and ``--name value``; other arguments have an empty name."""
+    name = ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if not argument.startswith("--"):
+            yield name, argument
+        elif equals:
+            yield option, value
+        name = option if argument.startswith("--") and not equals else ""
+
+
+def _secrets_of(value: Any, name: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _secrets_of(each, str(key))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _secrets_of(each, name)
+    elif isinstance(value, str):
+        yield from (value[start:end] for start, end in setting_spans(value, name))
+        if is_secret_name(name) and not _is_file(value):
+            yield value
+
+
 def _forms(secret: str) -> set[str]:
     """A secret as it is and as libraries may quote it: percent-encoded, decoded, in a JSON or Python string."""
-    secret = secret.replace("\0", " ")
+    secret = secret[:LONGEST_REMEMBERED]
     plain = {secret, unquote(secret), unquote_plus(secret)}
     encoded = {
         form for each in plain for safe in ("/", "") for form in (quote(each, safe), quote_plus(each, safe))
@@ -160,19 +206,6 @@ def _forms(secret: str) -> set[str]:
     escaped = {form for each in plain for form in (json.dumps(each)[1:-1], repr(each)[1:-1])}
     lower = {re.sub(r"%[0-9A-F]{2}", lambda code: code[0].lower(), each) for each in encoded}
     return {each for each in (plain | encoded | escaped | lower) if each.strip()} - {MASK}
-
-
-def _pattern_of(secrets: Iterable[str]) -> re.Pattern[str]:
-    """Matches a long secret anywhere, a short one between ``:`` and ``@``. One may begin another: longer ones first."""
-    ordered = sorted(secrets, key=len, reverse=True)
-    anywhere = "|".join(re.escape(each) for each in ordered if len(each) >= SHORTEST_ANYWHERE)
-    short = "|".join(re.escape(each) for each in ordered if len(each) < SHORTEST_ANYWHERE)
-    patterns = [anywhere] * bool(anywhere) + [rf"(?:(?<=:)|(?<=%3A))(?:{short})(?=@|%40)"] * bool(short)
-    return re.compile("|".join(patterns))
-
-
-def _masked_match(match: re.Match[str]) -> str:
-    return MASK
 
 
 def _is_file(value: str) -> bool:

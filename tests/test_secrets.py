@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,8 +22,7 @@ from tasks.paths import PathParameter
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secrets, "_remembered", set())
-    monkeypatch.setattr(secrets, "_pattern", None)
+    monkeypatch.setattr(secrets, "_memory", secrets._Memory())
 
 
 # Text that looks like a URL
@@ -41,6 +41,23 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         ("az://box/x?sv=2021&sig=a%2Fb%3D&se=2", "az://box/x?sv=2021&sig=***&se=2"),
         ("https://h/?access_token=t;x=1", "https://h/?access_token=***;x=1"),
         ("AccountName=me;AccountKey=ab12==;Suffix=x", "AccountName=me;AccountKey=***;Suffix=x"),
+        ("https://h/x?password=a;pass=b#c", "https://h/x?password=***;pass=***#c"),
+        ("https://h/?auth=a&code=b&key=c&page=4", "https://h/?auth=***&code=***&key=***&page=4"),
+        ("https://h/back#state=1&access_token=a", "https://h/back#state=1&access_token=***"),
+        ("http://quetzal@127.0.0.1:1/x", "http://***@127.0.0.1:1/x"),
+        ("git+https://quetzal:@host/a", "git+https://***:@host/a"),
+        ("https://quetzal:x-oauth-basic@host/a", "https://***:***@host/a"),
+        ("ftp://me@home:quetzal@host/x", "ftp://me@home:***@host/x"),
+        ("ftp://me::quetzal@host/x", "ftp://me:***@host/x"),
+        ("ftp://me:quet/z@l@host/a@b", "ftp://me:***@host/a@b"),
+        ("http://a:b@c,http://d:e@f", "http://a:***@c,http://d:***@f"),
+        ("Authorization: Basic bWU6cHc=", "Authorization: Basic ***"),
+        ("[('Authorization', 'Bearer ab12CD34')]", "[('Authorization', 'Bearer ***')]"),
+        ("X-Api-Key: ab12cd34", "X-Api-Key: ***"),
+        ('{"a": 1, "refresh_token": "b\\"c", "d": "e"}', '{"a": 1, "refresh_token": "***", "d": "e"}'),
+        (r'"{\"token\": \"quetzal\"}"', r'"{\"token\": \"***\"}"'),
+        ("{'user': 'me', 'password': b'quetzal'}", "{'user': 'me', 'password': b'***'}"),
+        ("Login(user='me', password='quet-zal')", "Login(user='me', password='***')"),
     ],
 )
 def test_the_password_of_a_url_is_masked_and_the_rest_is_readable(text: str, expected: str) -> None:
@@ -60,13 +77,100 @@ def test_the_password_of_a_url_is_masked_and_the_rest_is_readable(text: str, exp
         "https://h/?design=sig&monkey=token&signed=1",
         "key=12 of 13, token = 5",
         "expected host:port, found a@b",
+        "see http://host:x/y and mail me@host.example",
+        "http://a:b, c@d",
+        "gs://user@bucket/x",
+        "token=5",
+        "prompt_token=dog",
+        "/data/run?key=3/x",
+        "?num_token=5",
+        "a.token=5",
+        "max_tokens=5;top=1",
+        "https://h/?texas=1",
+        "authorization: denied, token: expected 5",
+        "Bearer authentication failed",
     ],
 )
 def test_text_without_a_secret_stays(text: str) -> None:
     assert masked(text) == text
 
 
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "?",
+        "token",
+        "a.",
+        "http://a:b",
+        "http://a:b/",
+        "a://::",
+        "token=b;",
+        "?token=b&",
+        "'token':",
+        "token='",
+        "\\'token\\':\\\"",
+        "u:@",
+        "authorization: bearer ",
+        "a=b ",
+    ],
+)
+def test_long_text_takes_no_long_time(piece: str) -> None:
+    repeated = piece * (50_000 // len(piece))
+    # Seconds, where time grows with the length; minutes, where it grows with its square.
+    signal.alarm(60)
+    try:
+        for text in (f"?{repeated} =", f"http://a:{repeated}"):
+            masked(text)
+            remember(text, "address")
+    finally:
+        signal.alarm(0)
+
+
 # What settings and environment hold
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "quoted", "expected"),
+    [
+        ("store", 'ftp://me:qu"et<z4l>@host/x', '530 qu"et<z4l>', "530 ***"),
+        ("store", "simplecache::ftp://me:quet zal's@host/x", "530 quet zal's", "530 ***"),
+        ("address", "me:qz@host:6379", "cannot join me:qz@host:6379", "cannot join me:***@host:6379"),
+        ("HTTPS_PROXY", "me:quetzal-1@host:3128", "denied: quetzal-1", "denied: ***"),
+        ("dsn", "host=h;pwd=quet zal 1;a=b", "denied: quet zal 1", "denied: ***"),
+        ("dsn", "host=h password=quetzal1 a=b", "denied: quetzal1", "denied: ***"),
+        ("query", "?sv=1&sig=quetzal1", "denied: quetzal1", "denied: ***"),
+        ("index_url", "https://quetzal1@host/x", "denied: quetzal1", "denied: ***"),
+        ("MY_TOKEN", "images", "images openpose", "images openpose"),
+        ("MY_TOKEN", "quetzal-of-lower-case", "quetzal-of-lower-case", "***"),
+        ("root", "/data/run?key=quetzal1/x", "quetzal1", "quetzal1"),
+    ],
+)
+def test_a_setting_is_taken_whole(name: str, setting: str, quoted: str, expected: str) -> None:
+    remember(setting, name)
+    assert masked(quoted) == expected
+
+
+def test_options_of_a_command_line_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    secrets.mask_output(
+        {}, ["luigi", "--a-token=quetzal1", "--executor-address", "me:quetzal2@host:1", "--b"]
+    )
+    print("quetzal1 quetzal2 luigi")
+    assert sys.stdout.getvalue() == "*** *** luigi\n"  # type: ignore[attr-defined]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "Quetzal" * 15_000
+    remember_environment({"LONG_TOKEN": long})
+    assert masked(long) == "***"
+    monkeypatch.setattr(secrets, "MOST_REMEMBERED", 3)
+    remember_environment({f"TOKEN_{each}": f"quetzal-{each}" for each in range(5)})
+    assert masked("quetzal-0 quetzal-1 quetzal-2 quetzal-3") == "*** *** quetzal-2 quetzal-3"
+    monkeypatch.setattr(secrets, "MOST_REMEMBERED", 100)
+    monkeypatch.setattr(secrets, "MOST_CHARACTERS", len(long) + 40)
+    remember({"token": ["b" * 50, "quetzal-5"]})
+    assert masked("b" * 50 + "quetzal-5") == "b" * 50 + "***"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +267,13 @@ def test_a_table_is_masked_before_it_is_wrapped() -> None:
 
 
 def test_values_of_other_kinds_stay() -> None:
-    assert masked_values({"a": (1, None), "b": 2.5}) == {"a": [1, None], "b": 2.5}
+    assert masked_values({"a": (1, None), "token": 2.5}) == {"a": [1, None], "token": 2.5}
+
+
+def test_values_of_secret_names_are_masked() -> None:
+    assert masked_values({"of": [{"api_key": "quetzal", "key": "a"}]}) == {
+        "of": [{"api_key": "***", "key": "a"}]
+    }
 
 
 @pytest.mark.parametrize(

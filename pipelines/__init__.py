@@ -19,7 +19,7 @@ from pipelines import options, scheduler, settings_check
 from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
 from spctrl import secrets
-from spctrl.disk_errors import disk_error
+from spctrl.disk_errors import access_error
 from spctrl.errors import ExpectedError
 from tasks import logs, settings
 from tasks.base import MeetsBadRecords
@@ -135,7 +135,7 @@ def _explanation(error: BaseException | None) -> str | None:
         return f"{option}: {error}"
     if isinstance(error, ExpectedError | luigi.parameter.ParameterException):
         return str(error)
-    if error is not None and (explained := disk_error(error, None)) is not None:
+    if error is not None and (explained := access_error(error, None)) is not None:
         return str(explained)
     if isinstance(error, TaskException) or str(error).startswith("Unfulfilled dependenc"):
         return (

@@ -95,13 +95,14 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _explaining_disk_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose errors of the disk name its ``output``."""
+    """A command whose errors of the disk name the file, as one that is read or written."""
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
-        from spctrl.disk_errors import writing
+        from spctrl.disk_errors import working
 
-        with writing(options.get("output") or options.get("pose") or Path()):
+        # The pose of `prompt` is written, that of the others read.
+        with working(options.get("output", options.get("pose"))):
             command(**options)
 
     return run

@@ -11,7 +11,16 @@ from pathlib import Path
 import faults
 import pytest
 
-from spctrl.disk_errors import DISK_ERRORS, DiskError, disk_error, fault_in, is_shared_memory, writing
+from spctrl.disk_errors import (
+    DISK_ERRORS,
+    DiskError,
+    access_error,
+    disk_error,
+    fault_in,
+    is_shared_memory,
+    working,
+    writing,
+)
 from spctrl.errors import ExpectedError
 
 
@@ -56,8 +65,8 @@ def test_other_errors_stay_as_they_are(error: Exception, tmp_path: Path) -> None
 
 
 def test_an_error_of_unknown_code_is_taken_for_the_disk_s_only_where_the_system_says_so() -> None:
-    assert disk_error(FileNotFoundError(errno.ENOENT, "No such file", "a"), None) is None
-    found = disk_error(OSError(errno.EDQUOT, "Disk quota exceeded"), None)
+    assert access_error(FileNotFoundError(errno.ENOENT, "No such file", "a"), None) is None
+    found = access_error(OSError(errno.EDQUOT, "Disk quota exceeded"), None)
     assert str(found).startswith("cannot write a file: Disk quota exceeded. ")
 
 
@@ -75,6 +84,90 @@ def test_an_error_of_unknown_code_is_taken_for_the_disk_s_only_where_the_system_
 def test_what_a_log_says_of_a_disk_is_found(text: str, fault: str | None) -> None:
     found = fault_in(text)
     assert found == fault if fault is None else fault in (found or "")
+
+
+OF_GPUS_NETWORKS_AND_SHAPES = [
+    "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED (13)",
+    "NCCL error: Unhandled system error (5)",
+    "NCCL WARN Call to connect failed: Operation not permitted (1)",
+    "NCCL error in: ProcessGroupNCCL.cpp:1269, unhandled system error (run with NCCL_DEBUG=INFO), NCCL version 2.18.1",
+    "CUDA driver error: Device unavailable (30)",
+    "CUDA error: Operation not permitted (1)",
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA out of memory. Tried to allocate 28.00 MiB (GPU 0; 79.15 GiB total capacity; 30 MiB already allocated)",
+    "The size of tensor a (28) must match the size of tensor b (13) at non-singleton dimension 1",
+    "expected scalar type: Tensor (1)",
+    "mat1 and mat2 shapes cannot be multiplied: Rows (5) and columns (30)",
+    "Process terminated (13)",
+    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: Signal (27)",
+    "[Errno 28] is what another library numbers its own errors with",
+]
+
+
+@pytest.mark.parametrize("text", OF_GPUS_NETWORKS_AND_SHAPES)
+def test_errors_of_gpus_networks_and_shapes_stay_as_they_are(text: str, tmp_path: Path) -> None:
+    assert fault_in(f"line before\n{text}\nline after") is None
+    for scope in (writing, working):
+        with pytest.raises(RuntimeError) as caught, scope(tmp_path):
+            raise RuntimeError(text)
+        assert caught.value.args == (text,)
+        assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("number", sorted(DISK_ERRORS))
+def test_numbers_beside_their_own_text_count(number: int) -> None:
+    said = os.strerror(number)
+    for text in (
+        f"unable to open file </data/x.pt> in read-write mode: {said} ({number})",
+        f"unable to open shared memory object </torch_1_2>: {said} ({number})",
+        f"Error while serializing: I/O error: {said} (os error {number})",
+        f"OSError: [Errno {number}] {said}: '/data/x.pt'",
+    ):
+        assert fault_in(text) == said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/nope/map.png"),
+        PermissionError(errno.EACCES, "Permission denied", b"/nope/map.png"),
+        OSError(errno.EIO, "Input/output error", "/nope/map.png"),
+        IsADirectoryError(errno.EISDIR, "Is a directory", "/nope/map.png"),
+    ],
+)
+def test_a_file_that_is_only_read_is_not_told_as_written(error: OSError, tmp_path: Path) -> None:
+    for output, what in ((tmp_path, "cannot read /nope/map.png"), (None, "/nope/map.png")):
+        with (
+            pytest.raises(DiskError, match=rf"^{what}: {error.strerror}\. Check that the file exists"),
+            working(output),
+        ):
+            raise error
+
+
+@pytest.mark.parametrize("below", ["out", "out/a/b.png", ".", "out.x.partial"])
+def test_files_in_above_and_beside_the_output_are_told_as_written(below: str, tmp_path: Path) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / below))
+    with pytest.raises(DiskError, match=rf"^cannot write {tmp_path / 'out'}: "), working(tmp_path / "out"):
+        raise error
+
+
+def test_errors_without_a_file_say_what_they_tell(tmp_path: Path) -> None:
+    assert str(access_error(OSError(errno.EIO, "I/O"), tmp_path)).startswith(
+        "a file: Input/output error. Check"
+    )
+    assert str(access_error(OSError(errno.ENOSPC, ""), tmp_path)).startswith(
+        f"cannot write {tmp_path}: No space"
+    )
+    assert access_error(OSError(errno.EINVAL, "Invalid argument"), tmp_path, any_code=True) is None
+
+
+def test_the_file_of_another_error_is_not_named(tmp_path: Path) -> None:
+    with pytest.raises(DiskError) as caught, working(tmp_path):
+        try:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/nope/cache")
+        except FileNotFoundError:
+            raise OSError(errno.ENOSPC, "No space left on device")  # noqa: B904 - a context, as in libraries
+    assert "/nope/cache" not in str(caught.value)
 
 
 def test_full_shared_memory_is_recognised() -> None:

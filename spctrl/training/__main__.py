@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spctrl import locks, options
-from spctrl.disk_errors import writing
+from spctrl.disk_errors import working
 from spctrl.errors import ExpectedError
 from spctrl.paths import config_name, name_fault
 from spctrl.printable import printable
@@ -121,7 +121,7 @@ def main(
         for folder in earlier_runs:
             if not folder.is_dir():
                 raise ExpectedError(f"--continue-from: expected the folder of a run, found none at {folder}")
-        with _log_shown(json_progress), writing(found, CHECKPOINTS_STAY):
+        with _log_shown(json_progress), working(found, CHECKPOINTS_STAY):
             if dry_run:
                 _describe(settings, inputs, found, earlier_runs)
             else:

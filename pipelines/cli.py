@@ -278,7 +278,8 @@ def sample(
     """Draw a small dataset in both raw formats, with exact masks and depth maps beside the images."""
     from spctrl.sample import write_sample
 
-    write_sample(folder, images_per_split=images_per_split, seed=seed)
+    with writing(folder):
+        write_sample(folder, images_per_split=images_per_split, seed=seed)
     console.say(f"Drew {4 * images_per_split} images into {folder}/AP-10K and {folder}/HumanArt.")
 
 

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import luigi
 
-from spctrl.disk_errors import fault_in, writing
+from spctrl.disk_errors import fault_in, working
 from spctrl.errors import ExpectedError
 from spctrl.paths import config_name
 from spctrl.terminal import say
@@ -247,7 +247,7 @@ class Train(StageTask):
                     path.unlink()
 
     def make(self, run: Run) -> dict[str, int]:
-        from spctrl.training.checkpoints import CHECKPOINTS_STAY, checkpoints, step_of
+        from spctrl.training.checkpoints import checkpoints, step_of
 
         self._check_latents()
         images, rejects = self._images_and_rejects()
@@ -256,8 +256,7 @@ class Train(StageTask):
         if self.reject_fault(counts) is not None:  # the caller raises it, before anything is trained
             return counts
         self._fetch_packs()
-        with writing(self.folder, CHECKPOINTS_STAY):
-            self._train()
+        self._train()
         return {**counts, "made": step_of(checkpoints(self.folder)[-1])}
 
     def _images_and_rejects(self) -> tuple[int, pa.Table]:
@@ -318,16 +317,22 @@ class Train(StageTask):
         from spctrl.training.checkpoints import CHECKPOINTS_STAY
         from spctrl.training.config import write_training_config
 
-        self._own_files()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_training_config(self.how, self.folder / CONFIG)  # also what a later edit would change
-        write_atomic(self.folder / COMPUTATION, self.computation().encode())
         log, errors = self.folder / LOG, list[str]()
-        command = [*self.command(), *(f"--continue-from={folder}" for folder in self.earlier_runs())]
-        with log.open("ab") as output, running(command, self.environment(), output) as process:
-            assert process.stdout is not None
-            self._show(self._reports(process.stdout, errors))
-            failed = process.wait() != 0
+        with working(self.folder, CHECKPOINTS_STAY):
+            self._own_files()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_training_config(self.how, self.folder / CONFIG)  # also what a later edit would change
+            write_atomic(self.folder / COMPUTATION, self.computation().encode())
+            command = [*self.command(), *(f"--continue-from={folder}" for folder in self.earlier_runs())]
+            with log.open("ab") as output, running(command, self.environment(), output) as process:
+                assert process.stdout is not None
+                self._show(self._reports(process.stdout, errors))
+                failed = process.wait() != 0
+            if (
+                failed and not errors
+            ):  # on a full disk this fails as well, where the processes' own words were lost
+                with log.open("ab") as output:
+                    output.write(f"ended with exit code {process.returncode}\n".encode())
         if failed and errors:
             raise ExpectedError(f"{self.config}: {errors[0]}")
         if failed:

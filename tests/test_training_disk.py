@@ -27,6 +27,7 @@ from spctrl.errors import ExpectedError  # noqa: E402
 from spctrl.training.checkpoints import check_digests, checkpoints, write_checkpoint  # noqa: E402
 from spctrl.training.config import TrainingConfig  # noqa: E402
 from spctrl.training.loop import _explaining_workers  # noqa: E402
+from spctrl.training.resumption import keep_history  # noqa: E402
 from spctrl.training.watch import Watcher  # noqa: E402
 
 if TYPE_CHECKING:
@@ -127,6 +128,31 @@ def test_whatever_a_writer_raises_the_earlier_checkpoints_stay(error: Exception,
     ):
         write_checkpoint(tmp_path, 2, write, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"{}",
+        b"[1]",
+        b'{"step": "1"}',
+        b'{"step": true}',
+        b'{"step": 1',
+        b"\xff",
+        b"[" * 10**5,
+        b"0" * 5000,
+        b"\0\0",
+    ],
+)
+def test_lines_of_losses_that_cannot_be_read_are_left_out(broken: bytes, tmp_path: Path) -> None:
+    whole = [
+        b'{"step": %d, "loss/loss": 0.5, "gradient_norm/control": Infinity}' % step for step in (1, 2, 3)
+    ]
+    path = tmp_path / "losses.jsonl"
+    path.write_bytes(b"\n".join([whole[0], broken, *whole[1:], broken]))
+    keep_history(path, 2)
+    assert path.read_bytes() == b"".join(line + b"\n" for line in whole[:2])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_no_error_of_a_disk_is_not_hidden(tmp_path: Path) -> None:

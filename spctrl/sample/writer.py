@@ -105,8 +105,10 @@ class _Files:
 
 def _write(path: Path, pixels: NDArray[Any], options: list[int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), pixels, options):
-        raise OSError(f"cannot write {path}")
+    encoded, data = cv2.imencode(path.suffix, pixels, options)
+    if not encoded:
+        raise ValueError(f"{path}: cannot encode an array of shape {pixels.shape} and type {pixels.dtype}")
+    path.write_bytes(data.tobytes())  # cv2.imwrite does not say why it cannot write
 
 
 def _write_json(path: Path, content: Json) -> None:

@@ -39,6 +39,8 @@ from spctrl.training.networks import trained_files
 from spctrl.training.schedule import Schedule, learning_rates, make_schedule
 
 HISTORY, VALIDATION = "losses.jsonl", "validation"
+MAX_LINE_BYTES = 2**16
+"""Of the losses of a step."""
 FACTS = ("images", "processes", "files")
 MOST_NAMED = 3
 """Earlier runs that a message names."""
@@ -242,11 +244,22 @@ def carry_over(source: Path, output: Path, step: int, logging_dir: str) -> None:
 
 
 def keep_history(path: Path, step: int) -> None:
-    """Drop what a killed run wrote of steps after its last checkpoint: they are done again."""
+    """Drop what a killed run wrote of steps after its last checkpoint, which are done again, and unreadable lines."""
     if not path.is_file():
         return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
+    with path.open("rb") as lines, partial.open("wb") as kept:
+        while line := lines.readline(MAX_LINE_BYTES):
+            if (found := _step_in(line)) is not None and found <= step:
+                kept.write(line.rstrip() + b"\n")
     partial.replace(path)  # another run may be reading it
+
+
+def _step_in(line: bytes) -> int | None:
+    """The step of a line of ``HISTORY``; None where it cannot be read, such as one that was cut off."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int else None

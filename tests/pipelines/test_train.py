@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import faults
 import msgspec
 import pytest
+
+from spctrl.errors import ExpectedError
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 pytest.importorskip("accelerate", reason="the train extra is not installed")
@@ -214,10 +219,31 @@ def test_a_longer_run_continues_a_finished_one(
     assert trained(max_train_steps=3, **again) == three
 
 
+@pytest.mark.parametrize("is_told", [True, False], ids=["pipe", "log"])
+def test_a_training_process_on_a_full_store_is_one_sentence(
+    trainable: Workspace, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """What it writes to its log is lost there. It tells through its standard output, or its launcher not at all."""
+    report = json.dumps({"error": "cannot write x: No space left on device. Make room"}) if is_told else ""
+    script = f"import os; print({report!r}, flush=True); os.write(2, bytes(10**6)); os._exit(1)"
+    from tasks.base import Ingredients
+
+    ingredients = Ingredients(
+        code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m", "unet": "u"}
+    )
+    with faults.disk(trainable.store, size="128k") as disk, task(trainable) as planned:
+        planned._ingredients = replace(ingredients, parameters=planned.parameters())  # type: ignore[attr-defined]
+        monkeypatch.setattr(planned, "command", lambda: [sys.executable, "-c", script])
+        with pytest.raises(
+            ExpectedError, match=r"cannot write .*: No space left on device.* make room|x: No space"
+        ) as caught:
+            planned._train()
+        assert "\n" not in str(caught.value)
+        assert disk.used()["size"] >= 120 * 1024, "the log filled it"
+
+
 def test_only_trainings_of_the_same_computation_are_continued(trainable: Workspace, tmp_path: Path) -> None:
     """Other data, weights, code and settings give other folders; length and learning rates do not."""
-    from dataclasses import replace
-
     from tasks.base import Ingredients
 
     ingredients = Ingredients(

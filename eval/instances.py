@@ -5,33 +5,31 @@ Legend: I images, G annotated instances, D predictions, C categories, K keypoint
 
 from __future__ import annotations
 
-import codecs
 import functools
 import itertools
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from eval.files import read_json, read_numbers
 from spctrl.areas import box_areas, segmentation_area
 from spctrl.boxes import clip_boxes, keypoint_boxes
 from spctrl.entry_decoder import whole_number
 from spctrl.errors import ExpectedError
 from spctrl.keypoint_order import KeypointOrderError, keypoint_order
 from spctrl.records import KEYPOINTS_TYPE, NUM_KEYPOINTS
-from spctrl.utf8 import utf8_fault
 
 if TYPE_CHECKING:
     from spctrl.datasets import Dataset
 
+T = TypeVar("T")
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
@@ -201,7 +199,7 @@ def read_ground_truth(
         raise InstancesError(
             f"the annotations: expected a COCO file's path or content, found {type(source).__name__}"
         )
-    content = _read_json(Path(source))
+    content = _read(Path(source), "JSON", read_json)
     if not isinstance(content, Mapping):
         raise InstancesError(
             f"{source}: expected a COCO file (a JSON object), found {type(content).__name__}"
@@ -337,7 +335,7 @@ def read_poses(source: Path | str | pa.Table | Poses) -> Poses:
     if isinstance(source, Poses):
         return source
     where = "the predictions" if isinstance(source, pa.Table) else str(source)
-    table = source if isinstance(source, pa.Table) else _read_parquet(Path(source))
+    table = source if isinstance(source, pa.Table) else _read(Path(source), "Parquet", _read_poses_file)
     missing = [name for name in PREDICTION_SCHEMA.names if name not in table.column_names]
     if missing:
         raise InstancesError(
@@ -391,7 +389,7 @@ def read_results(source: Path | str | Sequence[Mapping[str, Any]] | Predictions)
     if isinstance(source, Predictions):
         return source
     where = str(source) if isinstance(source, Path | str) else "the predictions"
-    results = _read_json(Path(source)) if isinstance(source, Path | str) else source
+    results = _read(Path(source), "JSON", read_json) if isinstance(source, Path | str) else source
     if not isinstance(results, Sequence):
         raise InstancesError(
             f"{where}: expected a COCO results list (a JSON array), found {type(results).__name__}"
@@ -439,29 +437,16 @@ def check_predictions(predictions: Predictions, truth: GroundTruth) -> None:
 # Reading
 
 
-def _read_json(path: Path) -> Any:
+def _read(path: Path, form: str, reader: Callable[[Path], T]) -> T:
     try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise InstancesError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if fault := utf8_fault(data):
-        raise InstancesError(f"{path}: {fault}")
-    try:
-        return msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
-        try:  # NaN and Infinity are no JSON, but Python writes them
-            return json.loads(data)
-        except ValueError:
-            raise InstancesError(f"{path} is not JSON: {error}") from error
+        return reader(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise InstancesError(f"{path}: cannot be read as {form}: {reason}") from error
 
 
-def _read_parquet(path: Path) -> pa.Table:
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path, partitioning=None)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InstancesError(f"{path}: cannot be read as Parquet: {error}") from error
+def _read_poses_file(path: Path) -> pa.Table:
+    return read_numbers(path, PREDICTION_SCHEMA.names)
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:

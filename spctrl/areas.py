@@ -53,6 +53,20 @@ def segmentation_area(segmentation: Any, size_wh: tuple[float, float]) -> float 
     return float(area) if math.isfinite(area) and area >= SMALLEST_AREA_PX else None
 
 
+def check_run_lengths(segmentation: dict[str, Any], size_wh: tuple[int, int]) -> None:
+    """See that decoding run lengths takes the memory of an image of that size.
+
+    Raises:
+        ValueError: they are of another size, do not cover it (pycocotools would merge them forever), or are none.
+    """
+    try:
+        _run_length_area(segmentation, size_wh)
+        if sum(_decompressed(segmentation["counts"].encode("ascii"))) != size_wh[0] * size_wh[1]:
+            raise ValueError("run lengths that do not cover the image")
+    except (TypeError, AttributeError, LookupError, OverflowError) as error:
+        raise ValueError(f"no run lengths: {error}") from error
+
+
 def _polygon_area(polygon: Sequence[float]) -> float:
     x, y = np.array(polygon, np.float64).reshape(-1, 2).T
     with np.errstate(over="ignore", invalid="ignore"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
 
+from spctrl.areas import check_run_lengths
 from spctrl.images import equal_channels, opened_image
 from spctrl.records import RecordError
+from spctrl.segments import parse_segments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,10 +66,18 @@ def union_mask(record: Record, segments_json: bytes) -> bytes:
     Args:
         record: the image's.
         segments_json: of the stage ``segments``: COCO run lengths of each instance.
+
+    Raises:
+        RecordError: it is something else, or of an image of another size (``bad_segments``).
     """
     from pycocotools import mask as rle  # of the models extra
 
-    instances = json.loads(segments_json)["instances"]
+    try:
+        instances = parse_segments(segments_json)
+        for instance in instances:  # before decoding: sizes and lengths decide how much memory is written
+            check_run_lengths(instance, record.size_wh)
+    except ValueError as error:
+        raise RecordError("bad_segments", f"expected segments of the image, found {error}") from error
     width, height = record.size_wh
     if not instances:
         return encode_png(np.zeros((height, width), np.uint8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +14,7 @@ from spctrl.fingerprints import without_neutral
 from spctrl.png_folder import PngFolder
 from tasks import settings
 from tasks.base import StageTask
+from tasks.files import StoreError
 from tasks.images import FileStage
 from tasks.index import DatasetStage
 from tasks.model_stage import ModelStage
@@ -186,7 +186,7 @@ class Segments(ModelStage):
         rows = [
             {"image_id": image_id, **instance}
             for image_id, found in artifacts_in_order(run)
-            for instance in json.loads(self.store.read(run.stage, found))["instances"]
+            for instance in self._instances(run.stage, image_id, self.store.read(run.stage, found))
         ]
         import pyarrow as pa
 
@@ -195,6 +195,17 @@ class Segments(ModelStage):
         schema = pa.schema([("image_id", pa.int64()), *INSTANCE_MASK_TYPE])
         run.write(INSTANCES, parquet_bytes(pa.Table.from_pylist(rows, schema=schema)))
         return counts
+
+    @staticmethod
+    def _instances(stage: str, image_id: int, data: bytes) -> list[dict[str, Any]]:
+        from spctrl.segments import parse_segments
+
+        try:
+            return parse_segments(data)
+        except ValueError as error:
+            raise StoreError(
+                f"{stage} of image {image_id}: {error}. `spctrl verify` drops what is damaged, then run again"
+            ) from error
 
 
 def _prompts(record: Record) -> tuple[bytes, bytes]:

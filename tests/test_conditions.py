@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import time
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from spctrl.conditions import check_depth, check_mask, mask_depth, mask_iou
+from spctrl.conditions import check_depth, check_mask, mask_depth, mask_iou, union_mask
 from spctrl.records import Record, RecordError
 
 WIDTH, HEIGHT = 37, 23
@@ -231,3 +233,51 @@ def test_masks_that_cannot_be_compared_say_why(mask: Pixels, truth: bytes, code:
     with pytest.raises(RecordError) as error:
         mask_iou(png(mask), truth, (WIDTH, HEIGHT))
     assert error.value.code == code
+
+
+def segments(**changed: Any) -> bytes:
+    """Two instances without a pixel, of which the second has changed fields."""
+    whole = {
+        "annotation_index": 0,
+        "size": [HEIGHT, WIDTH],
+        "counts": "cj0",  # 851 of background: all
+        "area": 0,
+        "predicted_iou": 0.5,
+    }
+    return json.dumps({"instances": [whole, {**whole, **changed}]}).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        segments(size=[10**6, 10**6]),
+        segments(size=[WIDTH, HEIGHT]),
+        segments(size=[HEIGHT]),
+        segments(size=None),
+        segments(counts="PPPPPPPPPP9"),
+        segments(counts="0"),
+        segments(counts="~"),
+        segments(counts=[5]),
+        segments(area="1"),
+        b"{}",
+        b"[]",
+        b"{",
+        b"[" * 10**5,
+        b'{"instances": [1]}',
+    ],
+)
+def test_segments_that_do_not_fit_the_image_are_refused_before_they_are_decoded(data: bytes) -> None:
+    pytest.importorskip("pycocotools", reason="the models extra is not installed")
+    with pytest.raises(RecordError) as caught:
+        union_mask(record(), data)
+    assert caught.value.code == "bad_segments"
+
+
+def test_the_union_of_run_lengths_has_the_image_s_size() -> None:
+    rle = pytest.importorskip("pycocotools.mask", reason="the models extra is not installed")
+    pixels = np.zeros((HEIGHT, WIDTH), np.uint8)
+    pixels[3:9, 4:20] = 1
+    counts = rle.encode(np.asfortranarray(pixels))["counts"].decode()
+    mode, found = pixels_of(union_mask(record(), segments(counts=counts)))
+    assert mode == "L"
+    np.testing.assert_array_equal(found, pixels * 255)

@@ -249,7 +249,7 @@ def test_incomplete_files_are_refused(document: Json, tmp_path: Path) -> None:
     with pytest.raises(InstancesError, match=r"none\.json: cannot be read: No such file"):
         evaluate([], tmp_path / "none.json", "ap10k")
     (tmp_path / "cut.json").write_text(json.dumps(document)[:-20])
-    with pytest.raises(InstancesError, match=r"cut\.json is not JSON"):
+    with pytest.raises(InstancesError, match=r"cut\.json: cannot be read as JSON"):
         evaluate([], tmp_path / "cut.json", "ap10k")
     (tmp_path / "latin.json").write_bytes(b'{"images": [],\n"note": "caf\xe9"}')
     with pytest.raises(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from spctrl.configuration import ConfigurationError, PathText, read_yaml, with_e
 from spctrl.disk_errors import writing
 from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
+from spctrl.torch_pickles import check_torch_file, is_zip
 
 if TYPE_CHECKING:
     import torch
@@ -94,15 +94,15 @@ def read_torch_file(path: Path) -> Any:
 
 def mapped_torch_file(path: Path) -> Any:
     """``read_torch_file`` whose tensors stay in the file, to look at their shapes."""
-    return _torch_file(path, mmap=zipfile.is_zipfile(path))
+    return _torch_file(path, mapped=True)
 
 
-def _torch_file(path: Path, *, mmap: bool = False) -> Any:
+def _torch_file(path: Path, *, mapped: bool = False) -> Any:
     import torch
 
     try:
-        _check_members(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        check_torch_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip(path))
         total_bytes = sum(tensor.nbytes for tensor in _tensors(found))
         most_bytes = MOST_TIMES_FILE * path.stat().st_size
     except Exception as error:  # a damaged pickle leads its reader to nearly any of them
@@ -117,26 +117,6 @@ def _torch_file(path: Path, *, mmap: bool = False) -> Any:
             f"its own size, found {total_bytes:,}"
         )
     return found
-
-
-def _check_members(path: Path) -> None:
-    """Refuse compressed members, which PyTorch never writes and which may expand to any size.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: names a member.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"found no file at {path}")
-    if not zipfile.is_zipfile(path):
-        return  # the older format, which is not compressed
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    compressed = next((each for each in members if each.compress_type != zipfile.ZIP_STORED), None)
-    if compressed is not None:
-        raise ValueError(f"expected members that are not compressed, found {compressed.filename!r}")
-    if (total := sum(each.file_size for each in members)) > (size := path.stat().st_size):
-        raise ValueError(f"expected members of at most {size:,} bytes, the file's size, found {total:,}")
 
 
 def save_torch_file(value: Any, path: Path) -> None:

@@ -21,6 +21,7 @@ from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device
 from spctrl.image_models.loading import WeightsFolder, load_strictly
 from spctrl.network_size import MAX_SIDE, check_tokenizer, read_config
+from spctrl.reading_faults import faults_of
 
 if TYPE_CHECKING:
     import torch
@@ -160,17 +161,15 @@ def load_clip_scorer(weights: Path | str, *, device: str = "auto") -> ClipScorer
             dtype=torch.float32,
         ),
     )
-    try:
+    with faults_of(
+        f"{CLIP.setting}: {folder}: the tokenizer or the image settings cannot be read",
+        f"Get {CLIP.what} from {CLIP.source} ({CLIP.files}).",
+    ):
         check_tokenizer(folder)
         for name in IMAGE_SETTINGS:
             if (folder / name).exists():
                 read_config(folder / name, most=MAX_SIDE)
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ExpectedError(
-            f"{CLIP.setting}: {folder}: the tokenizer or the image settings cannot be read: {error}. Get {CLIP.what} "
-            f"from {CLIP.source} ({CLIP.files})."
-        ) from error
     return ClipScorer(model, processor, device=chosen)
 
 

@@ -7,8 +7,6 @@ Legend: N images, B images of a batch, F features (2,048).
 
 from __future__ import annotations
 
-import pickle
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +17,8 @@ from PIL import Image
 from eval.images import Images, Pixels, in_batches, listed, read_rgb
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device
-from spctrl.weights import TorchFileError, read_torch_file
+from spctrl.reading_faults import faults_of
+from spctrl.weights import read_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -119,17 +118,11 @@ def load_inception(
     path = Path(weights)
     if not path.is_file():
         raise ExpectedError(f"expected Inception weights at {path}, found no file. {REMEDY}")
-    try:
+    with faults_of(f"{path}: not the weights of torch-fidelity's Inception", REMEDY):
         read_torch_file(path)  # the network reads it again, and may run pickled code
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [str(NUM_FEATURES)], feature_extractor_weights_path=str(path)
         )
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError,
-            pickle.UnpicklingError, TorchFileError) as error:  # fmt: skip
-        problem = textwrap.shorten(str(error), ERROR_SHOWN, placeholder=" ...")  # torch lists every key
-        raise ExpectedError(
-            f"{path}: not the weights of torch-fidelity's Inception: {problem}. {REMEDY}"
-        ) from error
     return Inception(network, device=choose_device(device), resize=resize, crop=crop)
 
 

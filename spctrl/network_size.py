@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spctrl.documents import parse_document, read_document_file
+from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
 from spctrl.real_size import real_size
 from spctrl.weights import mapped_torch_file
@@ -33,13 +33,19 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-NO_LENGTH_LIMIT = 10**20
-"""What tokenizers write that have no longest text."""
+ID_FILES = ("vocab.json", "added_tokens.json")
+ANY_NUMBER = frozenset({"model_max_length"})
+"""Names of integers of any size, which allocate nothing: tokenizers without a longest text write 10**30."""
+WEIGHT_FILES = (
+    ("model.safetensors", "diffusion_pytorch_model.safetensors"),
+    ("pytorch_model.bin", "diffusion_pytorch_model.bin"),
+)
+"""Of transformers and diffusers, or indexes of their shards; the second kind is loaded where the first is missing."""
+REFUSED = ("quantization_config", "transformers_weights")
+"""What would have a library read the weights in another way, or other weights."""
 MARGIN, FREE_PARAMETERS, FREE_NUMBERS = 2, 2**8, 2**22
 """Parameters, and numbers in them, that a network may have for each of its file, and besides. Not exactly as many: of a
 network that is a little too large the caller names the keys that do not fit."""
-NUMBERS_PER_BYTE = 2
-"""The smallest types of numbers take half a byte."""
 
 
 class NetworkSizeError(ExpectedError, ValueError):
@@ -66,24 +72,26 @@ def read_config(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES, most: int = MA
 
 
 def check_numbers(config: Any, most: int) -> None:
-    """Refuse large integers, which are layers, widths and sizes, anywhere in a configuration.
+    """Refuse large integers, which are layers, widths and sizes, and numbers that are not finite, anywhere.
 
     Raises:
         NetworkSizeError: names the first one.
     """
-    waiting: list[tuple[str, Any]] = [("", config)]
+    waiting: list[tuple[str, str, Any]] = [("", "", config)]
     while waiting:
-        name, value = waiting.pop()
+        path, key, value = waiting.pop()
         if isinstance(value, dict):
-            waiting += [(f"{name}.{key}" if name else str(key), each) for key, each in value.items()]
+            waiting += [
+                (f"{path}.{key}" if path else str(key), str(key), each) for key, each in value.items()
+            ]
         elif isinstance(value, list | tuple):
-            waiting += [(name, each) for each in value]
-        elif isinstance(value, int) and abs(value) > most:
-            is_no_limit = name == "model_max_length" and value > NO_LENGTH_LIMIT
-            if not is_no_limit:
-                raise NetworkSizeError(
-                    f"expected integers of at most {most:,}, found {name[:80]} = {str(value)[:20]}"
-                )
+            waiting += [(path, key, each) for each in value]
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise NetworkSizeError(f"expected finite numbers, found {path[:80]} = {value}")
+        elif isinstance(value, int) and abs(value) > most and key not in ANY_NUMBER:
+            raise NetworkSizeError(
+                f"expected integers of at most {most:,}, found {path[:80]} = {str(value)[:20]}"
+            )
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -98,8 +106,10 @@ def check_tokenizer(folder: Path) -> None:
             continue
         try:
             config = read_config(folder / name, max_bytes=MAX_TOKENIZER_BYTES)
+            if name in ID_FILES:
+                _check_ids(config)
             added = config.get("added_tokens_decoder")
-            check_numbers([int(key) for key in added] if isinstance(added, dict) else [], MAX_NUMBER)
+            _check_ids({key: int(key) for key in added} if isinstance(added, dict) else {})
         except ValueError as error:
             raise NetworkSizeError(f"{name}: {error}") from None
     merges = folder / "merges.txt"
@@ -109,45 +119,75 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
+def _check_ids(ids: Mapping[str, Any]) -> None:
+    for token, number in ids.items():
+        if type(number) is not int or not 0 <= number <= MAX_NUMBER:
+            raise ValueError(
+                f"expected ids of tokens from 0 to {MAX_NUMBER:,}, found {token[:80]} = {str(number)[:20]}"
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that diffusers and transformers load from a folder; what else lies there is not opened.
+
+    Raises:
+        OSError: an index cannot be read.
+        ValueError: an index is damaged, or names files that are elsewhere.
+    """
+    for names in WEIGHT_FILES:
+        files = [folder / name for name in names if (folder / name).is_file()]
+        indexes = [folder / f"{name}.index.json" for name in names]
+        for index in filter(Path.is_file, indexes):
+            files += [folder / shard for shard in _shards(index)]
+        if files:
+            return files
+    return []
+
+
+def _shards(index: Path) -> list[str]:
+    found = read_document_file(index, MAX_HEADER_BYTES)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    shards = set(map(str, names.values())) if isinstance(names, dict) else set()
+    if not shards or any(Path(shard).name != shard for shard in shards):
+        raise ValueError(f"{index.name}: expected a weight_map to files beside it, found another")
+    return sorted(shards)
+
+
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a folder's ``.safetensors`` files, or else its ``.bin`` files, by name; none is read.
+    """Shapes of the tensors in a folder's ``weight_files``, by name; none is read.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a header is damaged, or states more than its file can hold.
+        ValueError: a header is damaged, or states more than its file holds.
         TorchFileError: see ``read_torch_file``.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    for path in files:
-        shapes |= _header_shapes(path)
-    for path in [] if files else sorted(path for path in folder.glob("*.bin") if path.is_file()):
-        found = mapped_torch_file(path)
-        shapes |= {key: tuple(each.shape) for key, each in found.items()} if isinstance(found, dict) else {}
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            shapes |= _header_shapes(path)
+        elif isinstance(found := mapped_torch_file(path), dict):
+            shapes |= {key: tuple(each.shape) for key, each in found.items() if hasattr(each, "shape")}
     return shapes
 
 
 def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
     with path.open("rb") as file:
         size = real_size(file.fileno())  # before anything is read: it moves the file's position
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size):
-            raise ValueError(
-                f"{path.name}: expected a safetensors file, found one that is cut short or of another kind"
-            )
-        header = parse_document(file.read(length))
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size):
+        raise ValueError(
+            f"{path.name}: expected a safetensors file, found one that is cut short or of another kind"
+        )
     try:
-        shapes = {
-            name: tuple(map(int, each["shape"])) for name, each in header.items() if name != "__metadata__"
-        }
-    except (AttributeError, LookupError, TypeError, ValueError):
-        raise ValueError(f"{path.name}: expected a safetensors header with shapes, found another") from None
-    for name, shape in shapes.items():
-        if min(shape, default=0) < 0 or math.prod(shape) > NUMBERS_PER_BYTE * size:
-            raise NetworkSizeError(
-                f"{path.name}: expected tensors that fit in {size:,} bytes, found {name}: {shape}"
-            )
-    return shapes
+        # It checks that the tensors follow each other without gaps, from the header's end to the file's.
+        with safe_open(path, framework="np") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OverflowError) as error:
+        raise ValueError(
+            f"{path.name}: expected a safetensors header of what the file holds, found another: {error}"
+        ) from None
 
 
 @contextmanager
@@ -160,16 +200,22 @@ def within_weights(folder: Path) -> Iterator[None]:
     """
     shapes = tensor_shapes(folder)
     try:
-        read_config(folder / "config.json", most=largest(shapes))
+        config = read_config(folder / "config.json", most=largest(shapes))
     except NetworkSizeError as error:
-        raise NetworkSizeError(f"config.json: {error}, as the weights have no larger dimension") from None
+        raise NetworkSizeError(f"config.json: {error}; the weights have no larger dimension") from None
+    for part in (config, *(each for each in config.values() if isinstance(each, dict))):
+        for name in REFUSED:
+            if part.get(name) is not None:
+                raise NetworkSizeError(
+                    f"config.json: expected no {name}, as weights are read as they are, found one"
+                )
     with parameters_within(shapes, "config.json"):
         yield
 
 
 def largest(shapes: Shapes) -> int:
-    """The largest integer that a configuration of such weights may have."""
-    return max([MAX_NUMBER, *(side for shape in shapes.values() for side in shape)])
+    """The largest integer that a configuration of such weights may have; empty tensors do not count."""
+    return max([MAX_NUMBER, *(side for shape in shapes.values() if math.prod(shape) for side in shape)])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -65,11 +66,15 @@ def loaders() -> dict[str, Callable[[Path], Any]]:
         "unet": stable_diffusion.load_unet,
         "vae": stable_diffusion.load_vae,
         "latents": lambda folder: load_latent_encoder(weights=folder / "vae", resolution=64, device="cpu"),
+        "scale": stable_diffusion.latent_scale,
         "text encoder": stable_diffusion.load_text_encoder,
         "tokenizer": stable_diffusion.load_tokenizer,
         "training's schedule": stable_diffusion.noise_schedule,
         "sampler's schedule": unipc,
         "spctrl": network("spctrl"),
+        "spctrl with info": lambda folder: SpCtrlControlNetModel.from_pretrained(
+            folder / "controlnet", output_loading_info=True
+        ),
         "spctrl itself": lambda folder: SpCtrlControlNetModel.from_pretrained(folder / "controlnet"),
         "t2i": network("t2i_adapter"),
         "depth": lambda folder: depth.load_depth_estimator(weights=folder, device="cpu"),
@@ -93,7 +98,30 @@ ATTACKS: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
     "text, wide": ("text encoder", "sd", "text_encoder/config.json", {"hidden_size": 60_000}, r"Embedding\.weight"),
     "text, deep": ("text encoder", "sd", "text_encoder/config.json", {"num_hidden_layers": 50_000}, FOUND),
     "ids": ("tokenizer", "sd", "tokenizer/vocab.json", {"zzz</w>": 10**9}, r"vocab\.json: .* zzz</w> = 1000000000"),
-    "length": ("tokenizer", "sd", "tokenizer/tokenizer_config.json", {"model_max_length": 10**9}, "model_max_length"),
+    "length": ("tokenizer", "sd", "tokenizer/tokenizer_config.json", {"max_length": 10**9}, "max_length"),
+    "negative id": ("tokenizer", "sd", "tokenizer/vocab.json", {"a": -5}, r"vocab\.json: .* found a = -5"),
+    "text as id": ("tokenizer", "sd", "tokenizer/vocab.json", {"model_max_length": "7"}, "ids of tokens"),
+    "list as id": ("tokenizer", "sd", "tokenizer/vocab.json", {"c": [1]}, "ids of tokens"),
+    "text as layers": (
+        "text encoder", "sd", "text_encoder/config.json", {"num_hidden_layers": "9"}, "config.json .*num_hidden"
+    ),
+    "unknown type": ("text encoder", "sd", "text_encoder/config.json", {"dtype": "float3"}, "config.json .*float3"),
+    "quantized": ("unet", "sd", UNET, {"quantization_config": [1]}, "config.json: expected no quantization_config"),
+    "other weights": ("clip", "clip", CONFIG, {"transformers_weights": "a.bin"}, "expected no transformers_weights"),
+    "text as rescaling": (
+        "training's schedule", "sd", SCHEDULE, {"rescale_betas_zero_snr": "x", "num_train_timesteps": 0}, "fault"
+    ),
+    "no noise": ("sampler's schedule", "sd", SCHEDULE, {"trained_betas": []}, "fault"),
+    "too few noises": ("training's schedule", "sd", SCHEDULE, {"trained_betas": [0.1] * 3}, "num_train_timesteps"),
+    "NaN as noise": ("training's schedule", "sd", SCHEDULE, {"beta_start": math.nan}, "beta_start = nan"),
+    "too much noise": ("training's schedule", "sd", SCHEDULE, {"beta_end": 9.0}, "alphas_cumprod"),
+    "infinite scale": ("vae", "sd", VAE, {"scaling_factor": math.inf}, "scaling_factor = inf"),
+    "infinite scale of latents": ("scale", "sd", VAE, {"scaling_factor": math.inf}, "scaling_factor .* 'inf'"),
+    "text as scale": ("vae", "sd", VAE, {"scaling_factor": "NaN"}, "scaling_factor .* 'NaN'"),
+    "no scale": ("vae", "sd", VAE, {"scaling_factor": 0}, "scaling_factor .* '0'"),
+    "NaN as norm": (
+        "text encoder", "sd", "text_encoder/config.json", {"layer_norm_eps": math.nan}, "layer_norm_eps = nan"
+    ),
     "added ids": (
         "tokenizer", "sd", "tokenizer/tokenizer_config.json", {"added_tokens_decoder": {"999999999": {}}}, "999999999"
     ),
@@ -102,6 +130,7 @@ ATTACKS: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
     "sampler": ("sampler's schedule", "sd", SCHEDULE, {"num_train_timesteps": 10**9}, "10000"),
     "spctrl": ("spctrl", "spctrl", CONTROLNET, {"block_out_channels": [9000] * 4}, FOUND),
     "spctrl itself": ("spctrl itself", "spctrl", CONTROLNET, {"layers_per_block": 50_000}, FOUND),
+    "spctrl with info": ("spctrl with info", "spctrl", CONTROLNET, {"layers_per_block": 50_000}, FOUND),
     "adapter": ("t2i", "t2i", CONFIG, {"num_res_blocks": 50_000}, FOUND),
     "depth": ("depth", "depth", CONFIG, {"fusion_hidden_size": 40_000}, FOUND),
     "depth's input": ("depth", "depth", INPUT, {"size": {"height": 10**6, "width": 64}}, "1000000"),
@@ -161,6 +190,11 @@ def test_numbers_are_bounded_wherever_they_stand() -> None:
     check_numbers(
         {"a": [MAX_NUMBER, -MAX_NUMBER], "b": {"c": 1e300, "d": True}, "model_max_length": 10**30}, MAX_NUMBER
     )
+    check_numbers({"model_max_length": 10**6, "x": [{"model_max_length": 10**30}]}, MAX_NUMBER)
+    with pytest.raises(NetworkSizeError, match=r"finite numbers, found b\.c = -inf"):
+        check_numbers({"b": {"c": [1, -math.inf]}}, MAX_NUMBER)
+    with pytest.raises(NetworkSizeError, match=r"found x\.model_max_length"):
+        check_numbers({"x.model_max_length": MAX_NUMBER + 1}, MAX_NUMBER)
     with pytest.raises(NetworkSizeError, match=r"at most 65,536, found b\.c = -65537"):
         check_numbers({"b": {"c": [1, -MAX_NUMBER - 1]}}, MAX_NUMBER)
 
@@ -175,18 +209,24 @@ def test_a_tokenizer_has_files_of_the_size_that_tokenizers_have(tmp_path: Path) 
 def test_what_a_header_says_of_its_file_is_not_believed(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    path = tmp_path / "a.safetensors"
+    path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(2, 3), "b": torch.zeros(())}, path)
     assert tensor_shapes(tmp_path) == {"a": (2, 3), "b": ()}
     header = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4]}}).encode()
+    twice = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}
+    gap = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}
     for data in (
+        *(
+            len(each).to_bytes(8, "little") + each + bytes(16)
+            for each in (json.dumps(h).encode() for h in (twice, gap))
+        ),
         len(header).to_bytes(8, "little") + header + bytes(4),
         (2**40).to_bytes(8, "little") + header,
         b"\x07",
         (2).to_bytes(8, "little") + b"[]",
     ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"a\.safetensors: expected"):
+        with pytest.raises(ValueError, match=r"model\.safetensors: expected"):
             tensor_shapes(tmp_path)
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
 from spctrl.network_size import MAX_NUMBER, parameters_within
+from spctrl.reading_faults import faults_of
 from spctrl.records import NUM_KEYPOINTS
 from spctrl.weights import TorchFileError, read_torch_file
 
@@ -380,11 +381,12 @@ def _build(config: Any, state: State, path: Path) -> Any:
     from transformers import VitPoseForPoseEstimation
 
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    try:
-        with torch.device("meta"), parameters_within(shapes, "its keys"):
-            model = VitPoseForPoseEstimation(config)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise PoseWeightsError(f"{path}: expected the weights of a ViTPose: {error}") from None
+    with (
+        faults_of(f"{path}: expected the weights of a ViTPose", error_type=PoseWeightsError),
+        torch.device("meta"),
+        parameters_within(shapes, "its keys"),
+    ):
+        model = VitPoseForPoseEstimation(config)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     counters = {
         key: torch.zeros((), dtype=torch.int64) for key in expected if key.endswith("batches_tracked")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
-from spctrl.network_size import MAX_CONFIG_BYTES, NetworkSizeError, within_weights
-from spctrl.weights import TorchFileError
+from spctrl.network_size import MAX_CONFIG_BYTES, within_weights
+from spctrl.reading_faults import faults_of
 
 _KEYS_NAMED = 5
 
@@ -48,7 +47,6 @@ def load_strictly(
         ExpectedError: the folder or a file is missing, broken or another model's, or keys do not match; the message
             names the setting, the folder and what to get.
     """
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for each tensor, gone before anyone sees it
@@ -66,18 +64,9 @@ def load_strictly(
         raise ExpectedError(f"{where}: config.json cannot be read: {error}. {remedy}.") from None
     if found != value:
         raise ExpectedError(f"{where}: expected {key} = {value} in config.json, found {found}. {remedy}.")
-    try:
-        with within_weights(folder):
-            model, info = load(folder)
-    except NetworkSizeError as error:
-        raise ExpectedError(f"{where}: {error}. {remedy}.") from None
-    except (
-        OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, ImportError,
-        pickle.UnpicklingError, SafetensorError, TorchFileError,
-    ) as error:  # fmt: skip
-        raise ExpectedError(
-            f"{where}: the weights cannot be read: {error}. A file may be missing or cut short. {remedy}."
-        ) from error
+    fault = f"{where}: config.json or the weights cannot be read"
+    with faults_of(fault, f"A file may be missing or cut short. {remedy}."), within_weights(folder):
+        model, info = load(folder)
     wrong = [_keys(name, info[f"{name}_keys"]) for name in ("missing", "unexpected", "mismatched")]
     if any(wrong):
         raise ExpectedError(

@@ -13,6 +13,7 @@ import torch
 
 from spctrl.errors import ExpectedError
 from spctrl.network_size import MAX_SIDE, parameters_within, read_config
+from spctrl.reading_faults import faults_of
 from spctrl.weights import TorchFileError, read_torch_file, save_torch_file
 
 with warnings.catch_warnings():
@@ -254,24 +255,14 @@ def _build_network(
     beside = _sizes_path(path)
     if not beside.exists():
         return PACKAGES[backend].sam_model_registry[model_type]()
-    try:
+    with faults_of(
+        f"{beside}: expected a network's sizes as `spctrl tiny-weights` writes them, found others"
+    ):
         sizes = msgspec.convert(read_config(beside), Sizes)
         if (sizes.backend, sizes.model_type) == (backend, model_type):
             _check_windows(sizes)
             with parameters_within({key: tuple(each.shape) for key, each in state.items()}, beside.name):
                 return network_of_sizes(sizes)
-    except (
-        OSError,
-        msgspec.ValidationError,
-        msgspec.DecodeError,
-        TypeError,
-        ValueError,
-        AssertionError,
-        RuntimeError,
-    ) as error:
-        raise ExpectedError(
-            f"{beside}: expected a network's sizes as `spctrl tiny-weights` writes them, found others: {error}"
-        ) from None
     raise ExpectedError(
         f"{beside}: expected {backend} {model_type}, as backend and model_type of [mask] say, "
         f"found {sizes.backend} {sizes.model_type}"

@@ -27,7 +27,7 @@ from spctrl.models.embedding import (
     load_keypoint_init,
 )
 from spctrl.network_size import within_weights
-from spctrl.weights import TorchFileError
+from spctrl.reading_faults import faults_of
 
 RELEASED_CLASS = "SpaTextControlNetModel"
 """What the config.json of a released folder calls this model; folders saved here say the same."""
@@ -147,22 +147,23 @@ class SpCtrlControlNetModel(ControlNetModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
         """As diffusers', but every weight must be the folder's.
 
-        With ``output_loading_info`` the model and what did not match are returned, and nothing is checked.
+        With ``output_loading_info`` the model and what did not match are returned, and no keys are checked.
 
         Raises:
             ExpectedError: weights are missing, left over, of another shape, or cannot be loaded.
         """
-        if kwargs.pop("output_loading_info", False):
-            return super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
         expected = f"{pretrained_model_name_or_path}: expected the weights of an SP-Ctrl ControlNet"
-        folder = Path(pretrained_model_name_or_path) / kwargs.get("subfolder", "")
-        try:
-            with within_weights(folder) if (folder / "config.json").is_file() else nullcontext():
-                model, info = super().from_pretrained(
-                    pretrained_model_name_or_path, output_loading_info=True, **kwargs
-                )
-        except (RuntimeError, ValueError, TorchFileError) as error:
-            raise ExpectedError(f"{expected}, which cannot be loaded: {error}") from error
+        with (
+            faults_of(f"{expected}, which cannot be loaded"),
+            within_weights(folder) if (folder / "config.json").is_file() else nullcontext(),
+        ):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, output_loading_info=True, **kwargs
+            )
+        if wants_info:
+            return model, info
         wrong = {what: info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched")}
         if any(wrong.values()):
             listed = "; ".join(f"{what} {', '.join(map(str, keys))}" for what, keys in wrong.items() if keys)

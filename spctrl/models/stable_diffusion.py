@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
 from spctrl.network_size import MAX_CONFIG_BYTES, check_tokenizer, read_config
+from spctrl.reading_faults import faults_of
 
 PARTS = ("unet", "text_encoder", "tokenizer", "scheduler", "vae")
 """Folders of a Stable Diffusion folder that are read; what else lies there is not."""
@@ -46,7 +48,9 @@ def load_vae(folder: Path) -> Any:
     """
     from diffusers import AutoencoderKL
 
-    return _load(AutoencoderKL, _part("vae", ("_class_name", "AutoencoderKL")), folder / "vae")
+    vae = _load(AutoencoderKL, _part("vae", ("_class_name", "AutoencoderKL")), folder / "vae")
+    latent_scale(folder)
+    return vae
 
 
 def load_text_encoder(folder: Path) -> Any:
@@ -82,11 +86,9 @@ def load_tokenizer(folder: Path) -> Any:
             f"expected the tokenizer of Stable Diffusion 1.5 (vocab.json, merges.txt) in {part}, found none. Get the "
             "folder tokenizer of stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face hub"
         )
-    try:
+    with faults_of(f"{part}: the tokenizer cannot be read"):
         check_tokenizer(part)
         return CLIPTokenizer.from_pretrained(part, local_files_only=True)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ExpectedError(f"{part}: the tokenizer cannot be read: {error}") from error
 
 
 def noise_schedule(folder: Path) -> Any:
@@ -118,12 +120,19 @@ def load_schedule(scheduler: Any, folder: Path, **settings: Any) -> Any:
         ExpectedError: there is no schedule, or none that can be.
     """
     path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        return scheduler.from_config(read_config(path), **settings)
-    except (OSError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise ExpectedError(
-            f"expected the noise schedule of Stable Diffusion 1.5 in {path}, found a fault: {error}"
-        ) from error
+    with faults_of(f"expected the noise schedule of Stable Diffusion 1.5 in {path}, found a fault"):
+        found = scheduler.from_config(read_config(path), **settings)
+        _check_schedule(found)
+        return found
+
+
+def _check_schedule(scheduler: Any) -> None:
+    alphas, steps = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
+    if steps < 1 or alphas.shape != (steps,) or not ((alphas > 0) & (alphas <= 1)).all():  # NaN is neither
+        raise ValueError(
+            f"expected alphas_cumprod in (0, 1] for each of num_train_timesteps = {steps}, found {len(alphas)} values, "
+            "or some outside"
+        )
 
 
 def latent_scale(folder: Path) -> float:
@@ -133,10 +142,11 @@ def latent_scale(folder: Path) -> float:
         ExpectedError: there is no such number in the autoencoder's config.
     """
     path = folder / "vae" / "config.json"
-    try:
-        return float(read_document_file(path, MAX_CONFIG_BYTES).get("scaling_factor", 0.18215))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ExpectedError(f"{path}: expected the autoencoder's config, found a fault: {error}") from error
+    with faults_of(f"{path}: expected the autoencoder's config, found a fault"):
+        scale = read_document_file(path, MAX_CONFIG_BYTES).get("scaling_factor", 0.18215)
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise ValueError(f"expected scaling_factor as a finite number above 0, found {str(scale)[:20]!r}")
+        return float(scale)
 
 
 def _load(model: Any, expected: WeightsFolder, folder: Path) -> Any:

@@ -29,8 +29,6 @@ RESIZES: tuple[Resize, ...] = ("legacy", "clean")
 SIDE = 299
 NUM_FEATURES = 2048
 BATCH_SIZE = 32
-ERROR_SHOWN = 300
-"""Characters of a library's error."""
 
 REMEDY = (
     "Get weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases (github.com/toshas/torch-fidelity, "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from spctrl.errors import ExpectedError
 
-MAX_SHOWN = 1000
+MAX_SHOWN = 400
 """Characters of a library's message; some list every key of a network."""
 
 
@@ -31,4 +31,5 @@ def faults_of(what: str, remedy: str = "", error_type: type[ExpectedError] = Exp
         raise
     except Exception as error:
         reason = textwrap.shorten(str(error), MAX_SHOWN, placeholder=" ...") or type(error).__name__
-        raise error_type(f"{what}: {reason.rstrip('.')}. {remedy}".rstrip()) from error
+        end = "" if reason.endswith(".") and not reason.endswith("...") else "."
+        raise error_type(f"{what}: {reason}{end} {remedy}".rstrip()) from error

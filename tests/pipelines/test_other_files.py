@@ -280,7 +280,7 @@ def test_a_file_without_a_usable_image_shows_examples_and_leaves_the_rejects(
     assert build.exit_code == 30, build.output
     assert "expected at least one usable image, found none" in build.output
     assert "Traceback" not in build.output
-    examples = [line for line in build.output.splitlines() if line.startswith("    image ")]
+    examples = [line for line in build.output.splitlines() if line.strip().startswith("image ")]
     assert len(examples) == 3 and all(next(iter(damage)) in line for line in examples)
     (rejects,) = workspace.store.glob("**/index/**/rejects.parquet")
     assert str(rejects) in build.output

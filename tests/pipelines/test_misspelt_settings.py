@@ -149,7 +149,7 @@ def test_a_misspelt_value_on_the_command_line_stops_the_build(
 def test_a_misspelt_target_is_one_line(workspace: Workspace) -> None:
     built = workspace.run(family="BuildDatset")
     assert not built.succeeded
-    assert built.output == "ERROR: No task BuildDatset. Did you mean:\nBuildDataset\n"
+    assert built.output == "ERROR: No task BuildDatset. Did you mean:\n  BuildDataset\n"
 
 
 def test_the_tools_say_the_same(workspace: Workspace) -> None:

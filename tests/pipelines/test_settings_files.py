@@ -217,7 +217,7 @@ def test_a_build_and_the_tools_say_so_in_one_line(workspace: Workspace) -> None:
     message = f"ERROR: {path}, line 2: expected %% for a percent sign in [paths] data, found /disk/50%\n"
     assert workspace.run().output == message
     path.write_text("[paths]\ndata = a\ndata = b\n")
-    message = f"ERROR: {path}, line 3: expected each setting once, found [paths] data again\n"
+    message = f"ERROR: {path}: expected each setting once, found [paths] data in lines 2 and 3\n"
     assert workspace.spctrl("status").stderr == message
 
 

@@ -442,7 +442,8 @@ def _read(path: Path, form: str, reader: Callable[[Path], T]) -> T:
         return reader(path)
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
-        raise InstancesError(f"{path}: cannot be read as {form}: {reason}") from error
+        kind = "" if isinstance(error, OSError) else f" as {form}"
+        raise InstancesError(f"{path}: cannot be read{kind}: {reason}") from error
 
 
 def _read_poses_file(path: Path) -> pa.Table:

@@ -323,7 +323,8 @@ class Train(StageTask):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_training_config(self.how, self.folder / CONFIG)  # also what a later edit would change
             write_atomic(self.folder / COMPUTATION, self.computation().encode())
-            command = [*self.command(), *(f"--continue-from={folder}" for folder in self.earlier_runs())]
+            earlier = (f"--continue-from={folder}" for folder in self.earlier_runs())
+            command = [*self.command(), f"--files-digest={self._files_digest()}", *earlier]
             with log.open("ab") as output, running(command, self.environment(), output) as process:
                 assert process.stdout is not None
                 self._show(self._reports(process.stdout, errors))
@@ -396,7 +397,6 @@ class Train(StageTask):
             "data_root": settings.dataset_root(how.dataset_name),
             "weights": settings.paths().weights,
             "output": self.folder,
-            "files_digest": self._files_digest(),
             **self._drawing(),
         }
         if how.validation_steps:

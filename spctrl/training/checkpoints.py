@@ -105,14 +105,16 @@ def adopt_checkpoint(checkpoint: Path, folder: Path) -> Path:
     """
 
     def write(partial: Path) -> None:
-        shutil.copytree(
-            checkpoint,
-            partial,
-            ignore=shutil.ignore_patterns(SUMS),  # is written to
-            copy_function=_link_or_copy,
-            dirs_exist_ok=True,
-        )
-        checkpoint.stat()  # fails if it was removed, and so perhaps copied in part
+        try:
+            shutil.copytree(
+                checkpoint,
+                partial,
+                ignore=shutil.ignore_patterns(SUMS),  # is written to
+                copy_function=_link_or_copy,
+                dirs_exist_ok=True,
+            )
+        finally:
+            checkpoint.stat()  # fails if it was removed, and so perhaps copied in part
 
     return write_checkpoint(folder, step_of(checkpoint), write, keep=None)
 

@@ -202,6 +202,8 @@ def _difference(
         DamagedCheckpointError: the checkpoint cannot be read.
     """
     found = {"files": None, **read_run(checkpoint)}
+    if None in (found["files"], expected["files"]):  # of a run that was started by hand: paths decide
+        found, expected = {**found, "files": None}, run_facts(config, schedule)
     try:
         before, now = (
             {**NEUTRAL, **facts["settings"], **{each: facts[each] for each in FACTS}}

@@ -177,7 +177,7 @@ KINDS = {
     "runs deleted": removing("store/runs", 0.7),
     "cache deleted": removing("store/cache.sqlite", sound=True),
     "exports deleted": removing("exports", 0.75),
-    "exported folder deleted": removing("exports/AP-10K_triplet/pose_kptindex", 0.8),
+    "exported folder deleted": removing("exports/AP-10K_triplet/pose_kptindex", 0.7),
     "a year forwards": at(functools.partial(faults.jump, YEAR_S), 0, shares=(0.4,)),
     "a year backwards": at(functools.partial(faults.jump, -YEAR_S), 0),
     "gc of a wrong clock": at(faults.clean_up_a_year_ahead, 0, FAILED, sound=False, shares=(0.5,)),

@@ -192,8 +192,8 @@ class Train(StageTask):
 
     def _files_digest(self) -> str:
         """Of the files' content, wherever they lie."""
-        found = self.made_from().inputs
-        return digest(*(f"{name} {found[name]}" for name in sorted(self._files())))
+        inputs = sorted(self.made_from().inputs.items())
+        return digest(*(f"{name} {found}" for name, found in inputs if name != "manifest"))
 
     @property
     def _templates_path(self) -> Path:

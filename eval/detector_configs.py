@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from spctrl.configuration import read_yaml
+from spctrl.errors import ExpectedError
 
 BASE = "_base_"
 
@@ -30,13 +30,12 @@ def configuration_files(path: Path) -> list[Path]:
 def _bases(path: Path) -> Iterator[str]:
     """Paths, relative to a configuration file, of those that it is based on; none where it cannot be parsed."""
     try:
-        text = path.read_text()
         if path.suffix == ".py":
-            yield from _python_bases(ast.parse(text))
-        elif path.suffix in (".json", ".yaml", ".yml"):
-            values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            yield from _python_bases(ast.parse(path.read_text()))
+        elif path.suffix in (".json", ".yaml", ".yml"):  # JSON is YAML
+            values = read_yaml(path)
             yield from _texts(values.get(BASE)) if isinstance(values, dict) else ()
-    except (OSError, ValueError, SyntaxError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError, SyntaxError, RecursionError, ExpectedError):
         return  # whoever uses it says what is wrong with it
 
 

@@ -23,7 +23,6 @@ from pipelines import option_at_fault, startup
 from pipelines.scheduler import LOCAL, fault_at, is_given
 from pipelines.worker import INTERRUPTED, StageWorker
 from spctrl.errors import ExpectedError
-from spctrl.secrets import masked
 from spctrl.terminal import say_message
 from tasks import logs
 from tasks.store import forget_what_was_found
@@ -103,7 +102,7 @@ class _Crew:
     def create_remote_scheduler(self, url: str) -> RemoteScheduler:
         self.scheduler = scheduler = RemoteScheduler(url)
         if (fault := fault_at(url)) is not None:
-            _say(f"luigid does not answer at {masked(url)}: {masked(fault)}. Asking again for some minutes.")
+            _say(f"luigid does not answer at {url}: {fault}. Asking again for some minutes.")
         self.scheduler.is_paused()  # does it answer? Luigi's worker would complain at length
         return scheduler
 

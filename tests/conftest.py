@@ -20,6 +20,11 @@ import luigi
 import luigi.configuration
 import luigi.task_register
 import pytest
+from processes import HANG_S
+
+# Networks of tests are tiny: threads of torch that share their work take longer than one, and on a busy machine, where
+# they wait for each other, many times as long. Read when torch is imported, here and in the processes of builds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["object_store"]
 
@@ -34,7 +39,6 @@ ANNOTATION_FILES = {
 }
 EXPORT_FOLDERS = {"ap10k": "AP-10K_triplet", "humanart": "HumanArt_triplet"}
 LEDGERS = ".spctrl"
-BUILD_TIMEOUT_S = 120
 SAMPLE_IMAGES = 8
 
 
@@ -148,11 +152,11 @@ class Workspace:
             before, succeeded=result.status.name == "SUCCESS", started=started, errors=errors
         )
 
-    def run(self, *arguments: str, family: str = "BuildDataset", timeout_s: float = BUILD_TIMEOUT_S) -> Build:
+    def run(self, *arguments: str, family: str = "BuildDataset") -> Build:
         """Build as people do, in a process of its own."""
         before = self._state()
         process = self.start(*arguments, family=family)
-        output, _ = process.communicate(timeout=timeout_s)
+        output, _ = process.communicate(timeout=HANG_S)
         return self._account(
             before, succeeded=process.returncode == 0, exit_code=process.returncode, output=output
         )

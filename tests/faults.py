@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+from processes import HANG_S
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -33,7 +34,6 @@ Action = Callable[[str], None]
 """What happens; told the file or folder that the build is at."""
 
 YEAR_S = 365 * 24 * 3600
-TIMEOUT_S = 120
 RECORDS_PER_PACK = 3
 """So that the few records of the sample make several packs."""
 PRELOADED = [
@@ -240,10 +240,10 @@ class Started:
             time.sleep(0.001)
 
     def wait(self) -> Done:
-        self.process.join(TIMEOUT_S)
+        self.process.join(HANG_S)
         if (exit_code := self.process.exitcode) is None:
             self.process.kill()
-            pytest.fail(f"the build did not end within {TIMEOUT_S} s:\n{self._log.read_text()}")
+            pytest.fail(f"the build did not end within {HANG_S} s:\n{self._log.read_text()}")
         output = self._log.read_text()
         self._log.unlink()
         return Done(exit_code, output, self._count.value)

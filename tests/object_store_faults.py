@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import CODE_FOLDERS, REPOSITORY, Build, Workspace
 from object_store import WRITES, BucketWorkspace, Choose, Fault, Seen, Server, impatient, often, running
+from processes import HANG_S
 
 from tasks.store import Run, Store
 from tasks.upkeep import verify
@@ -112,7 +113,7 @@ def kill_at_write(remote: BucketWorkspace, number: int) -> bool:
     """Kill a build with its n-th write, which the server does not see; says whether it came so far."""
     build = remote.start()
     remote.bucket.proxy.choose = _killing(build, number)
-    output, _ = build.communicate(timeout=120)
+    output, _ = build.communicate(timeout=HANG_S)
     remote.bucket.proxy.choose = lambda seen: None
     assert build.returncode in (0, -signal.SIGKILL), output
     return build.returncode != 0

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from conftest import REPOSITORY
+from processes import HANG_S
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
@@ -43,7 +44,7 @@ def test_no_file_of_the_fork_servers_socket_stays_and_processes_start_all_the_sa
         env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
     )
     assert (done.stdout, done.stderr) == ("3 []\n" * 3, "")
     assert list(folder.iterdir()) == []

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import HANG_S
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("spctrl", "eval", "tasks", "pipelines")
@@ -31,7 +32,7 @@ FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 def loaded_by(statement: str) -> set[str]:
     code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=HANG_S
     )
     return set(json.loads(done.stdout.splitlines()[-1]))
 

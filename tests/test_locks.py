@@ -11,13 +11,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from processes import HANG_S
 
 from spctrl import locks
 from tasks import files
 from tasks.files import StoreError
 
-HANG_S = 60
-"""Only against hanging."""
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -23,11 +23,11 @@ from typing import Any
 
 import pytest
 from conftest import Workspace
+from processes import HANG_S
 
 from tasks.logs import JsonLines
 
 STAGES = {"index", "images", "spatext", "openpose", "manifest", "export", "report"}
-TIMEOUT_S = 60
 
 
 def parsed(output: str) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ def luigid(workspace: Workspace) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + TIMEOUT_S
+        end = time.monotonic() + HANG_S
         while True:
             try:
                 fetch(f"{address}/api/graph")
@@ -176,7 +176,7 @@ def luigid(workspace: Workspace) -> Iterator[str]:
         yield address
     finally:
         process.terminate()
-        process.wait(TIMEOUT_S)
+        process.wait(HANG_S)
 
 
 def fetch(url: str) -> str:
@@ -202,7 +202,7 @@ def test_the_scheduler_gives_prometheus_metrics_of_a_build(workspace: Workspace)
             },
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=HANG_S,
             check=False,
         )
         assert process.returncode == 0, process.stderr
@@ -236,7 +236,7 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Read until the text is shown."""
-        start, end = len(self.shown), time.monotonic() + TIMEOUT_S
+        start, end = len(self.shown), time.monotonic() + HANG_S
         while text not in self.shown[start:]:
             assert time.monotonic() < end, self.shown
             assert self._read(0.2) or self.process.poll() is None, self.shown
@@ -244,12 +244,12 @@ class Terminal:
     def interrupt(self) -> int:
         """Ctrl-C; gives the exit code."""
         self.process.send_signal(signal.SIGINT)
-        end = time.monotonic() + TIMEOUT_S
+        end = time.monotonic() + HANG_S
         while self._read(5):
             assert time.monotonic() < end, (
                 "Ctrl-C was ignored, as by jobs that a script starts in the background"
             )
-        return self.process.wait(TIMEOUT_S)
+        return self.process.wait(HANG_S)
 
     def _read(self, seconds: float) -> bool:
         if not select.select([self._ours], [], [], seconds)[0]:

@@ -17,6 +17,7 @@ import faults
 import msgspec
 import numpy as np
 import pytest
+from processes import HANG_S
 
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 pytest.importorskip("accelerate", reason="the train extra is not installed")
@@ -218,7 +219,7 @@ def test_a_training_with_little_shared_memory_says_so(inputs: TrainingInputs, tm
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=faults.TIMEOUT_S,
+        timeout=HANG_S,
     )
     assert done.returncode == 1
     first = done.stderr.splitlines()[

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from processes import HANG_S
 
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 pytest.importorskip("accelerate", reason="the train extra is not installed")
@@ -149,9 +150,6 @@ class StoppedError(Exception):
     pass
 
 
-HANG_S = 900
-"""A killed run that has written no checkpoint by then hangs; a busy machine takes minutes to start it."""
-
 EPOCH_STEPS = 5
 LONG_EPOCH = settings(
     **SPCTRL,
@@ -165,17 +163,6 @@ LONG_EPOCH = settings(
 Losses = dict[int, dict[str, float]]
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Threads of torch that wait for each other take many times as long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def losses_of(chosen: dict[str, Any], inputs: TrainingInputs, folder: Path, stop_after: int = 0) -> Losses:
     """Trains, and stops after so many steps; the losses of each step that this process did."""
     found: Losses = {}
@@ -186,7 +173,7 @@ def losses_of(chosen: dict[str, Any], inputs: TrainingInputs, folder: Path, stop
         if report.step == report.resumed_at + stop_after:
             raise StoppedError
 
-    with one_thread(), contextlib.suppress(StoppedError):
+    with contextlib.suppress(StoppedError):
         train(msgspec.convert(chosen, TrainingConfig), inputs, folder, keep)
     return found
 

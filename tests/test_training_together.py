@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from processes import HANG_S
 
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 
@@ -23,8 +24,6 @@ from spctrl.training import resumption  # noqa: E402
 from spctrl.training.config import TrainingConfig  # noqa: E402
 from spctrl.training.schedule import make_schedule  # noqa: E402
 
-HANG_S = 120
-"""Only against hanging."""
 CONFIG = {
     "dataset_name": "ap10k",
     "conditioning_mode": "spatext",

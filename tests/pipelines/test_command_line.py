@@ -16,13 +16,12 @@ import luigi
 import pytest
 from luigi.cmdline_parser import CmdlineParser
 from luigi.interface import core
+from processes import HANG_S
 
 import pipelines
 from pipelines.scheduler import ANSWER_TIMEOUT_S, fault_at
 
 TARGETS = tuple(pipelines.__all__)
-HANG_S = 300.0
-"""Only against hanging: what a command did is read from its output."""
 
 # The command, which ends at once where it connects to anything over a network.
 OFFLINE = """
@@ -59,7 +58,7 @@ def environment(config: Path | None = None) -> dict[str, str]:
 
 
 def run(
-    folder: Path, *arguments: str, config: Path | None = None, script: str = OFFLINE, timeout_s: float = 120
+    folder: Path, *arguments: str, config: Path | None = None, script: str = OFFLINE
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", script, "--module", "pipelines", *arguments],
@@ -68,7 +67,7 @@ def run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout_s,
+        timeout=HANG_S,
     )
 
 
@@ -161,7 +160,7 @@ def test_a_luigid_that_does_not_answer_is_one_line(tmp_path: Path, closed_port: 
         }[how]
     config = tmp_path / "cluster.cfg"
     config.write_text(f"{text}\n[retcode]\nunhandled_exception = 7\n")
-    done = run(tmp_path, "BuildDataset", *arguments, config=config, script=ONLINE, timeout_s=HANG_S)
+    done = run(tmp_path, "BuildDataset", *arguments, config=config, script=ONLINE)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"ERROR: expected luigid at http://{address}/, found none: Connection refused. ")
     assert "Start it there, or remove scheduler_host" in line

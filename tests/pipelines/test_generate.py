@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 from PIL import Image
+from processes import HANG_S
 
 pytest.importorskip("diffusers", reason="the models extra is not installed")
 
@@ -72,7 +73,7 @@ def listing(workspace: Workspace, name: str = "tiny") -> list[dict[str, Any]]:
 
 def kill_after_the_first_pack(workspace: Workspace, path: Path) -> None:
     run = workspace.start("--config", str(path), family="Generate")
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + HANG_S
     while not list(workspace.store.glob("packs/samples/[!.]*.parquet")):
         assert run.poll() is None, run.communicate()[0]
         assert time.monotonic() < deadline, "no pack was written"

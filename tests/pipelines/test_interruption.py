@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from processes import SURVIVAL_S, fork_server_of, survivors, wait_for_workers
+from processes import HANG_S, SURVIVAL_S, fork_server_of, survivors, wait_for_workers
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -27,8 +27,6 @@ MOMENTS = 20
 UPDATE_MOMENTS = 6
 SEED = 20
 RECORD_STAGES = ("spatext", "openpose")
-HANG_S = 300
-"""Only against hanging: a busy machine takes long to end its processes."""
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 
@@ -242,7 +240,7 @@ def test_two_builds_at_once_into_one_store_give_the_same_bytes(
     for attempt in range(2):
         workspace = make_crowded(f"shared-{attempt}", workers=1)
         builds = [workspace.start(), workspace.start()]
-        outputs = [build.communicate(timeout=120)[0] for build in builds]
+        outputs = [build.communicate(timeout=HANG_S)[0] for build in builds]
         assert [build.returncode for build in builds] == [0, 0], "\n".join(outputs)
         expected.check(workspace)
         assert workspace.build().worked == {}
@@ -258,7 +256,7 @@ def test_two_updates_at_once_give_the_same_bytes(
     assert workspace.build().succeeded
     workspace.configure("openpose", style=None)
     builds = [workspace.start(), workspace.start()]
-    outputs = [build.communicate(timeout=120)[0] for build in builds]
+    outputs = [build.communicate(timeout=HANG_S)[0] for build in builds]
     assert [build.returncode for build in builds] == [0, 0], "\n".join(outputs)
     assert workspace.exported() == expected.exported
     assert workspace.faults() == []
@@ -322,7 +320,7 @@ def test_a_stopped_build_fails_leaves_no_process_and_can_be_continued(
         os.killpg(build.pid, signal.SIGINT)
     else:
         os.kill(build.pid, signal.SIGTERM)
-    output, _ = build.communicate(timeout=20)
+    output, _ = build.communicate(timeout=HANG_S)
     assert build.returncode == (-signal.SIGINT if how == "Ctrl-C" else -signal.SIGTERM), output
     assert "Traceback" not in output
     assert survivors(build) == []

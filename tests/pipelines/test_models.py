@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from processes import HANG_S
 
 import spctrl.weights as weights_registry
 
@@ -219,7 +220,7 @@ def make_killer() -> Callable[[Workspace], int]:
 
     def run(workspace: Workspace) -> int:
         build = workspace.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_S
         while time.monotonic() < deadline and build.poll() is None:
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
@@ -229,7 +230,7 @@ def make_killer() -> Callable[[Workspace], int]:
                     continue
                 if group == build.pid and b"spawn_main" in command:
                     os.kill(int(folder.name), signal.SIGKILL)
-                    build.communicate(timeout=60)
+                    build.communicate(timeout=HANG_S)
                     return int(build.returncode)
             time.sleep(0.05)
         raise AssertionError("no model process was started")

@@ -26,6 +26,7 @@ from object_store_faults import (
     configure_small,
     kill_at_write,
 )
+from processes import HANG_S
 
 from tasks.store import Store, forget_what_was_found
 from tasks.upkeep import collect, verify
@@ -218,7 +219,7 @@ def test_two_builds_at_once_give_the_objects_of_one(
     for workspace in workspaces:
         configure_small(workspace)
     builds = [workspace.start() for workspace in workspaces]
-    outputs = [build.communicate(timeout=120)[0] for build in builds]
+    outputs = [build.communicate(timeout=HANG_S)[0] for build in builds]
     assert [build.returncode for build in builds] == [0, 0], "\n".join(outputs)
     (one, _) = workspaces
     one.fetch()
@@ -269,7 +270,7 @@ def test_a_store_that_never_answers_is_named_without_the_way_through_the_program
     remote.bucket.proxy.choose = always(Fault.ERROR)
     with impatient(retries=0):
         build = remote.start()
-        output, _ = build.communicate(timeout=120)
+        output, _ = build.communicate(timeout=HANG_S)
     assert build.returncode == SCHEDULING_ERROR
     assert f"cannot read {remote.bucket.url}/store/" in output
     assert "Traceback" not in output and 'File "' not in output

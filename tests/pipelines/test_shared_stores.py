@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from conftest import Workspace, _luigi_settings
 from PIL import Image
+from processes import HANG_S
 from tampering import correct_provenance, run_folder
 
 for _package in ("torch", "transformers", "diffusers", "accelerate", "matplotlib"):
@@ -29,8 +30,6 @@ OF_ONE_METHOD = {"generate", "evaluated_images", "poses", "pose_ap"}
 TOGETHER = {"tables", "benchmark_report"}
 LUIGIS_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of config_path
 IMAGES = 8
-HANG_S = 300
-"""Only against hanging."""
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import group_members, survivors
+from processes import HANG_S, group_members, survivors
 
 REPOSITORY = Path(__file__).parents[2]
-HANG_S = 120
 STOPPING = re.compile(
     r"^stopping after this batch(?: \(about (\d+) s\))?; press Ctrl-C again to stop now$", re.M
 )
 STOPPED = "stopped. What was finished stays, run again to go on"
 START_METHODS = ["spawn", "forkserver"]
-LONG_S = 600
+LONG_S = 2 * HANG_S
 NOT_RUN = 25
 """Exit code of a command that was sent away."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from processes import HANG_S
 from stores import commit
 
 from spctrl import locks
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from tasks.train import Train
 
-HANG_S = 300
-"""Only against hanging."""
 MADE_FROM = Ingredients(code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m"})
 
 

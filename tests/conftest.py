@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -49,6 +50,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="at how many moments of a build each fault is tried, and all kinds of faults and builds with it; a large "
         "number means at every operation",
     )
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """What a command holds back in this process must not be held back in processes of later tests."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -268,7 +268,9 @@ def _run(
     os.dup2(file.fileno(), 2)
     os.setpgid(0, 0)
     os.chdir(settings.parent)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's children ignore it
+    # The fork server's processes ignore Ctrl-C, and hold it back where a build in this process has started the server.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ |= {"LUIGI_CONFIG_PATH": str(settings), "COLUMNS": "200"}
     record_stage.SMALLEST_PACK = RECORDS_PER_PACK
     luigi.configuration.get_config().read([str(settings)])

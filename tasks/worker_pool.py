@@ -104,6 +104,11 @@ class WorkerPool:
         self.is_lost = True
         for process in list((self._executor._processes or {}).values()):
             process.kill()
+        executor: Any = self._executor
+        if executor._call_queue is not None and sys.version_info < (3, 11, 5):
+            # Its thread may be writing a job to the pipe that workers read. It would wait there for ever, and Python
+            # for it: https://github.com/python/cpython/issues/94777.
+            executor._call_queue._reader.close()
         self._executor.shutdown(wait=False)
 
     def _stop(self) -> bool:

@@ -51,7 +51,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
 _WINDOWS_PATH, _URL = re.compile(r"[A-Za-z]:[/\\]"), re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PLAIN_PATH = re.compile(r"(?:[\w-][\w -]{0,99}/){0,4}[\w-][\w. -]{0,99}", re.ASCII)
 """What nearly all paths look like, and no rule of ``unsafe_path`` forbids: one look instead of seven."""
-_STRING_OR_NOT_FINITE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*"|-?(?:NaN|Infinity)', re.DOTALL)
+_STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?(?:NaN|Infinity)', re.DOTALL)
 _ABSENT = -(2**63)
 """Stands for ``num_keypoints`` where an annotation has none."""
 _INT32 = range(-(2**31), 2**31)

@@ -1,8 +1,6 @@
 """Where text holds passwords, keys and tokens: in URLs, connection strings, headers and quoted mappings.
 
 All functions take time linear in the length of the text: patterns are possessive and names are of bounded length.
-Groups are not possessive, since Python before 3.11.5 matches those wrongly:
-https://github.com/python/cpython/issues/106052.
 """
 
 from __future__ import annotations
@@ -39,7 +37,11 @@ _PARAMETER = re.compile(rf"(?<=[?&;#])(?P<name>{_NAME})=(?P<value>[^&;#\s\"'<>]*
 _SETTING = re.compile(
     rf"(?:^|(?<=[?&;#\s]))(?P<name>{_NAME})=(?P<value>[^&;#\s]*+(?:\s(?!{_NAME}=)[^&;#\s]*+)*)"
 )
-"""A parameter in a setting that is a URL or a list of parameters: values may have spaces and quotes."""
+"""A parameter in a setting that is a URL or a list of parameters: values may have spaces and quotes.
+
+The group is not possessive: Python before 3.11.5 matches one with a lookahead wrongly, and nothing follows it
+(https://github.com/python/cpython/issues/106052).
+"""
 _CONNECTION = re.compile(r"(?<![^\s;\"'])(?P<name>[\w.-]{1,64}+)=(?P<value>[^;&\s\"'<>]*+)")
 _ADDRESS = re.compile(r"[^\s/:@]*+:(?P<value>\S*)@[^\s@]++")
 _HEADER = re.compile(
@@ -55,8 +57,8 @@ _QUOTED = re.compile(
 )
 """The beginning of a value in the text of a mapping, ``'key': 'value'``, or of an object, ``keyword='value'``."""
 _QUOTED_REST = {
-    '"': re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*', re.DOTALL),
-    "'": re.compile(r"[^'\\]*+(?:\\.[^'\\]*+)*", re.DOTALL),
+    '"': re.compile(r'(?:[^"\\]|\\.)*+', re.DOTALL),
+    "'": re.compile(r"(?:[^'\\]|\\.)*+", re.DOTALL),
 }
 
 

@@ -181,7 +181,7 @@ def luigid(workspace: Workspace) -> Iterator[str]:
 
 def fetch(url: str) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=10) as answer:
+    with opener.open(url, timeout=HANG_S) as answer:
         text: str = answer.read().decode()
     return text
 

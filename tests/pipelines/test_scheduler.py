@@ -150,7 +150,7 @@ class Cluster:
         """What luigid answers, as its visualiser asks."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         data = urllib.parse.urlencode({"data": json.dumps(arguments)}).encode()
-        with opener.open(f"http://127.0.0.1:{self.port}/api/{method}", data, timeout=10) as answer:
+        with opener.open(f"http://127.0.0.1:{self.port}/api/{method}", data, timeout=HANG_S) as answer:
             return json.load(answer)["response"]
 
     def tasks(self, family: str = "") -> list[dict[str, Any]]:

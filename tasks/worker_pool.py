@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, MutableSequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeVar
 
 from spctrl.errors import ExpectedError
@@ -102,14 +103,25 @@ class WorkerPool:
     def kill(self) -> None:
         """End the workers at once, whatever they are at: packs are whole or absent, whenever that comes."""
         self.is_lost = True
-        for process in list((self._executor._processes or {}).values()):
+        for process in self._workers():
             process.kill()
         executor: Any = self._executor
+        # Its threads may be at a pipe whose other end only the workers used, and would wait there for ever, and Python
+        # for them: one for the rest of a result; before Python 3.11.5 one for room to write a job,
+        # https://github.com/python/cpython/issues/94777.
+        if executor._result_queue is not None:
+            executor._result_queue._writer.close()
         if executor._call_queue is not None and sys.version_info < (3, 11, 5):
-            # Its thread may be writing a job to the pipe that workers read. It would wait there for ever, and Python
-            # for it: https://github.com/python/cpython/issues/94777.
             executor._call_queue._reader.close()
-        self._executor.shutdown(wait=False)
+        executor.shutdown()  # waits for them: at its own end Python may write to a pipe that they are closing
+
+    def _has_lost_a_worker(self) -> bool:
+        return bool(
+            multiprocessing.connection.wait([process.sentinel for process in self._workers()], timeout=0)
+        )
+
+    def _workers(self) -> list[BaseProcess]:
+        return [*(self._executor._processes or {}).values()]
 
     def _stop(self) -> bool:
         """Let no further job begin; whether any has begun."""
@@ -134,9 +146,8 @@ class WorkerPool:
     def _finished(self) -> Iterator[Callable[[], Any]]:
         """Wait for jobs to be done. Those that had not begun when the work was stopped are left out."""
         finished, _ = wait(self._running, LOOK_EVERY_S, FIRST_COMPLETED)
-        manager: Any = self._executor._executor_manager_thread
-        if not finished and not (manager and manager.is_alive()):
-            raise self._lost()  # it ends with the first dead worker, and then may forget a job that is just handed over
+        if not finished and self._has_lost_a_worker():
+            raise self._lost()  # the executor may not say so: it forgets a job, or waits for the rest of a result
         for future in finished:
             slot = self._running.pop(future)
             self._free.append(slot)

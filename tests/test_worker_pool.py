@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from processes import HANG_S
 
 # Jobs are larger than a pipe holds, so that one is being written when the workers, which no longer read, are killed.
-LOSES_ITS_WORKERS = """
+LOST_WHILE_A_JOB_IS_SENT = """
 import itertools, os, signal, sys, threading, time
 from tasks.worker_pool import WorkerError, WorkerPool
 
@@ -33,12 +33,53 @@ except WorkerError as error:
     print(error)
 """
 
+# One worker ends with half of a result written, and holds the lock that the other one waits for.
+LOST_WHILE_A_RESULT_IS_SENT = """
+import sys
+from half_results import result
+from tasks.worker_pool import WorkerError, WorkerPool
+
+try:
+    for outcome in WorkerPool(2, sys.argv[1]).outcomes(result, iter(range(100))):
+        outcome()
+except WorkerError as error:
+    print(error)
+"""
+
+# Python ends while a thread of the pool is at closing its pipes.
+LOST_BEFORE_PYTHON_ENDS = """
+import concurrent.futures.process, os, sys, threading, time
+from tasks.worker_pool import WorkerError, WorkerPool
+
+closing = threading.Event()
+
+def close(self):
+    self._writer.close()
+    closing.set()
+    time.sleep(1)
+    self._reader.close()
+    self._closed = True
+
+concurrent.futures.process._ThreadWakeup.close = close
+try:
+    for outcome in WorkerPool(2, sys.argv[1]).outcomes(os._exit, iter(range(100))):
+        outcome()
+except WorkerError as error:
+    print(error)
+closing.wait()
+"""
+
 
 @pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
-def test_workers_lost_while_a_job_is_handed_over_do_not_hold_up_the_end(start_method: str) -> None:
+@pytest.mark.parametrize(
+    "script",
+    [LOST_WHILE_A_JOB_IS_SENT, LOST_WHILE_A_RESULT_IS_SENT, LOST_BEFORE_PYTHON_ENDS],
+    ids=["while a job is sent", "while a result is sent", "before Python ends"],
+)
+def test_a_pool_that_has_lost_workers_ends(script: str, start_method: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LOSES_ITS_WORKERS, start_method],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        [sys.executable, "-c", script, start_method],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])},
         capture_output=True,
         text=True,
         timeout=HANG_S,

@@ -115,10 +115,14 @@ class WorkerPool:
             executor._call_queue._reader.close()
         executor.shutdown()  # waits for them: at its own end Python may write to a pipe that they are closing
 
-    def _has_lost_a_worker(self) -> bool:
-        return bool(
-            multiprocessing.connection.wait([process.sentinel for process in self._workers()], timeout=0)
-        )
+    def _is_whole(self) -> bool:
+        """Whether all workers and the thread that hands jobs to them run: without one of them, jobs may never be done.
+
+        The thread ends with the first dead worker, unless it waits for the rest of that worker's result.
+        """
+        thread: Any = self._executor._executor_manager_thread
+        sentinels = [process.sentinel for process in self._workers()]
+        return thread is not None and thread.is_alive() and not multiprocessing.connection.wait(sentinels, 0)
 
     def _workers(self) -> list[BaseProcess]:
         return [*(self._executor._processes or {}).values()]
@@ -146,8 +150,8 @@ class WorkerPool:
     def _finished(self) -> Iterator[Callable[[], Any]]:
         """Wait for jobs to be done. Those that had not begun when the work was stopped are left out."""
         finished, _ = wait(self._running, LOOK_EVERY_S, FIRST_COMPLETED)
-        if not finished and self._has_lost_a_worker():
-            raise self._lost()  # the executor may not say so: it forgets a job, or waits for the rest of a result
+        if not finished and not self._is_whole():
+            raise self._lost()
         for future in finished:
             slot = self._running.pop(future)
             self._free.append(slot)

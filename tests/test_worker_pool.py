@@ -1,4 +1,4 @@
-"""A pool that has lost its workers keeps no command from ending."""
+"""A pool that has lost its workers, or its thread, keeps no command from ending."""
 
 from __future__ import annotations
 
@@ -69,12 +69,32 @@ except WorkerError as error:
 closing.wait()
 """
 
+# All workers run, and the thread that hands jobs to them ends: it may start no thread of its own.
+LOST_THREAD = """
+import sys, threading
+from tasks.worker_pool import WorkerError, WorkerPool
+
+start = threading.Thread.start
+
+def start_no_feeder(self):
+    if self.name.startswith("QueueFeederThread"):
+        raise SystemExit  # as RuntimeError("can't start new thread") ends it, without a traceback of the thread
+    start(self)
+
+threading.Thread.start = start_no_feeder
+try:
+    for outcome in WorkerPool(2, sys.argv[1]).outcomes(len, iter(["job"] * 100)):
+        outcome()
+except WorkerError as error:
+    print(error)
+"""
+
 
 @pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
 @pytest.mark.parametrize(
     "script",
-    [LOST_WHILE_A_JOB_IS_SENT, LOST_WHILE_A_RESULT_IS_SENT, LOST_BEFORE_PYTHON_ENDS],
-    ids=["while a job is sent", "while a result is sent", "before Python ends"],
+    [LOST_WHILE_A_JOB_IS_SENT, LOST_WHILE_A_RESULT_IS_SENT, LOST_BEFORE_PYTHON_ENDS, LOST_THREAD],
+    ids=["while a job is sent", "while a result is sent", "before Python ends", "without its thread"],
 )
 def test_a_pool_that_has_lost_workers_ends(script: str, start_method: str) -> None:
     done = subprocess.run(

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -135,18 +135,16 @@ def checked_features(features: ArrayLike) -> Floats:
     return values
 
 
-def statistics(features: ArrayLike, weights: NDArray[Any] | None = None) -> Statistics:
-    """Mean and covariance of (N, F) features, image i counted ``weights[i]`` times.
+def statistics(features: ArrayLike) -> Statistics:
+    """Mean and covariance of (N, F) features.
 
     Raises:
         FeaturesError: see ``checked_features``.
     """
     values = checked_features(features)
-    w = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
-    values, w = values[w > 0], w[w > 0]
     N, F = values.shape
-    mean = w @ values / w.sum()
-    root = ((values - mean) * np.sqrt(w / (w.sum() - 1))[:, None]).T
+    mean = values.mean(axis=0)
+    root = (values - mean).T / np.sqrt(N - 1)
     return Statistics(mean=mean, covariance=root @ root.T, num_images=N, root=root if N <= F else None)
 
 
@@ -217,45 +215,3 @@ def _factor(covariance: Floats) -> Floats:
         eigenvalues, vectors = np.linalg.eigh(covariance)
         used = eigenvalues > 0
         return np.asarray(vectors[:, used] * np.sqrt(eigenvalues[used]))
-
-
-class ResampledFid:
-    """FID for any weighting of the images: the statistic for ``eval.bootstrap``.
-
-    With no more images than features it comes from the images' inner products alone: the trace of the root of the
-    product of covariances is the nuclear norm of the matrix of inner products between both sets' centred features (for
-    S = Xᵀ X and T = Yᵀ Y it is that of X Yᵀ). That takes a tenth of a second for AP-10K's validation split; with more
-    images, a resample takes as long as any FID, some seconds.
-
-    Image i of one set and image i of the other belong together, and are drawn together. Use
-    ``eval.bootstrap.interval(..., centred=True)``: a resample has fewer different images, so its FID is higher.
-    """
-
-    def __init__(self, real: ArrayLike, fake: ArrayLike) -> None:
-        first, second = checked_features(real), checked_features(fake)
-        if first.shape != second.shape:
-            raise FeaturesError(
-                f"expected features of as many real as generated images, found {first.shape}, {second.shape}"
-            )
-        self.features = first, second
-        if len(first) <= first.shape[1]:
-            centre = first.mean(axis=0)  # any point will do; near the data less is lost to rounding
-            first, second = first - centre, second - centre
-            self.products = first @ first.T, second @ second.T, first @ second.T
-
-    def __call__(self, weights: NDArray[Any]) -> float:
-        """FID with image i of both sets counted ``weights[i]`` times."""
-        first, second = self.features
-        if len(first) > first.shape[1]:
-            return frechet_distance(statistics(first, weights), statistics(second, weights))
-        drawn = np.flatnonzero(weights)
-        w = np.asarray(weights, np.float64)[drawn]
-        n = w.sum()
-        real, fake, cross = (each[np.ix_(drawn, drawn)] for each in self.products)
-        w_cross, cross_w = w @ cross / n, cross @ w / n
-        mean_real, mean_fake, mean_cross = w @ real @ w / n**2, w @ fake @ w / n**2, w_cross @ w / n
-        trace = (w @ np.diag(real) + w @ np.diag(fake) - n * (mean_real + mean_fake)) / (n - 1)
-        centred = cross - cross_w[:, None] - w_cross[None] + mean_cross
-        scaled = np.sqrt(w)[:, None] * centred * np.sqrt(w)[None] / (n - 1)
-        nuclear_norm = np.linalg.svd(scaled, compute_uv=False).sum()
-        return float(mean_real + mean_fake - 2 * mean_cross + trace - 2 * nuclear_norm)

@@ -5,11 +5,19 @@ kernel (x·y / F + 1)³, by the unbiased estimator, so that it can be a little b
 depend on the number of images. **Scale**: values are as the formula gives them, like torch-fidelity's; papers often
 print them times 1,000 (``PRINTED_SCALE``), some times 100.
 
+Two estimators, which differ in the pairs of a real and a generated image that they compare:
+
+- ``PairedKid`` is for sets in which image i of both is of the same pose, as in every benchmark here. It leaves out the
+  pair (i, i): these two images are more alike than two of different poses.
+- ``kid`` compares all pairs, as torch-fidelity does, and assumes that the sets are independent. Of paired sets of n
+  images it is off by -2/n (E k(x_i, y_i) - E k(x_i, y_j)), whatever the subsets: too low.
+
 Legend: N and M images, F features.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +47,9 @@ def kid(
     subset_size: int = SUBSET_SIZE,
     seed: int = SEED,
 ) -> Kid:
-    """KID over random subsets, the same ones as torch-fidelity's ``kid_features_to_metric`` draws.
+    """KID of two independent sets over random subsets, the same as torch-fidelity's ``kid_features_to_metric`` takes.
+
+    For sets in which image i of both is of the same pose use ``PairedKid``: of these, this value is too low.
 
     Args:
         real, fake: (N, F) and (M, F) features.
@@ -66,16 +76,17 @@ def kid(
     for _ in range(subsets):
         x = first[random.choice(len(first), subset_size, replace=False)]
         y = second[random.choice(len(second), subset_size, replace=False)]
-        ones = np.ones(subset_size)
-        distances.append(_discrepancy(_kernel(x, x), _kernel(x, y), _kernel(y, y), ones))
+        distances.append(_discrepancy(_kernel(x, x), _kernel(x, y), _kernel(y, y)))
     return Kid(float(np.mean(distances)), float(np.std(distances)))
 
 
-class ResampledKid:
-    """KID of all images for any weighting of them: the statistic for ``eval.bootstrap``.
+class PairedKid:
+    """KID of paired sets for any weighting of the pairs: the statistic for ``eval.bootstrap``.
 
-    Image i of one set and image i of the other are drawn together. Two draws of one image are no pair of different
-    images, and do not count: otherwise the values of resamples would be too high.
+    It is the U-statistic of Gretton et al., "A Kernel Two-Sample Test", JMLR 13, 2012, lemma 6: the mean over all i and
+    j that are different of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i). It has no bias if the pairs
+    (x_i, y_i) are independent of each other. Several copies of a pair in a resample are not different pairs, and do
+    not count as such: otherwise the values of resamples would be off.
     """
 
     def __init__(self, real: ArrayLike, fake: ArrayLike) -> None:
@@ -84,20 +95,49 @@ class ResampledKid:
             raise FeaturesError(
                 f"expected features of as many real as generated images, found {first.shape}, {second.shape}"
             )
-        self.kernels = _kernel(first, first), _kernel(first, second), _kernel(second, second)
+        cross = _kernel(first, second)
+        self._terms = _kernel(first, first) + _kernel(second, second) - cross - cross.T
+        np.fill_diagonal(self._terms, 0)
 
-    def __call__(self, weights: NDArray[Any]) -> float:
-        """KID with image i of both sets counted ``weights[i]`` times; with all weights 1, that of all images."""
-        return _discrepancy(*self.kernels, np.asarray(weights, np.float64))
+    @property
+    def value(self) -> float:
+        """KID of all images."""
+        return float(self._terms.sum() / (len(self._terms) * (len(self._terms) - 1)))
+
+    def corrected(self, samples: Floats) -> Floats:
+        """Values of resamples (R,), moved towards the value of all images so that their variance is right.
+
+        The variance of a U-statistic has a part of single images and one of pairs. Resamples have the latter three
+        times: the means over an image's pairs, which stand for single images, hold the chance of these pairs too. That
+        matters where KID is no larger than its noise. NaN with fewer than 4 images.
+        """
+        N = len(self._terms)
+        if N < 4:
+            return np.full_like(samples, np.nan)
+        of_images = self._terms.sum(axis=1) / (N - 1)
+        of_pairs = self._terms - of_images[:, None] - of_images + self.value
+        np.fill_diagonal(of_pairs, 0)
+        pair_variance = 2 * (of_pairs**2).sum() / (N * (N - 1) * N * (N - 3))
+        variance = float(np.nanvar(samples, ddof=1))
+        if not variance:
+            return samples
+        factor = math.sqrt(max(variance - 2 * pair_variance, pair_variance) / variance)
+        return np.asarray(self.value + (samples - self.value) * min(factor, 1.0))
+
+    def __call__(self, weights: NDArray[Any]) -> Floats:
+        """(...) KID with pair i counted ``weights[..., i]`` times; NaN where only one pair has a weight."""
+        w = np.asarray(weights, np.float64)
+        pairs = w.sum(axis=-1) ** 2 - (w**2).sum(axis=-1)
+        total = ((w @ self._terms) * w).sum(axis=-1)
+        return np.asarray(np.divide(total, pairs, out=np.full_like(total, np.nan), where=pairs > 0))
 
 
 def _kernel(x: Floats, y: Floats) -> Floats:
     return np.asarray((x @ y.T / x.shape[1] + 1) ** 3)
 
 
-def _discrepancy(xx: Floats, xy: Floats, yy: Floats, weights: Floats) -> float:
-    """Unbiased squared maximum mean discrepancy, row i of both sets counted ``weights[i]`` times."""
-    total, squares = weights.sum(), weights**2
-    pairs = total**2 - squares.sum()
-    within = sum(weights @ kernel @ weights - squares @ np.diag(kernel) for kernel in (xx, yy))
-    return float(within / pairs - 2 * (weights @ xy @ weights) / total**2)
+def _discrepancy(xx: Floats, xy: Floats, yy: Floats) -> float:
+    """Unbiased squared maximum mean discrepancy of two independent sets of N images, from their kernels (N, N)."""
+    N = len(xx)
+    within = sum((kernel.sum() - np.trace(kernel)) / (N * (N - 1)) for kernel in (xx, yy))
+    return float(within - 2 * xy.mean())

@@ -42,12 +42,20 @@ class Pck:
         return dict(zip(("PCK", *self.keypoint_names), values.tolist(), strict=True))
 
     def at(self, weights: NDArray[Any]) -> Floats:
-        """(1 + K,) ``scores`` with image i counted ``weights[i]`` times: the statistic for ``eval.bootstrap``."""
-        weight = np.asarray(weights, np.float64)[self.image_of]
+        """(..., 1 + K) ``scores`` with image i counted ``weights[..., i]`` times: for ``eval.bootstrap``."""
+        weight = np.asarray(weights, np.float64)[..., self.image_of]
         total = weight @ self.labelled
-        each = np.where(total > 0, weight @ self.correct / np.maximum(total, 1), np.nan)
-        mean = each[total > 0].mean() if (total > 0).any() else np.nan
-        return np.array([mean, *each])
+        each = np.divide(weight @ self.correct, total, out=np.full_like(total, np.nan), where=total > 0)
+        counted = (total > 0).sum(axis=-1)
+        sums = np.nansum(each, axis=-1)
+        mean = np.divide(sums, counted, out=np.full_like(sums, np.nan), where=counted > 0)
+        return np.concatenate([mean[..., None], each], axis=-1)
+
+    def labelled_images(self) -> Booleans:
+        """(I, K) whether an image has an instance of which this keypoint counts."""
+        found = np.zeros((len(self.image_ids), self.labelled.shape[1]), bool)
+        np.logical_or.at(found, self.image_of, self.labelled)
+        return found
 
 
 def pck(poses: Poses, truth: GroundTruth, dataset: str | Dataset, threshold: float = THRESHOLD) -> Pck:

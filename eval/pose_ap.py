@@ -51,6 +51,7 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _AT_75 = 5
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Where precision is read off."""
+_RECALLS_AND_BEYOND = np.append(RECALLS, np.inf)
 AREA_RANGES = {"all": (0.0, 1e5**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e5**2)}
 """Square pixels, both ends included."""
 MAX_PREDICTIONS = 20
@@ -68,29 +69,36 @@ _ALMOST_ONE = 1 - 1e-10
 
 
 class Scores(NamedTuple):
-    """Numbers for one weighting of the images; NaN where no instance counts.
+    """Numbers for weightings of the images; NaN where no instance counts.
 
     Attributes:
-        precision: (T, A, C) average precision.
-        recall: (T, A, C) recall of all predictions.
+        precision: (..., T, A, C) average precision.
+        recall: (..., T, A, C) recall of all predictions.
     """
 
     precision: Floats
     recall: Floats
 
     def summary(self) -> Floats:
-        """``METRICS`` in [0, 1]: means over thresholds and over the categories that have instances."""
+        """(..., 6) ``METRICS`` in [0, 1]: means over thresholds and over the categories that have instances."""
         ap, ar = self.precision, self.recall
-        parts = (ap[:, 0], ap[0, 0], ap[_AT_75, 0], ap[:, 1], ap[:, 2], ar[:, 0])
-        return np.array([_mean(each) for each in parts])
+        means = (
+            _mean(ap[..., 0, :], 2),
+            _mean(ap[..., 0, 0, :], 1),
+            _mean(ap[..., _AT_75, 0, :], 1),
+            _mean(ap[..., 1, :], 2),
+            _mean(ap[..., 2, :], 2),
+            _mean(ar[..., 0, :], 2),
+        )
+        return np.stack(means, axis=-1)
 
     def per_category(self) -> Floats:
-        """(C,) AP of each category."""
-        return np.asarray(self.precision[:, 0].mean(axis=0))
+        """(..., C) AP of each category."""
+        return np.asarray(self.precision[..., 0, :].mean(axis=-2))
 
     def per_threshold(self) -> Floats:
-        """(T,) mean over the categories of the average precision at each OKS threshold."""
-        return np.array([_mean(each) for each in self.precision[:, 0]])
+        """(..., T) mean over the categories of the average precision at each OKS threshold."""
+        return _mean(self.precision[..., 0, :], 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +122,7 @@ class PoseAp:
     matches: Matches
 
     def at(self, weights: NDArray[Any]) -> Floats:
-        """(6,) ``METRICS`` with image i counted ``weights[i]`` times: the statistic for ``eval.bootstrap``.
+        """(..., 6) ``METRICS`` with image i counted ``weights[..., i]`` times: the statistic for ``eval.bootstrap``.
 
         The same as an evaluation of as many copies of the image, one after the other.
         """
@@ -300,6 +308,13 @@ class Matches:
     def curves(self) -> Curves:
         return _curves(self)
 
+    def counted_images(self, area_range: str) -> Booleans:
+        """(I, C) whether an image has an instance of this category and in this range of ``AREA_RANGES`` that counts."""
+        counted = ~self.not_counted[:, list(AREA_RANGES).index(area_range)]
+        found = np.zeros((len(self.truth.image_ids), len(self.truth.category_ids)), bool)
+        found[self.truth.image_of[counted], self.truth.category_of[counted]] = True
+        return found
+
 
 def match(truth: GroundTruth, predictions: Predictions, sigmas: Floats) -> Matches:
     """Match predictions greedily, the highest score first, as pycocotools' ``COCOeval.evaluateImg`` does.
@@ -422,7 +437,9 @@ class Curves:
         hit_start: (S,) int64, and its first hit.
         hit_curve: (H,) int64, the hit's place among these S curves.
         curve: (S,) int64, their places among all T x A x C.
-        instance_image, instance_curve: the instances that count in each area range: image, and place in A x C.
+        instance_image: the images of the instances that count in each area range, by place in A x C.
+        instance_curve: the places in A x C that have instances, ascending.
+        instance_start: for each of these places its first instance.
     """
 
     shape: tuple[int, int, int]
@@ -435,31 +452,52 @@ class Curves:
     curve: Integers
     instance_image: Integers
     instance_curve: Integers
+    instance_start: Integers
 
     def at(self, weights: NDArray[Any]) -> Scores:
-        """Average precision and recall with image i counted ``weights[i]`` times.
+        """Average precision and recall with image i counted ``weights[..., i]`` times.
 
         Precision is made to fall with recall and read off at ``RECALLS``, as in pycocotools' ``accumulate``.
         """
         T, A, C = self.shape
         weights = np.asarray(weights, np.float64)
-        positives = np.bincount(self.instance_curve, weights[self.instance_image], minlength=A * C)
-        precision, recall = np.zeros((2, T * A * C))
+        before = weights.shape[:-1]
+        positives = np.zeros((*before, A * C))
+        if len(self.instance_start):
+            counted = weights.take(self.instance_image, axis=-1)
+            positives[..., self.instance_curve] = np.add.reduceat(counted, self.instance_start, axis=-1)
+        precision, recall = np.zeros((2, *before, T * A * C))
         if len(self.hits):
-            seen = np.r_[0.0, np.cumsum(weights[self.entry_image])]
-            found = np.r_[0.0, np.cumsum(weights[self.hit_image])]
-            true = found[1:] - found[self.hit_start][self.hit_curve]
-            seen = seen[self.hits + 1] - seen[self.entry_start][self.hit_curve]
-            recalls = true / np.maximum(positives, 1)[(self.curve % (A * C))[self.hit_curve]]
-            reached = np.searchsorted(RECALLS, recalls, side="right")
-            steps = np.diff(reached, prepend=0)
-            steps[self.hit_start] = reached[self.hit_start]
+            seen = _running_sums(weights.take(self.entry_image, axis=-1))
+            found = _running_sums(weights.take(self.hit_image, axis=-1))
+            true = found[..., 1:] - found.take(self.hit_start[self.hit_curve], axis=-1)
+            seen = seen.take(self.hits + 1, axis=-1) - seen.take(self.entry_start[self.hit_curve], axis=-1)
+            recalls = true / np.maximum(positives, 1).take((self.curve % (A * C))[self.hit_curve], axis=-1)
+            reached = _recalls_reached(recalls)
+            steps = np.diff(reached, prepend=0, axis=-1)
+            steps[..., self.hit_start] = reached[..., self.hit_start]
             highest = _highest_from_here(true / np.maximum(seen, 1), self.hit_curve)
-            precision[self.curve] = np.add.reduceat(highest * steps, self.hit_start) / len(RECALLS)
-            recall[self.curve] = recalls[np.r_[self.hit_start[1:], len(recalls)] - 1]
-        absent = np.broadcast_to(positives == 0, (T, A * C)).reshape(-1)
-        precision[absent] = recall[absent] = np.nan
-        return Scores(precision.reshape(T, A, C), recall.reshape(T, A, C))
+            total = np.add.reduceat(highest * steps, self.hit_start, axis=-1)
+            precision[..., self.curve] = total / len(RECALLS)
+            recall[..., self.curve] = recalls[..., np.append(self.hit_start[1:], len(self.hits)) - 1]
+        absent = (positives == 0).reshape(*before, 1, A, C)
+        return Scores(
+            *(np.where(absent, np.nan, each.reshape(*before, T, A, C)) for each in (precision, recall))
+        )
+
+
+def _running_sums(values: Floats) -> Floats:
+    """(..., L + 1) sums of the first 0 to L of (..., L) values."""
+    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
+    np.cumsum(values, axis=-1, out=sums[..., 1:])
+    return sums
+
+
+def _recalls_reached(recalls: Floats) -> Integers:
+    """How many of ``RECALLS`` each recall in [0, 1] reaches: ``np.searchsorted(RECALLS, recalls, side="right")``."""
+    step = (recalls * (len(RECALLS) - 1)).astype(np.int64)  # right but for rounding
+    step -= RECALLS[step] > recalls
+    return np.asarray(step + 1 + (_RECALLS_AND_BEYOND[step + 1] <= recalls), np.int64)
 
 
 def _highest_from_here(precision: Floats, run: Integers) -> Floats:
@@ -469,7 +507,7 @@ def _highest_from_here(precision: Floats, run: Integers) -> Floats:
     where there are thousands of runs.
     """
     lowered = precision - 2.0 * run
-    return np.asarray(np.maximum.accumulate(lowered[::-1])[::-1] + 2.0 * run)
+    return np.asarray(np.maximum.accumulate(lowered[..., ::-1], axis=-1)[..., ::-1] + 2.0 * run)
 
 
 def _curves(matches: Matches) -> Curves:
@@ -480,6 +518,9 @@ def _curves(matches: Matches) -> Curves:
     hits = np.flatnonzero(matches.matched[prediction, t, a])
     curves, hit_start, hit_curve = np.unique(curve[hits], return_index=True, return_inverse=True)
     instance, area = np.nonzero(~matches.not_counted)
+    place = area * C + matches.truth.category_of[instance]
+    order = np.argsort(place, kind="stable")
+    places, instance_start = np.unique(place[order], return_index=True)
     return Curves(
         shape=(T, A, C),
         entry_image=matches.image_of[prediction],
@@ -489,12 +530,16 @@ def _curves(matches: Matches) -> Curves:
         hit_start=hit_start,
         hit_curve=hit_curve,
         curve=curves,
-        instance_image=matches.truth.image_of[instance],
-        instance_curve=area * C + matches.truth.category_of[instance],
+        instance_image=matches.truth.image_of[instance[order]],
+        instance_curve=places,
+        instance_start=instance_start,
     )
 
 
-def _mean(values: Floats) -> float:
-    """Mean of those that are not NaN; NaN of none."""
-    valid = values[~np.isnan(values)]
-    return float(valid.mean()) if len(valid) else float("nan")
+def _mean(values: Floats, axes: int) -> Floats:
+    """Means over the last axes of those that are not NaN; NaN of none."""
+    values = values.reshape(*values.shape[: values.ndim - axes], -1)
+    valid = ~np.isnan(values)
+    count = valid.sum(axis=-1)
+    total = np.where(valid, values, 0).sum(axis=-1)
+    return np.asarray(np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0))

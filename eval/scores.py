@@ -8,27 +8,44 @@ Legend: I images, R resamples, F features.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from eval.bootstrap import bootstrap, difference, interval, weighted_mean
+from eval.bootstrap import (
+    FEW_IMAGES,
+    MIN_IMAGES,
+    Interval,
+    Statistic,
+    Support,
+    bootstrap,
+    few_images,
+    interval,
+    normal_interval,
+    rescaled,
+    subsamples,
+    support,
+    weighted_mean,
+)
 from eval.diversity import diversity
-from eval.fid import ResampledFid, Statistics, TooFewImagesWarning, fid
+from eval.fid import Statistics, TooFewImagesWarning, fid
+from eval.fid_subsets import PairedFid, random_half
 from eval.instances import NO_ANNOTATION, GroundTruth, Integers, Poses
-from eval.kid import ResampledKid, kid
+from eval.kid import PairedKid, kid
 from eval.openmmlab import people_counting_error
-from eval.pck import pck
+from eval.pck import Pck, pck
+from eval.pose_ap import AREA_RANGES, THRESHOLDS, PoseAp, evaluate, scenario_weights
 from eval.pose_ap import METRICS as AP_METRICS
-from eval.pose_ap import THRESHOLDS, evaluate, scenario_weights
-from eval.settings import DetectionArea, Intervals
+from eval.settings import Intervals, KidSettings, PoseApSettings
 from spctrl.arrays import read_arrays
 from spctrl.errors import ExpectedError
 from spctrl.parquet import read_table
@@ -36,6 +53,13 @@ from spctrl.parquet import read_table
 Floats = NDArray[np.float64]
 SCORES, SAMPLES = "scores.parquet", "samples.npz"
 NOT_A_NUMBER = "its value is not a number"
+FID_INFINITY = "FID-infinity"
+FID_SPLITS = 20
+"""Pairs of random halves of the images from which FID is extrapolated."""
+MAX_FID_INFINITY_RESAMPLES = 100
+"""Each takes two FIDs of half the images."""
+FID_IMAGES_PER_FEATURE = 10
+"""With fewer, what remains of FID's bias after extrapolation may be as large as its interval."""
 
 SCORES_SCHEMA = pa.schema(
     [
@@ -45,11 +69,17 @@ SCORES_SCHEMA = pa.schema(
         ("value", pa.float64()),
         ("low", pa.float64()),
         ("high", pa.float64()),
+        ("images", pa.int64()),
+        ("few", pa.bool_()),
+        ("spread", pa.float64()),
+        ("degrees_of_freedom", pa.float64()),
         ("reason", pa.string()),
     ]
 )
 """One row per number. ``kind`` is empty for the number of all images, else ``species``, ``scenario``, ``keypoint`` or
-``oks_threshold``, and ``group`` the one of these. ``reason`` says why a value is NaN; empty of a number."""
+``oks_threshold``, and ``group`` the one of these. ``images`` is how many it is based on, ``few`` whether they are too
+few to trust it; ``spread`` and ``degrees_of_freedom`` are those of ``eval.bootstrap.FewImages``. ``reason`` says why
+there is no value, or no interval; else it is empty."""
 
 
 class Score(NamedTuple):
@@ -61,6 +91,10 @@ class Score(NamedTuple):
     value: float
     low: float
     high: float
+    images: int
+    few: bool = False
+    spread: float = 1.0
+    degrees_of_freedom: float = math.inf
     reason: str = ""
 
 
@@ -71,14 +105,16 @@ class Scores:
     Attributes:
         rows: the numbers.
         samples: (R,) by metric, of the numbers of all images: for differences between methods.
-        image_ids: (I,) int64, the images that were drawn from.
-        centred: whether the samples were shifted to the value (see ``eval.bootstrap.interval``).
+        image_ids: (I,) int64, the images that were resampled.
     """
 
     rows: list[Score]
     samples: dict[str, Floats]
     image_ids: Integers
-    centred: bool = False
+
+
+IntervalMaker = Callable[..., Interval]
+"""``interval`` or ``normal_interval`` of ``eval.bootstrap``."""
 
 
 class Name(NamedTuple):
@@ -92,26 +128,61 @@ class Name(NamedTuple):
 def _scores(
     names: Sequence[Name],
     values: Sequence[float],
-    statistic: Callable[[NDArray[np.int64]], Any],
+    samples: Floats,
+    supports: Sequence[Support],
     image_ids: Integers,
-    intervals: Intervals,
-    *,
-    centred: bool = False,
+    level: float,
     reasons: Mapping[str, str] | None = None,
+    make_interval: IntervalMaker = interval,
 ) -> Scores:
-    """Scores of a statistic that gives the named numbers for weights (I,); ``reasons`` by metric, of NaN values."""
-    samples = bootstrap(statistic, len(image_ids), intervals.resamples, intervals.seed)
-    samples = samples.reshape(intervals.resamples, len(names))
+    """Scores of the named numbers and their samples (R, numbers); ``reasons`` by metric, of NaN values."""
     rows = [
-        Score(
-            *name,
-            *interval(value, each, intervals.level, centred=centred),
-            (reasons or {}).get(name.metric, NOT_A_NUMBER) if np.isnan(value) else "",
-        )
-        for name, value, each in zip(names, values, samples.T, strict=True)
+        _score(name, value, each, of, level, (reasons or {}).get(name.metric, NOT_A_NUMBER), make_interval)
+        for name, value, each, of in zip(names, values, samples.T, supports, strict=True)
     ]
     overall = {name.metric: each for name, each in zip(names, samples.T, strict=True) if not name.kind}
-    return Scores(rows=rows, samples=overall, image_ids=image_ids, centred=centred)
+    return Scores(rows=rows, samples=overall, image_ids=image_ids)
+
+
+def _score(
+    name: Name,
+    value: float,
+    samples: Floats,
+    of: Support,
+    level: float,
+    reason: str,
+    make_interval: IntervalMaker,
+) -> Score:
+    if np.isnan(value):
+        return Score(*name, value, np.nan, np.nan, of.images, reason=reason)
+    if of.images < MIN_IMAGES:
+        reason = f"no interval of fewer than {MIN_IMAGES} images"
+        return Score(*name, value, np.nan, np.nan, of.images, of.few, reason=reason)
+    few = few_images(of)
+    found = make_interval(value, samples, level, expanded=few.expansion((1 - level) / 2))
+    reason = ""
+    if np.isnan(found.low):
+        reason = "no interval: no resample has a value"
+    elif found.low == found.high:
+        found, reason = Interval(value, np.nan, np.nan), "no interval: all resamples have this value"
+    return Score(*name, *found, of.images, of.few, *few, reason)
+
+
+def _bootstrapped(
+    names: Sequence[Name],
+    statistic: Statistic,
+    supports: Sequence[Support],
+    image_ids: Integers,
+    intervals: Intervals,
+    reasons: Mapping[str, str] | None = None,
+    *,
+    size: int = 0,
+) -> Scores:
+    """Scores of a statistic that has the named numbers (B, numbers) for weights (B, I); see ``bootstrap``."""
+    samples = bootstrap(statistic, len(image_ids), intervals.resamples, intervals.seed, size=size)
+    samples = samples.reshape(intervals.resamples, len(names))
+    values = np.asarray(statistic(np.ones((1, len(image_ids)), np.int64)), np.float64).reshape(-1)
+    return _scores(names, values.tolist(), samples, supports, image_ids, intervals.level, reasons)
 
 
 def pose_scores(
@@ -119,9 +190,7 @@ def pose_scores(
     truth: GroundTruth,
     dataset: str,
     intervals: Intervals,
-    *,
-    pck_threshold: float,
-    detection_area: DetectionArea = "bbox",
+    settings: PoseApSettings,
 ) -> tuple[Scores, Floats]:
     """Pose AP with its relatives, of all images and by species, scenario and OKS threshold, and PCK by keypoint.
 
@@ -130,38 +199,58 @@ def pose_scores(
     Returns:
         The scores, and (G,) each annotated instance's OKS.
     """
-    result = evaluate(poses, truth, dataset, detection_area=detection_area)
-    curves = result.matches.curves
-    inside = list(scenario_weights(truth).items())
-    present = [i for i, name in enumerate(truth.category_names) if name in result.per_category]
-    names = [
-        *(Name(metric) for metric in AP_METRICS),
-        *(Name("AP", "species", truth.category_names[i]) for i in present),
-        *(Name("AP", "oks_threshold", f"{each:.2f}") for each in THRESHOLDS),
-        *(Name("AP", "scenario", name) for name, _ in inside),
-    ]
-
-    def of_all(weights: NDArray[Any]) -> Floats:
-        found = curves.at(weights)
-        scenarios = [curves.at(weights * mask).summary()[0] for _, mask in inside]
-        return np.concatenate(
-            [found.summary(), found.per_category()[present], found.per_threshold(), scenarios]
-        )
-
-    every = np.ones(len(truth.image_ids), np.int64)
-    reasons = _reasons(truth)
-    ap = _scores(names, of_all(every).tolist(), of_all, truth.image_ids, intervals, reasons=reasons)
+    result = evaluate(poses, truth, dataset, detection_area=settings.detection_area)
+    ap = _ap_scores(result, truth, msgspec.structs.replace(intervals, resamples=settings.resamples))
     if (poses.annotation_ids == NO_ANNOTATION).any():
         near = counting_scores(poses, truth, intervals)
     else:
-        correct = pck(poses, truth, dataset, pck_threshold)
-        keypoints = [Name("PCK"), *(Name("PCK", "keypoint", name) for name in correct.keypoint_names)]
-        values = correct.at(every).tolist()
-        near = _scores(keypoints, values, correct.at, truth.image_ids, intervals, reasons=reasons)
+        near = _pck_scores(pck(poses, truth, dataset, settings.pck_threshold), truth, intervals)
     scores = Scores(
         rows=ap.rows + near.rows, samples={**ap.samples, **near.samples}, image_ids=truth.image_ids
     )
     return scores, result.matches.best_oks
+
+
+def _ap_scores(result: PoseAp, truth: GroundTruth, intervals: Intervals) -> Scores:
+    curves = result.matches.curves
+    inside = scenario_weights(truth)
+    present = [i for i, name in enumerate(truth.category_names) if name in result.per_category]
+    counted = {area: result.matches.counted_images(area) for area in AREA_RANGES}
+    of_all = support(counted["all"])
+    rows = {
+        **{Name(metric): of_all for metric in AP_METRICS},
+        Name("AP-M"): support(counted["medium"]),
+        Name("AP-L"): support(counted["large"]),
+        **{Name("AP", "species", truth.category_names[i]): support(counted["all"][:, i]) for i in present},
+        **{Name("AP", "oks_threshold", f"{each:.2f}"): of_all for each in THRESHOLDS},
+        **{
+            Name("AP", "scenario", name): support(counted["all"] & mask[:, None])
+            for name, mask in inside.items()
+        },
+    }
+
+    def statistic(weights: NDArray[Any]) -> Floats:
+        found = curves.at(weights)
+        scenarios = [curves.at(weights * mask).summary()[..., :1] for mask in inside.values()]
+        parts = found.summary(), found.per_category()[..., present], found.per_threshold(), *scenarios
+        return np.concatenate(parts, axis=-1)
+
+    return _bootstrapped(
+        list(rows),
+        statistic,
+        list(rows.values()),
+        truth.image_ids,
+        intervals,
+        _reasons(truth),
+        size=len(curves.entry_image),
+    )
+
+
+def _pck_scores(correct: Pck, truth: GroundTruth, intervals: Intervals) -> Scores:
+    labelled = correct.labelled_images()
+    names = [Name("PCK"), *(Name("PCK", "keypoint", name) for name in correct.keypoint_names)]
+    supports = [support(np.asarray(labelled.any(axis=1))), *(support(each) for each in labelled.T)]
+    return _bootstrapped(names, correct.at, supports, truth.image_ids, intervals, _reasons(truth))
 
 
 def _reasons(truth: GroundTruth) -> dict[str, str]:
@@ -214,25 +303,83 @@ def fid_scores(
         warnings.simplefilter("always", TooFewImagesWarning)
         value = fid(real_statistics, fake_statistics)
     ids, *both = of_same_images(real, fake)
-    scores = _scores([Name("FID")], [value], ResampledFid(*both), ids, intervals, centred=True)
+    scores = _subsampled("FID", value, ids, intervals, lambda left_out: PairedFid(*both).without(left_out))
     return scores, [str(each.message) for each in caught if each.category is TooFewImagesWarning]
 
 
-def kid_scores(
-    real: Features, fake: Features, intervals: Intervals, *, subsets: int, subset_size: int
-) -> Scores:
-    """KID of all images, not scaled."""
-    value = kid(real.values, fake.values, subsets=subsets, subset_size=subset_size).mean
+def extrapolated_fid_scores(real: Features, fake: Features, intervals: Intervals) -> tuple[Scores, list[str]]:
+    """FID of all images, extrapolated to any number of them, and what is to be said of it."""
     ids, *both = of_same_images(real, fake)
-    return _scores([Name("KID")], [value], ResampledKid(*both), ids, intervals, centred=True)
+    paired, generator = PairedFid(*both), np.random.default_rng(intervals.seed)
+    every = np.arange(len(ids))
+
+    halves = [random_half(len(ids), generator) for _ in range(FID_SPLITS)]
+
+    def of_subsamples(left_out: Integers) -> Floats:
+        # By the same halves each time, so that what these have by chance is no deviation.
+        return np.array(
+            [
+                paired.extrapolated(np.delete(every, each), found, halves[0])
+                for each, found in zip(left_out, paired.without(left_out), strict=True)
+            ]
+        )
+
+    value = math.nan
+    if len(ids) >= FEW_IMAGES:
+        of_all = paired.of(every)
+        value = float(np.mean([paired.extrapolated(every, of_all, half) for half in halves]))
+    fewer = msgspec.structs.replace(intervals, resamples=min(intervals.resamples, MAX_FID_INFINITY_RESAMPLES))
+    scores = _subsampled(FID_INFINITY, value, ids, fewer, of_subsamples)
+    features = both[0].shape[1]
+    if len(ids) >= FID_IMAGES_PER_FEATURE * features:
+        return scores, []
+    return scores, [
+        f"{len(ids):,} images are fewer than {FID_IMAGES_PER_FEATURE} for each of {features:,} features: a part of "
+        "FID's bias may remain, and the interval may not hold the true FID"
+    ]
+
+
+def _subsampled(
+    metric: str, value: float, ids: Integers, intervals: Intervals, statistic: Callable[[Integers], Floats]
+) -> Scores:
+    """Scores of a statistic of the images without those of the indices (R, D)."""
+    samples = np.full(intervals.resamples, np.nan)
+    if len(ids) >= MIN_IMAGES and not math.isnan(value):
+        left_out = subsamples(len(ids), intervals.resamples, intervals.seed)
+        samples = rescaled(value, statistic(left_out), len(ids), left_out.shape[1])
+    of = support(np.ones(len(ids), bool))
+    reasons = {FID_INFINITY: f"fewer than {FEW_IMAGES} images"}
+    return _scores(
+        [Name(metric)], [value], samples[:, None], [of], ids, intervals.level, reasons, normal_interval
+    )
+
+
+def kid_scores(real: Features, fake: Features, intervals: Intervals, settings: KidSettings) -> Scores:
+    """KID of all images, not scaled, by the estimator for paired or for independent sets.
+
+    The interval is that of the estimator for paired sets, around the value of the one that is asked for.
+    """
+    ids, *both = of_same_images(real, fake)
+    paired = PairedKid(*both)
+    of = support(np.ones(len(ids), bool))
+    samples = paired.corrected(bootstrap(paired, len(ids), intervals.resamples, intervals.seed))
+    value = paired.value
+    if settings.estimator == "independent":
+        value = kid(real.values, fake.values, subsets=settings.subsets, subset_size=settings.subset_size).mean
+        samples += value - paired.value
+    return _scores([Name("KID")], [value], samples[:, None], [of], ids, intervals.level)
 
 
 def mean_scores(metric: str, values: Mapping[int, float], intervals: Intervals) -> Scores:
     """The mean of a number that each image has, by image id."""
     ids = np.array(sorted(values), np.int64)
     each = np.array([values[image_id] for image_id in ids.tolist()])
-    return _scores(
-        [Name(metric)], [float(each.mean())], lambda weights: weighted_mean(each, weights), ids, intervals
+    return _bootstrapped(
+        [Name(metric)],
+        lambda weights: weighted_mean(each, weights)[:, None],
+        [support(np.isfinite(each))],
+        ids,
+        intervals,
     )
 
 
@@ -252,7 +399,7 @@ def write_scores(scores: Scores, table: Path, samples: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=SCORES_SCHEMA), table, compression="zstd")
     with samples.open("wb") as file:
         samples_by_name: dict[str, Any] = dict(scores.samples)
-        np.savez(file, image_ids=scores.image_ids, centred=np.array(scores.centred), **samples_by_name)
+        np.savez(file, image_ids=scores.image_ids, **samples_by_name)
 
 
 def read_scores(folder: Path) -> Scores:
@@ -262,40 +409,5 @@ def read_scores(folder: Path) -> Scores:
     return Scores(
         rows=[Score(**row) for row in rows],
         image_ids=samples.pop("image_ids"),
-        centred=bool(samples.pop("centred")),
         samples=samples,
     )
-
-
-class Difference(NamedTuple):
-    """How much more one method has of a metric than another, on the same images and resamples."""
-
-    metric: str
-    method: str
-    other: str
-    value: float
-    low: float
-    high: float
-
-
-def differences(metric: str, of_methods: Mapping[str, Scores], level: float) -> list[Difference]:
-    """Paired differences of all pairs of methods that were measured on the same images."""
-    found = []
-    names = list(of_methods)
-    for position, method in enumerate(names):
-        for other in names[position + 1 :]:
-            a, b = of_methods[method], of_methods[other]
-            if not np.array_equal(a.image_ids, b.image_ids):
-                continue
-            value, other_value = (_overall(each, metric).value for each in (a, b))
-            if np.isnan(value - other_value):
-                continue
-            offset = difference(
-                value, a.samples[metric], other_value, b.samples[metric], level, centred=a.centred
-            )
-            found.append(Difference(metric, method, other, *offset))
-    return found
-
-
-def _overall(scores: Scores, metric: str) -> Score:
-    return next(row for row in scores.rows if row.metric == metric and not row.kind)

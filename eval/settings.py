@@ -10,7 +10,24 @@ from spctrl.configuration import PathText
 from spctrl.inference.methods import Method
 
 DetectionArea = Literal["bbox", "keypoints"]
-MetricGroup = Literal["pose_ap", "fid", "kid", "clip_score", "diversity"]
+KidEstimator = Literal["paired", "independent"]
+MIN_RESAMPLES = 40
+"""With fewer, none is as far out as an interval of 95 % reaches."""
+MetricGroup = Literal["pose_ap", "fid", "fid_infinity", "kid", "clip_score", "diversity"]
+
+_BOOTSTRAP = "interval: expanded percentiles of bootstrap resamples of the images"
+_SUBSAMPLES = "interval: standard deviation of subsamples that leave out a tenth of the images, rescaled"
+DEFINITIONS = {
+    "pose_ap": f"COCO keypoint AP, mean over categories; {_BOOTSTRAP}",
+    "fid": f"FID at this number of images; {_SUBSAMPLES}",
+    "fid_infinity": f"FID extrapolated in 1 / images from halves and all; {_SUBSAMPLES}",
+    "kid_paired": f"unbiased for paired sets: no image is compared with that of its own pose; {_BOOTSTRAP}",
+    "kid_independent": "torch-fidelity's, mean over subsets, too low for paired sets; "
+    f"{_BOOTSTRAP}, of the estimator for paired sets, around the value",
+    "clip_score": f"mean over images; {_BOOTSTRAP}",
+    "diversity": f"mean over poses; {_BOOTSTRAP}",
+}
+"""What a number and its interval are, by stage, of KID also by estimator."""
 
 
 def _check(is_right: bool, expected: str, found: object) -> None:
@@ -65,13 +82,19 @@ class PoseApSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         pck_threshold: of the longer side of the annotated box, within which a keypoint is correct.
         detection_area: of a detection that matches nothing, which decides whether it counts against AP-M or AP-L: that
             of its box (``bbox``), or of the smallest box around its keypoints (``keypoints``).
+        resamples: of the intervals of AP and its relatives: 1 s for 1,000 images and 1,000 resamples. PCK and the
+            people counting error have those of ``intervals``.
     """
 
     pck_threshold: float = 0.05
     detection_area: DetectionArea = "bbox"
+    resamples: int = 1000
 
     def __post_init__(self) -> None:
         _check(self.pck_threshold > 0, "pck_threshold above 0", self.pck_threshold)
+        _check(
+            self.resamples >= MIN_RESAMPLES, f"pose_ap resamples of at least {MIN_RESAMPLES}", self.resamples
+        )
 
 
 class FeatureSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,23 +115,26 @@ class FidSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Frechet inception distance.
 
     Attributes:
-        resamples: of its interval; each takes the singular values of a matrix as large as the number of images (a third
-            of a second for 1,000 images, half a minute for 5,000).
+        resamples: subsamples for its interval, of which its extrapolation (``fid_infinity``) takes up to 100. On 2
+            cores, 300 take some 5 s for 1,000 images, and minutes for 5,000; the extrapolation takes about as long.
     """
 
-    resamples: int = 100
+    resamples: int = 300
 
     def __post_init__(self) -> None:
-        _check(self.resamples >= 1, "fid resamples of at least 1", self.resamples)
+        _check(self.resamples >= MIN_RESAMPLES, f"fid resamples of at least {MIN_RESAMPLES}", self.resamples)
 
 
 class KidSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Kernel inception distance.
 
     Attributes:
-        subsets, subset_size: images are compared in so many random subsets of this size.
+        estimator: ``paired`` leaves out the comparison of a generated image with the real one of its pose, which would
+            bias it; ``independent`` is torch-fidelity's, which assumes independent sets, to compare with its values.
+        subsets, subset_size: of ``independent``: images are compared in so many random subsets of this size.
     """
 
+    estimator: KidEstimator = "paired"
     subsets: int = 100
     subset_size: int = 500
 
@@ -127,20 +153,20 @@ class ClipSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Intervals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bootstrap over images.
+    """Resampling of the images.
 
     Attributes:
-        resamples: how many; FID has its own number.
+        resamples: how many; AP and FID, whose resamples take time, have their own numbers.
         level: share of the resamples inside an interval.
-        seed: of the draws; one for all methods, so that their differences are paired.
+        seed: of the resamples; one for all methods, so that their differences are paired.
     """
 
-    resamples: int = 1000
+    resamples: int = 10_000
     level: float = 0.95
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.resamples >= 1, "resamples of at least 1", self.resamples)
+        _check(self.resamples >= MIN_RESAMPLES, f"resamples of at least {MIN_RESAMPLES}", self.resamples)
         _check(0 < self.level < 1, "a level between 0 and 1", self.level)
 
 
@@ -157,13 +183,15 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         image_size_wh: width and height in pixels that all generated images must have. By default it is the sampler's
             resolution, and free for images of others.
         num_cases: best and worst cases in the report, so many of each.
+        reference: name of the method with which the others are compared. By default all pairs are, and a difference has
+            to be larger to show.
     """
 
     dataset: Literal["ap10k", "humanart"]
     methods: list[Method]
     split: Literal["train", "val", "test"] = "val"
     metrics: list[MetricGroup] = msgspec.field(
-        default_factory=lambda: ["pose_ap", "fid", "kid", "clip_score", "diversity"]
+        default_factory=lambda: ["pose_ap", "fid", "fid_infinity", "kid", "clip_score", "diversity"]
     )
     pose: PoseSettings = PoseSettings()
     pose_ap: PoseApSettings = PoseApSettings()
@@ -175,6 +203,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     allow_missing_images: bool = False
     image_size_wh: tuple[int, int] | None = None
     num_cases: int = 4
+    reference: str = ""
 
     def __post_init__(self) -> None:
         names = [method.name for method in self.methods]
@@ -188,6 +217,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             self.pose.boxes,
         )
         _check(self.num_cases >= 1, "num_cases of at least 1", self.num_cases)
+        _check(self.reference in ("", *names), f"reference: one of the methods, {names}", self.reference)
 
     @property
     def pose_weights(self) -> str:

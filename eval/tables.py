@@ -1,9 +1,10 @@
 """The paper's tables: measured beside reported numbers, in CSV, Markdown, LaTeX, JSON and Parquet.
 
 A number that cannot be taken at face value is marked wherever it is printed: ``R`` for random weights, ``P`` for a part
-of the split, ``A`` for another area of unmatched detections, ``D`` for a reported number that is doubtful. Random and
-doubtful ones are never best. A note ``N`` is of all measured numbers: how many images a split has whose whole size is
-not known here.
+of the split, ``S`` for few images, ``A`` for another area of unmatched detections, ``D`` for a reported number that is
+doubtful. Random and doubtful ones are never best. Notes without a mark in the table are of all measured numbers or of
+columns: ``N`` how many images a split has whose whole size is not known here, ``F``, ``I`` and ``K`` what is printed as
+FID, FID∞ and KID, ``M`` that AP is a mean over species.
 
 Legend: values are in the printed scale, AP times 100 and KID times 1,000.
 """
@@ -23,9 +24,11 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
+from eval.bootstrap import FEW_IMAGES, MIN_IMAGES
+from eval.differences import Difference
 from eval.kid import PRINTED_SCALE
-from eval.scores import Difference, Score
-from eval.settings import DetectionArea
+from eval.scores import FID_IMAGES_PER_FEATURE, FID_INFINITY, Score
+from eval.settings import DetectionArea, KidEstimator
 
 Source = Literal["measured", "reported"]
 SOURCES: tuple[Source, ...] = ("measured", "reported")
@@ -61,6 +64,7 @@ METRICS = (
     Metric("AP-L", "AP-L", True, 100),
     Metric("AR", "AR", True, 100),
     Metric("PCK", "PCK", True, 100),
+    Metric(FID_INFINITY, "FID∞", False),
     Metric("KID", f"KID × {PRINTED_SCALE:,}", False, PRINTED_SCALE),
     Metric("counting error", "people counting error", False),
     Metric("diversity", "diversity", None),
@@ -92,6 +96,30 @@ DOUBTFUL = {("humanart", "SP-Ctrl")}
 """Rows that look misprinted where they were published."""
 AREA_METRICS = ("AP-M", "AP-L")
 AREA_NOTE = "detections that match nothing count by the area of their keypoints' extent, not of their box"
+FEW_NOTE = (
+    f"FEW IMAGES (fewer than {FEW_IMAGES}, or than {MIN_IMAGES} of each species on average): neither such a number nor "
+    f"its interval can be trusted; of fewer than {MIN_IMAGES} images there is no interval"
+)
+FID_NOTE = (
+    "FID depends on the number of images: the interval is of FID at this number, not of the true FID; compare it only "
+    "with FID of as many images"
+)
+KID_NOTES = {
+    "paired": "KID leaves out the comparison of an image with the real one of its own pose, which would bias it, "
+    "unlike torch-fidelity's, for independent sets",
+    "independent": "KID is torch-fidelity's, for independent sets: too low here, where real and generated images are "
+    "of the same poses",
+}
+SPECIES_NOTE = (
+    "AP is a mean over {count} species; the fewer images of each, the higher it comes out (half a point at 20), which "
+    "cancels in differences between methods"
+)
+FID_INFINITY_NOTE = (
+    f"FID∞ is FID extrapolated to any number of images; with fewer than {FID_IMAGES_PER_FEATURE} images for each of "
+    "the network's features a part of the bias may remain, and the interval may not hold the true FID"
+)
+NOTE_METRICS = {"F": "FID", "I": FID_INFINITY, "K": "KID", "M": "AP"}
+"""Whose column a note is of."""
 DOUBTFUL_NOTE = "as published in the README of SP-Ctrl, where this row looks misprinted"
 
 SPLIT_IMAGES = {("ap10k", "train"): 7023, ("ap10k", "val"): 995, ("ap10k", "test"): 1997}
@@ -110,6 +138,7 @@ class MethodScores:
         num_images: images of the method that were measured.
         num_annotated: annotated images.
         detection_area: see ``eval.settings.PoseApSettings``.
+        kid_estimator: see ``eval.settings.KidSettings``.
     """
 
     method: str
@@ -119,6 +148,7 @@ class MethodScores:
     num_images: int
     num_annotated: int
     detection_area: DetectionArea = "bbox"
+    kid_estimator: KidEstimator = "paired"
 
 
 class Number(NamedTuple):
@@ -128,7 +158,8 @@ class Number(NamedTuple):
         value, low, high: in the printed scale; ``low`` and ``high`` are NaN of a reported number.
         marks: letters of the notes below the table.
         provenance: see ``MethodScores``; empty of a reported number.
-        reason: why there is no value, where it is NaN.
+        reason: why there is no value or no interval, where there could be one.
+        images: that it is based on; None of a reported number.
     """
 
     value: float
@@ -137,6 +168,7 @@ class Number(NamedTuple):
     marks: str = ""
     provenance: str = ""
     reason: str = ""
+    images: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +268,10 @@ def build_table(
     names = [*reported, *(each.method for each in measured)]
     order = {method: i for i, method in enumerate(PAPER_ORDER)}
     methods = sorted(dict.fromkeys(names), key=lambda method: order.get(method, len(order)))
-    called = {each: published.get(_plain(each), each) for each in (d for x in differences for d in x[1:3])}
+    called = {
+        each: published.get(_plain(each), each)
+        for each in (d for x in differences for d in (x.method, x.other))
+    }
     return Table(
         name=name,
         dataset=dataset,
@@ -248,11 +283,12 @@ def build_table(
         notes=_notes(measured, dataset, split, cells),
         measured=measured,
         differences=[
-            Difference(
-                each.metric,
-                called[each.method],
-                called[each.other],
-                *(METRIC[each.metric].scale * number for number in each[3:]),
+            each._replace(
+                method=called[each.method],
+                other=called[each.other],
+                **{
+                    name: METRIC[each.metric].scale * getattr(each, name) for name in ("value", "low", "high")
+                },
             )
             for each in differences
         ],
@@ -270,10 +306,12 @@ def _renamed(scores: MethodScores, method: str) -> MethodScores:
 
 def _number(score: Score, of: MethodScores, dataset: str, split: str) -> Number:
     marks = "R" * bool(of.random.get(score.metric)) + "P" * is_partial(of, dataset, split)
+    marks += "S" * score.few
     marks += "A" * (score.metric in AREA_METRICS and of.detection_area == "keypoints")
     scale = METRIC[score.metric].scale
     low, high = scale * score.low, scale * score.high
-    return Number(scale * score.value, low, high, marks, of.provenance[score.metric], score.reason)
+    provenance = of.provenance[score.metric]
+    return Number(scale * score.value, low, high, marks, provenance, score.reason, score.images)
 
 
 def is_partial(of: MethodScores, dataset: str, split: str) -> bool:
@@ -302,7 +340,19 @@ def _notes(
         # A cut annotation file looks like a whole one then.
         annotated = ", ".join(f"{count:,}" for count in sorted({each.num_annotated for each in measured}))
         notes["N"] = f"the annotations have {annotated} images; see that these are the whole split"
-    of_cells = {"A": AREA_NOTE, "D": DOUBTFUL_NOTE}
+    of_metrics = {score.metric for each in measured for score in each.scores}
+    if "FID" in of_metrics:
+        notes["F"] = FID_NOTE
+    if FID_INFINITY in of_metrics:
+        notes["I"] = FID_INFINITY_NOTE
+    if "KID" in of_metrics:
+        notes["K"] = "; ".join(
+            KID_NOTES[each] for each in dict.fromkeys(each.kid_estimator for each in measured)
+        )
+    species = {score.group for each in measured for score in each.scores if score.kind == "species"}
+    if len(species) > 1:
+        notes["M"] = SPECIES_NOTE.format(count=len(species))
+    of_cells = {"S": FEW_NOTE, "A": AREA_NOTE, "D": DOUBTFUL_NOTE}
     used = {mark for cell in cells.values() for mark in cell.marks}
     return notes | {mark: note for mark, note in of_cells.items() if mark in used}
 
@@ -317,13 +367,18 @@ def printed(value: float, metric: Metric) -> str:
 
 def printed_number(number: Number, metric: Metric) -> str:
     """The value, or why there is none."""
-    return f"{NOT_COMPUTED}: {number.reason}" if number.reason else printed(number.value, metric)
+    return f"{NOT_COMPUTED}: {number.reason}" if _is_missing(number) else printed(number.value, metric)
+
+
+def _is_missing(number: Number) -> bool:
+    """Whether it should have been measured, and has no value."""
+    return math.isnan(number.value) and bool(number.reason)
 
 
 def printed_interval(number: Number, metric: Metric) -> str:
-    """``[low, high]``; empty where there is none."""
+    """``[low, high]``, or why there is none; empty where there is no value or it is a reported one."""
     if math.isnan(number.low):
-        return ""
+        return "" if math.isnan(number.value) or not number.reason else f"[{number.reason}]"
     return f"[{printed(number.low, metric)}, {printed(number.high, metric)}]"
 
 
@@ -363,7 +418,7 @@ def to_markdown(table: Table, *, store: str = "", intervals: bool = True) -> str
         lines.append(_row(cells))
     lines += ["", "Best in bold, second best underlined."]
     if intervals:
-        lines[-1] += f" In brackets: {100 * table.level:g} % bootstrap intervals over images."
+        lines[-1] += f" In brackets: {100 * table.level:g} % intervals over images."
     lines += [f"\n**{mark}**: {note}." for mark, note in table.notes.items()]
     return "\n".join(lines) + "\n"
 
@@ -393,6 +448,7 @@ _LATEX = str.maketrans(
         "^": r"\textasciicircum{}",
         "\\": r"\textbackslash{}",
         "×": r"$\times$",
+        "∞": r"$\infty$",
         "–": "--",
     }
 )
@@ -442,10 +498,11 @@ def to_latex(table: Table, *, metrics: Sequence[str] = PAPER_METRICS, intervals:
     notes = [
         rf"  \par\footnotesize\textsuperscript{{{mark}}} {latex_text(note)}."
         for mark, note in table.notes.items()
+        if NOTE_METRICS.get(mark, metrics[0]) in metrics
     ]
     caption = f"{table.title}, {table.split} split."
     if intervals:
-        caption += f" In brackets: {100 * table.level:g} % bootstrap intervals over images."
+        caption += f" In brackets: {100 * table.level:g} % intervals over images."
     if "R" in table.notes:
         caption += " RANDOM WEIGHTS: these numbers mean nothing."
     lines = [
@@ -473,7 +530,7 @@ def _latex_cell(number: Number | None, metric: Metric, rank: int | None, interva
         return "--"
     text = (
         latex_text(printed_number(number, metric))
-        if number.reason
+        if _is_missing(number)
         else _latex_number(printed(number.value, metric))
     )
     text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(rank or 0, text)
@@ -504,6 +561,7 @@ ROWS_SCHEMA = pa.schema(
         ("scale", pa.float64()),
         ("higher_is_better", pa.bool_()),
         ("images", pa.int64()),
+        ("based_on", pa.int64()),
         ("weights", pa.string()),
         ("partial", pa.bool_()),
         ("note", pa.string()),
@@ -512,9 +570,10 @@ ROWS_SCHEMA = pa.schema(
 )
 """One row per number, also those of species, scenarios, keypoints and OKS thresholds (``kind``, ``group``).
 
-``value``, ``low`` and ``high`` are in the printed scale, ``scale`` times the metric's own. ``weights`` is ``random`` or
-``real``, null for reported numbers. ``note`` says what is wrong with the number. ``provenance`` is a path below the
-store. CSV has the same columns.
+``value``, ``low`` and ``high`` are in the printed scale, ``scale`` times the metric's own. ``images`` were measured,
+and the number is ``based_on`` those that have what it is of. ``weights`` is ``random`` or ``real``, null for reported
+numbers. ``note`` says what is wrong with the number. ``provenance`` is a path below the store. CSV has the same
+columns.
 """
 
 
@@ -535,7 +594,8 @@ def to_rows(table: Table) -> list[dict[str, Any]]:
                 {**common, **_of_metric(score.metric), "method": each.method, "source": "measured",
                  "kind": score.kind, "group": score.group, "value": _or_none(number.value),
                  "low": _or_none(number.low), "high": _or_none(number.high), "level": table.level,
-                 "images": each.num_images, "weights": "random" if "R" in number.marks else "real",
+                 "images": each.num_images, "based_on": score.images,
+                 "weights": "random" if "R" in number.marks else "real",
                  "partial": "P" in number.marks,
                  "note": "; ".join(_row_notes(table, number)) or None,
                  "provenance": number.provenance}
@@ -545,8 +605,8 @@ def to_rows(table: Table) -> list[dict[str, Any]]:
 
 def _row_notes(table: Table, number: Number) -> Iterator[str]:
     if number.reason:
-        yield f"{NOT_COMPUTED}: {number.reason}"
-    yield from (table.notes[mark] for mark in number.marks)
+        yield f"{NOT_COMPUTED}: {number.reason}" if _is_missing(number) else number.reason
+    yield from (FEW_NOTE if mark == "S" else table.notes[mark] for mark in number.marks)
 
 
 def _of_metric(name: str) -> dict[str, Any]:
@@ -591,7 +651,7 @@ def to_json(table: Table) -> str:
         "numbers": to_rows(table),
         "differences": [
             {name: _or_none(value) if isinstance(value, float) else value for name, value in row.items()}
-            for row in (each._asdict() for each in table.differences)
+            for row in ({**each._asdict(), "differ": each.differ} for each in table.differences)
         ],
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -120,7 +120,8 @@ class Tables(OfMethods):
     stage = "tables"
     function = "eval.tables:build_table"
     also_reaches: ClassVar[Sequence[str]] = (
-        "eval.tables:FORMATS", "eval.tables:to_markdown", "eval.tables:to_arrow", "eval.scores:differences"
+        "eval.tables:FORMATS", "eval.tables:to_markdown", "eval.tables:to_arrow",
+        "eval.differences:differences",
     )  # fmt: skip
 
     def requires(self) -> list[luigi.Task]:
@@ -136,6 +137,7 @@ class Tables(OfMethods):
             "methods": self.methods(),
             "dataset": self.how_measured.dataset,
             "split": self.how_measured.split,
+            "reference": self.how_measured.reference,
         }
 
     def make(self, run: Run) -> dict[str, int]:
@@ -153,7 +155,7 @@ class Tables(OfMethods):
     @functools.cached_property
     def table(self) -> Table:
         """What the finished metrics found, beside the reported numbers."""
-        from eval.scores import differences
+        from eval.differences import differences
         from eval.tables import METRIC, build_table
 
         found = {method: dict(self._scores_of(method)) for method in self.methods()}
@@ -166,7 +168,7 @@ class Tables(OfMethods):
                 for scores in tasks.values()
                 if metric in scores.samples
             }
-            compared += differences(metric, of_methods, level)
+            compared += differences(metric, of_methods, level, self.how_measured.reference)
         return build_table(
             str(self.name),
             self.how_measured.dataset,
@@ -201,6 +203,7 @@ class Tables(OfMethods):
             num_images=counts["poses"],
             num_annotated=counts["annotated"],
             detection_area=self.how_measured.pose_ap.detection_area,
+            kid_estimator=self.how_measured.kid.estimator,
         )
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eval.scores import Features, Scores
-    from eval.settings import Evaluation
+    from eval.settings import Evaluation, Intervals
 
 POSES, FEATURES, STATISTICS, CLIP_SCORES = "poses.parquet", "features.npz", "statistics.npz", "clip.parquet"
 INSTANCES = "instances.parquet"
@@ -469,7 +469,11 @@ class ClipCosines(WithNetwork, OfImages):
 class MetricStage(OfImages):
     """A metric of one method: values and their intervals."""
 
-    libraries = ("numpy",)
+    libraries: ClassVar[Sequence[str]] = ("numpy", "scipy")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._warnings: list[str] = []
 
     def sources(self) -> list[StageTask]:
         """What it is computed from."""
@@ -489,11 +493,23 @@ class MetricStage(OfImages):
         return list(dict.fromkeys([*found, *real]))
 
     def parameters(self) -> dict[str, Any]:
-        return self.settings_of("intervals")
+        return {**self.settings_of("intervals"), "definition": self.definition()}
 
-    def write(self, run: Run, scores: Scores) -> dict[str, int]:
+    def definition(self) -> str:
+        """What exactly the number and its interval are, for the provenance: the name of a metric says too little."""
+        from eval.settings import DEFINITIONS
+
+        return DEFINITIONS[self.stage]
+
+    def notes(self) -> dict[str, Any]:
+        return {**super().notes(), "warnings": self._warnings}
+
+    def write(self, run: Run, scores: Scores, warnings: Sequence[str] = ()) -> dict[str, int]:
         from eval.scores import SAMPLES, SCORES, write_scores
 
+        for warning in warnings:
+            luigi.task.logger.warning("%s of %s: %s", self.stage, self.how.name, warning)
+        self._warnings = list(warnings)
         with run.create(SCORES) as table, run.create(SAMPLES) as samples:
             write_scores(scores, table, samples)
         return {"records": len(scores.image_ids), "made": len(scores.rows), "rejected": 0}
@@ -513,9 +529,9 @@ class PoseAp(MetricStage):
         return [self.index_task(), self.poses_task()]
 
     def parameters(self) -> dict[str, Any]:
-        found = self.settings_of("intervals", "pose_ap")
-        pose_ap = without_neutral(found["pose_ap"], {"detection_area": "bbox"})
-        return {**found, "pose_ap": pose_ap, "dataset": self.dataset}
+        (pose_ap,) = self.settings_of("pose_ap").values()
+        pose_ap = without_neutral(pose_ap, {"detection_area": "bbox"})
+        return {**super().parameters(), "pose_ap": pose_ap, "dataset": self.dataset}
 
     def make(self, run: Run) -> dict[str, int]:
         import pyarrow as pa
@@ -531,8 +547,7 @@ class PoseAp(MetricStage):
             truth,
             self.dataset,
             self.how_measured.intervals,
-            pck_threshold=self.how_measured.pose_ap.pck_threshold,
-            detection_area=self.how_measured.pose_ap.detection_area,
+            self.how_measured.pose_ap,
         )
         counted = ~truth.ignored
         instances = {
@@ -565,22 +580,29 @@ class Distance(MetricStage):
         )
 
 
-class Fid(Distance):
+class SubsampledDistance(Distance):
+    """A distance whose interval comes from subsamples of the images."""
+
+    libraries = ("numpy", "scipy", "threadpoolctl")
+
+    def parameters(self) -> dict[str, Any]:
+        return {**super().parameters(), **self.settings_of("fid")}
+
+    @property
+    def intervals(self) -> Intervals:
+        """The evaluation's, with the number of subsamples."""
+        import msgspec
+
+        return msgspec.structs.replace(self.how_measured.intervals, resamples=self.how_measured.fid.resamples)
+
+
+class Fid(SubsampledDistance):
     """Frechet inception distance."""
 
     stage = "fid"
     function = "eval.scores:fid_scores"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._warnings: list[str] = []
-
-    def parameters(self) -> dict[str, Any]:
-        return self.settings_of("intervals", "fid")
-
     def make(self, run: Run) -> dict[str, int]:
-        import msgspec
-
         from eval.fid import load_statistics
         from eval.scores import fid_scores
 
@@ -588,16 +610,19 @@ class Fid(Distance):
             load_statistics(task.finished_run().path(STATISTICS))
             for task in (self.real_task(), self.fake_task())
         )
-        intervals = msgspec.structs.replace(
-            self.how_measured.intervals, resamples=self.how_measured.fid.resamples
-        )
-        scores, self._warnings = fid_scores(*self.features(), real, fake, intervals)
-        for warning in self._warnings:
-            luigi.task.logger.warning("FID of %s: %s", self.how.name, warning)
-        return self.write(run, scores)
+        return self.write(run, *fid_scores(*self.features(), real, fake, self.intervals))
 
-    def notes(self) -> dict[str, Any]:
-        return {**super().notes(), "warnings": self._warnings}
+
+class FidInfinity(SubsampledDistance):
+    """Frechet inception distance, extrapolated to any number of images."""
+
+    stage = "fid_infinity"
+    function = "eval.scores:extrapolated_fid_scores"
+
+    def make(self, run: Run) -> dict[str, int]:
+        from eval.scores import extrapolated_fid_scores
+
+        return self.write(run, *extrapolated_fid_scores(*self.features(), self.intervals))
 
 
 class Kid(Distance):
@@ -607,16 +632,22 @@ class Kid(Distance):
     function = "eval.scores:kid_scores"
 
     def parameters(self) -> dict[str, Any]:
-        return self.settings_of("intervals", "kid")
+        (kid,) = self.settings_of("kid").values()
+        if kid["estimator"] == "paired":  # which compares all images at once
+            kid = {"estimator": "paired"}
+        return {**super().parameters(), "kid": kid}
+
+    def definition(self) -> str:
+        from eval.settings import DEFINITIONS
+
+        return DEFINITIONS[f"{self.stage}_{self.how_measured.kid.estimator}"]
 
     def make(self, run: Run) -> dict[str, int]:
         from eval.scores import kid_scores
 
-        kid = self.how_measured.kid
-        scores = kid_scores(
-            *self.features(), self.how_measured.intervals, subsets=kid.subsets, subset_size=kid.subset_size
+        return self.write(
+            run, kid_scores(*self.features(), self.how_measured.intervals, self.how_measured.kid)
         )
-        return self.write(run, scores)
 
 
 class ClipScore(MetricStage):
@@ -656,7 +687,7 @@ class Diversity(MetricStage):
 
 
 METRICS: Mapping[str, type[MetricStage]] = {
-    task.stage: task for task in (PoseAp, Fid, Kid, ClipScore, Diversity)
+    task.stage: task for task in (PoseAp, Fid, FidInfinity, Kid, ClipScore, Diversity)
 }
 
 

@@ -171,7 +171,7 @@ RECORD_STAGES = (
     "latents",
     "samples",
 )
-METRICS = ("pose_ap", "fid", "kid", "clip_score", "diversity")
+METRICS = ("pose_ap", "fid", "fid_infinity", "kid", "clip_score", "diversity")
 FORMS_BY_STAGE = {
     **dict.fromkeys(RECORD_STAGES, _needs(*RECORDS)),
     **dict.fromkeys(METRICS, _needs("scores.parquet", "samples.npz", also=("random",))),

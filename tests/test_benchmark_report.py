@@ -16,10 +16,11 @@ from PIL import Image
 pytest.importorskip("torch", reason="the models extra is not installed")
 pytest.importorskip("matplotlib", reason="the eval extra is not installed")
 
+from eval.differences import Difference
 from eval.instances import Poses
 from eval.report import MethodView, choose_cases, draw_case, render_benchmark, render_grid
 from eval.report.cases import Chosen
-from eval.scores import Difference, Score
+from eval.scores import Score
 from eval.tables import MethodScores, Table, build_table
 
 HOSTILE = "<script>alert(1)</script>\"'&"
@@ -28,12 +29,24 @@ SIZE_WH = (200, 100)
 
 def scores(method: str, value: float, random: tuple[str, ...] = ()) -> MethodScores:
     rows = [
-        Score("AP", "", "", value, value - 0.1, value + 0.1),
-        *(Score("AP", "species", name, value, value, value) for name in ("cat", f"dog{HOSTILE}")),
-        Score("AP", "species", "absent", math.nan, math.nan, math.nan),
-        *(Score("AP", "oks_threshold", f"{t:.2f}", 1 - t, 0, 1) for t in (0.5, 0.55, 0.6)),
-        Score("PCK", "", "", value, value, value),
-        Score("PCK", "keypoint", "left_eye", value, 0.1, 0.9),
+        Score("AP", "", "", value, value - 0.1, value + 0.1, 995),
+        *(Score("AP", "species", name, value, value, value, 20) for name in ("cat", f"dog{HOSTILE}")),
+        Score("AP", "species", "absent", math.nan, math.nan, math.nan, 0),
+        Score(
+            "AP",
+            "species",
+            "rare",
+            value,
+            math.nan,
+            math.nan,
+            3,
+            True,
+            reason="no interval of fewer than 5 images",
+        ),
+        Score("AP", "species", "seldom", value, 0.1, 0.9, 8, True),
+        *(Score("AP", "oks_threshold", f"{t:.2f}", 1 - t, 0, 1, 995) for t in (0.5, 0.55, 0.6)),
+        Score("PCK", "", "", value, value, value, 995),
+        Score("PCK", "keypoint", "left_eye", value, 0.1, 0.9, 995),
     ]
     provenance = dict.fromkeys(("AP", "PCK"), f"runs/pose_ap/{method}/f/provenance.json")
     return MethodScores(
@@ -47,7 +60,11 @@ def scores(method: str, value: float, random: tuple[str, ...] = ()) -> MethodSco
 
 
 def make_table(*methods: MethodScores) -> Table:
-    gap = [Difference("AP", methods[0].method, methods[-1].method, 0.2, 0.1, 0.3)] if len(methods) > 1 else []
+    gap = (
+        [Difference("AP", methods[0].method, methods[-1].method, 0.2, 0.1, 0.3, 1)]
+        if len(methods) > 1
+        else []
+    )
     return build_table("test", "ap10k", "val", f"AP-10K{HOSTILE}", methods, level=0.95, differences=gap)
 
 
@@ -109,11 +126,15 @@ def test_the_page_shows_everything_and_loads_nothing(root: Path) -> None:
     assert page.count("<img ") == 2 * 4
     assert page.count("<polyline") == 2
     assert "absent" not in page, "a species without instances has no row"
+    assert page.count('<sup>S</sup> <span class="short">[no interval]</span>') == 2
+    assert page.count('<sup>S</sup> <span class="short">[10, 90]</span>') == 2
+    assert not re.search(r"\bnan\b", page)
+    assert '<th scope="col" class="num">pairs</th>' in page
 
 
 def test_a_page_without_poses_has_no_empty_sections() -> None:
     only = MethodScores(
-        method="x", scores=[Score("FID", "", "", 9, 8, 10)], provenance={"FID": "runs/fid/x/1/provenance.json"},
+        method="x", scores=[Score("FID", "", "", 9, 8, 10, 995)], provenance={"FID": "runs/fid/x/1/provenance.json"},
         random={}, num_images=995, num_annotated=995,
     )  # fmt: skip
     page = render_benchmark(make_table(only), [], store="s", made_at="today")

@@ -50,3 +50,16 @@ def test_the_order_needs_separate_intervals(
     (tmp_path / "table.json").write_text(json.dumps({"numbers": rows}))
     (fault,) = order_faults(tmp_path / "table.json")
     assert CONTROLS[0] in fault
+
+
+@pytest.mark.parametrize(("values", "faults"), [((100.0, 60.0, 10.0), 0), ((100.0, 100.0, 10.0), 1)])
+def test_the_order_of_values_without_intervals(
+    values: tuple[float, ...], faults: int, tmp_path: Path
+) -> None:
+    """Where all poses are right, no resample differs."""
+    rows = [
+        {"method": method, "metric": "AP", "kind": "", "value": value, "low": None, "high": None}
+        for method, value in zip(CONTROLS, values, strict=True)
+    ]
+    (tmp_path / "table.json").write_text(json.dumps({"numbers": rows}))
+    assert len(order_faults(tmp_path / "table.json")) == faults

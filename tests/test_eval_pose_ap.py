@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from eval.bootstrap import bootstrap, difference, interval, resamples, weighted_mean
+from eval.bootstrap import bootstrap, interval
 from eval.instances import (
     NO_ANNOTATION,
     PREDICTION_SCHEMA,
@@ -25,7 +27,7 @@ from eval.instances import (
     read_results,
 )
 from eval.pck import pck
-from eval.pose_ap import METRICS, evaluate, oks_sigmas, score_poses
+from eval.pose_ap import METRICS, RECALLS, _recalls_reached, evaluate, oks_sigmas, score_poses
 from eval.settings import Evaluation, PoseApSettings
 from spctrl.boxes import clip_boxes
 from spctrl.datasets import AP10K, HUMANART
@@ -148,8 +150,9 @@ def test_the_detection_area_names_results_only_where_it_is_not_the_default() -> 
         )
         return task.parameters()["pose_ap"]
 
-    assert parameters() == parameters(detection_area="bbox") == {"pck_threshold": 0.05}
-    assert parameters(detection_area="keypoints") == {"pck_threshold": 0.05, "detection_area": "keypoints"}
+    defaults = {"pck_threshold": 0.05, "resamples": 1000}
+    assert parameters() == parameters(detection_area="bbox") == defaults
+    assert parameters(detection_area="keypoints") == {**defaults, "detection_area": "keypoints"}
 
 
 def test_poses_without_a_positive_keypoint_score_are_left_out(document: Json) -> None:
@@ -531,49 +534,7 @@ def test_a_keypoint_that_is_never_labelled_has_no_score(document: Json) -> None:
     assert np.isnan(scores["left_eye"]) and scores["PCK"] == 1
 
 
-# Bootstrap
-
-
-def test_resamples_are_draws_with_replacement_and_repeat() -> None:
-    drawn = np.stack(list(resamples(50, 200, seed=3)))
-    assert (drawn.sum(axis=1) == 50).all() and (drawn == 0).any()
-    assert drawn.mean() == 1 and abs(drawn.var() - 0.98) < 0.05  # binomial: 1 - 1/50
-    assert np.array_equal(drawn, np.stack(list(resamples(50, 200, seed=3))))
-    assert not np.array_equal(drawn, np.stack(list(resamples(50, 200, seed=4))))
-    with pytest.raises(ValueError, match="expected images and resamples"):
-        next(resamples(0))
-
-
-def test_the_interval_of_a_mean_is_that_of_theory() -> None:
-    values = np.random.default_rng(0).normal(10, 2, 400)
-    samples = bootstrap(lambda weights: weighted_mean(values, weights), 400, 2000)
-    found = interval(values.mean(), samples)
-    error = 1.96 * values.std() / 20
-    assert found.low == pytest.approx(values.mean() - error, abs=0.03)
-    assert found.high == pytest.approx(values.mean() + error, abs=0.03)
-
-
-def test_paired_differences_are_sharper_than_the_numbers() -> None:
-    rng = np.random.default_rng(1)
-    hard = rng.normal(0, 5, 300)  # what makes an image hard is the same for both
-    one, other = hard + rng.normal(0.5, 0.5, 300), hard + rng.normal(0, 0.5, 300)
-    a, b = (bootstrap(lambda w, v=v: weighted_mean(v, w), 300) for v in (one, other))
-    apart = difference(one.mean(), a, other.mean(), b)
-    assert apart.low > 0 and apart.value == pytest.approx(0.5, abs=0.1)
-    assert interval(one.mean(), a).low < interval(other.mean(), b).high  # alone they would not tell
-    with pytest.raises(ValueError, match="samples of the same resamples"):
-        difference(1, a, 1, b[:10])
-
-
-def test_intervals_of_shifted_and_of_missing_samples() -> None:
-    samples = np.random.default_rng(0).normal(3, 1, 1000)
-    found = interval(2.0, samples, centred=True)
-    assert (found.low + found.high) / 2 == pytest.approx(2, abs=0.15)
-    holes = np.where(np.arange(1000) % 2, samples, np.nan)
-    assert interval(3.0, holes).low == pytest.approx(interval(3.0, samples).low, abs=0.2)
-    assert np.isnan(interval(0.0, np.full(5, np.nan)).low)
-    with pytest.raises(ValueError, match="expected"):
-        interval(0.0, np.zeros((3, 2)))
+# Resamples
 
 
 def test_ap_and_pck_of_resamples(document: Json) -> None:
@@ -589,3 +550,54 @@ def test_ap_and_pck_of_resamples(document: Json) -> None:
     correct = pck(poses, truth, "ap10k")
     assert bootstrap(correct.at, len(correct.image_ids), 3).shape == (3, 18)
     assert correct.at(np.ones(len(truth.image_ids)))[0] == correct.scores["PCK"]
+
+
+def test_numbers_of_many_resamples_at_once_are_those_of_each(document: Json) -> None:
+    truth = read_ground_truth(document)
+    poses = poses_of(truth)
+    poses.keypoints[::3] += 40
+    weights = np.random.default_rng(0).multinomial(
+        len(truth.image_ids), np.full(len(truth.image_ids), 1 / len(truth.image_ids)), 7
+    )
+    weights[3] = 0
+    curves = evaluate(poses, truth, "ap10k").matches.curves
+    correct = pck(poses, truth, "ap10k")
+    found = curves.at(weights)
+    assert np.isnan(found.summary()[3]).all() and np.isnan(correct.at(weights)[3]).all()
+    for one, summary, categories, thresholds, keypoints in zip(
+        weights,
+        found.summary(),
+        found.per_category(),
+        found.per_threshold(),
+        correct.at(weights),
+        strict=True,
+    ):
+        alone = curves.at(one)
+        assert np.array_equal(summary, alone.summary(), equal_nan=True)
+        assert np.array_equal(categories, alone.per_category(), equal_nan=True)
+        assert np.array_equal(thresholds, alone.per_threshold(), equal_nan=True)
+        assert np.allclose(keypoints, correct.at(one), rtol=1e-12, equal_nan=True)
+
+
+def test_the_images_that_ap_and_pck_are_based_on(document: Json) -> None:
+    truth = read_ground_truth(document)
+    matches = evaluate(poses_of(truth), truth, "ap10k").matches
+    found = matches.counted_images("all")
+    assert found.shape == (len(truth.image_ids), len(truth.category_ids))
+    expected = {
+        (i, c) for i, c, out in zip(truth.image_of, truth.category_of, truth.ignored, strict=True) if not out
+    }
+    assert set(zip(*np.nonzero(found), strict=True)) == expected
+    medium, large = matches.counted_images("medium"), matches.counted_images("large")
+    assert not (medium & ~found).any() and not (large & ~found).any()
+    labelled = pck(poses_of(truth), truth, "ap10k").labelled_images()
+    assert (
+        labelled.shape == (len(truth.image_ids), 17) and not (labelled.any(axis=1) & ~found.any(axis=1)).any()
+    )
+
+
+@given(st.lists(st.integers(0, 400), min_size=1), st.integers(1, 400))
+def test_recalls_reached_are_those_of_a_search(hits: list[int], positives: int) -> None:
+    recalls = np.minimum(np.array(hits) / positives, 1)
+    recalls = np.concatenate([recalls, RECALLS, np.nextafter(RECALLS, 0), np.nextafter(RECALLS[:-1], 1)])
+    assert np.array_equal(_recalls_reached(recalls), np.searchsorted(RECALLS, recalls, side="right"))

@@ -16,7 +16,7 @@ from eval.openmmlab import Detections
 from eval.pose_estimator import PoseEstimates
 from eval.poses import annotated_boxes, detected_boxes, estimate_poses
 from eval.scores import pose_scores
-from eval.settings import DetectorSettings, Evaluation, Intervals, PoseSettings
+from eval.settings import DetectorSettings, Evaluation, Intervals, PoseApSettings, PoseSettings
 
 SIZE_WH = (200, 100)
 
@@ -107,7 +107,7 @@ def test_detected_boxes_are_in_the_annotated_images_pixels(
 
     # One person found of three that are annotated (a crowd is not counted): 2 of image 3 too few, 2 of image 7.
     poses = estimate_poses(Finder(), files, boxes, {3: SIZE_WH, 7: SIZE_WH})
-    scores, _ = pose_scores(poses, truth, "humanart", Intervals(resamples=20), pck_threshold=0.05)
+    scores, _ = pose_scores(poses, truth, "humanart", Intervals(resamples=40), PoseApSettings(resamples=40))
     assert "PCK" not in scores.samples
     assert next(row.value for row in scores.rows if row.metric == "counting error") == 2.0
 

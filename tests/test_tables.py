@@ -14,8 +14,9 @@ import pytest
 
 pytest.importorskip("torch", reason="the models extra is not installed")
 
+from eval.differences import Difference, differences
 from eval.report.page import render_benchmark
-from eval.scores import Difference, Score, Scores, differences, mean_scores
+from eval.scores import Score, Scores, mean_scores
 from eval.settings import Intervals
 from eval.tables import (
     METRIC,
@@ -33,15 +34,16 @@ from eval.tables import (
 )
 
 WHOLE = 995
+NO_INTERVAL = "no interval of fewer than 5 images"
 
 
 def measured(
     method: str, ap: float, fid: float, *, random: tuple[str, ...] = (), images: int = WHOLE
 ) -> MethodScores:
     scores = [
-        Score("AP", "", "", ap, ap - 0.02, ap + 0.02),
-        Score("AP", "species", "cat|dog", ap / 2, math.nan, math.nan),
-        Score("FID", "", "", fid, fid - 1, fid + 1),
+        Score("AP", "", "", ap, ap - 0.02, ap + 0.02, images),
+        Score("AP", "species", "cat|dog", ap / 2, math.nan, math.nan, 3, True, reason=NO_INTERVAL),
+        Score("FID", "", "", fid, fid - 1, fid + 1, images),
     ]
     return MethodScores(
         method=method,
@@ -132,7 +134,7 @@ def test_random_weights_are_marked_everywhere_and_never_best() -> None:
 
 def test_another_area_of_detections_is_marked_where_it_matters() -> None:
     def scored(method: str, **options: Any) -> MethodScores:
-        of_areas = [Score(name, "", "", 0.5, 0.4, 0.6) for name in ("AP-M", "AP-L")]
+        of_areas = [Score(name, "", "", 0.5, 0.4, 0.6, 99) for name in ("AP-M", "AP-L")]
         found = measured(method, 0.5, 20)
         provenance = {**found.provenance, "AP-M": "m.json", "AP-L": "l.json"}
         return replace(found, scores=[*found.scores, *of_areas], provenance=provenance, **options)
@@ -142,7 +144,8 @@ def test_another_area_of_detections_is_marked_where_it_matters() -> None:
     assert marks == {"AP": "", "FID": "", "AP-M": "A", "AP-L": "A"}
     assert "keypoints' extent" in table.notes["A"]
     assert "keypoints' extent" in to_markdown(table)
-    notes = {row["metric"]: row["note"] for row in to_arrow(table).to_pylist() if row["source"] == "measured"}
+    rows = [row for row in to_arrow(table).to_pylist() if row["source"] == "measured" and not row["kind"]]
+    notes = {row["metric"]: row["note"] for row in rows}
     assert notes["AP-L"] == table.notes["A"] and notes["AP"] is None
     assert "A" not in make(scored("SP-Ctrl")).notes
 
@@ -167,7 +170,7 @@ def test_a_split_of_unknown_size_says_how_many_images_it_has() -> None:
 
 
 def test_all_formats_hold_the_same_numbers() -> None:
-    gap = Difference("AP", "a", "b", 0.1, -0.02, 0.3)
+    gap = Difference("AP", "a", "b", 0.1, -0.02, 0.3, 3)
     table = make(measured("a", 0.5, 10), measured("b", 0.4, 11), differences=[gap])
     arrow = to_arrow(table).to_pylist()
     from_csv = list(csv.DictReader(io.StringIO(to_csv(table))))
@@ -180,7 +183,17 @@ def test_all_formats_hold_the_same_numbers() -> None:
     group = next(row for row in arrow if row["kind"] == "species")
     assert group["group"] == "cat|dog" and group["value"] == 25 and group["low"] is None
     assert from_json["differences"] == [
-        {"metric": "AP", "method": "a", "other": "b", "value": 10.0, "low": -2.0, "high": 30.0}
+        {
+            "metric": "AP",
+            "method": "a",
+            "other": "b",
+            "value": 10.0,
+            "low": -2.0,
+            "high": 30.0,
+            "pairs": 3,
+            "reason": "",
+            "differ": False,
+        }
     ]
 
 
@@ -212,7 +225,7 @@ def test_a_metric_without_a_value_says_why_in_every_format(source: str) -> None:
     metric = "AP" if source == "pose AP" else "FID"
     empty = measured("empty", 0.5, 10)
     rest = [score for score in empty.scores if score.metric != metric]
-    empty.scores[:] = [Score(metric, "", "", math.nan, math.nan, math.nan, reason), *rest]  # type: ignore[index]
+    empty.scores[:] = [Score(metric, "", "", math.nan, math.nan, math.nan, 0, reason=reason), *rest]  # type: ignore[index]
     for methods in ((empty,), (empty, measured("full", 0.4, 9))):
         table = make(*methods, split="test")
         assert metric in {each.name for each, _ in table.columns}
@@ -225,7 +238,7 @@ def test_a_metric_without_a_value_says_why_in_every_format(source: str) -> None:
 
 def test_methods_without_a_value_have_no_difference() -> None:
     scores = [
-        mean_scores("CLIP-score", {1: value, 2: value}, Intervals(resamples=5)) for value in (1.0, math.nan)
+        mean_scores("CLIP-score", {1: value, 2: value}, Intervals(resamples=40)) for value in (1.0, math.nan)
     ]
     assert differences("CLIP-score", dict(zip("ab", scores, strict=True)), 0.95) == []
     assert scores[1].rows[0].reason == "its value is not a number"
@@ -236,6 +249,70 @@ def test_links_lead_to_stores_with_any_name() -> None:
     assert "[50.00](../my%20%28new%29%20store%20%231/runs/pose_ap/x/1/provenance.json)" in row
 
 
+def test_a_number_that_is_not_computed_is_not_of_few_images() -> None:
+    empty = measured("x", 0.5, 10)
+    empty.scores[0] = Score("AP", "", "", math.nan, math.nan, math.nan, 0, reason="no instance")  # type: ignore[index]
+    assert make(empty).cells["x", "AP", "measured"].marks == "" and "S" not in make(empty).notes
+
+
+def few(images: int, low: float = 0.4, high: float = 0.6) -> MethodScores:
+    """Scores of so few images that they are marked."""
+    reason = "" if high == high else NO_INTERVAL
+    return MethodScores(
+        method="few",
+        scores=[Score("AP", "", "", 0.5, low, high, images, images < 10, reason=reason)],
+        provenance={"AP": "runs/pose_ap/few/1/provenance.json"},
+        random={},
+        num_images=WHOLE,
+        num_annotated=WHOLE,
+    )
+
+
+@pytest.mark.parametrize(("images", "marked"), [(4, True), (9, True), (10, False)])
+def test_numbers_of_few_images_are_marked_in_every_format(images: int, marked: bool) -> None:
+    none = images < 5
+    table = make(few(images, *((math.nan, math.nan) if none else (0.4, 0.6))))
+    note = "FEW IMAGES (fewer than 10, or than 5 of each species on average): neither such a number"
+    texts = (
+        to_markdown(table), to_latex(table, intervals=True), to_csv(table), to_json(table),
+        render_benchmark(table, [], store="", made_at="now"),
+    )  # fmt: skip
+    for text in texts:
+        assert (note in text) == marked
+        assert (NO_INTERVAL in text) == none
+        assert "not computed" not in text
+    assert ("<sup>S</sup>" in texts[0]) == marked
+    (row,) = (row for row in to_arrow(table).to_pylist() if row["source"] == "measured")
+    assert row["based_on"] == images and row["images"] == WHOLE and row["value"] == 50
+
+
+def test_what_is_printed_as_kid_and_fid_and_ap_is_said_below_the_table() -> None:
+    assert "FID depends on the number of images" in to_markdown(make(measured("x", 0.5, 10)))
+    assert "K" not in make(measured("x", 0.5, 10)).notes
+    scores = [Score("KID", "", "", 0.01, 0.005, 0.015, WHOLE)]
+    for estimator, said in (
+        ("paired", "leaves out the comparison"),
+        ("independent", "torch-fidelity's, for indep"),
+    ):
+        kid = MethodScores(
+            method="x", scores=scores, provenance={"KID": "p"}, random={}, num_images=WHOLE, num_annotated=WHOLE,
+            kid_estimator=estimator,  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert said in to_markdown(make(kid)) and said in to_latex(make(kid), metrics=["KID"])
+        assert said not in to_latex(make(kid)), "whose columns are without KID"
+    infinity = MethodScores(
+        method="x", scores=[Score("FID-infinity", "", "", 9, 8, 10, WHOLE)], provenance={"FID-infinity": "p"},
+        random={}, num_images=WHOLE, num_annotated=WHOLE,
+    )  # fmt: skip
+    assert "a part of the bias may remain" in to_markdown(make(infinity))
+    latex = to_latex(make(infinity), metrics=["FID-infinity"])
+    assert "a part of the bias may remain" in latex and r"FID$\infty$" in latex and "∞" not in latex
+    species = measured("x", 0.5, 10)
+    assert "M" not in make(species).notes, "a single species"
+    species.scores.append(Score("AP", "species", "fox", 0.5, 0.4, 0.6, 20))  # type: ignore[attr-defined]
+    assert "AP is a mean over 2 species" in to_markdown(make(species))
+
+
 def test_markdown_survives_names_with_bars() -> None:
     row = row_of(to_markdown(make(measured("a|b", 0.5, 10))), "a")
     assert row.startswith(r"| a\|b | ")
@@ -244,7 +321,7 @@ def test_markdown_survives_names_with_bars() -> None:
 @pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-1+1", "@SUM(A1)", "\t=1"])
 def test_no_name_of_a_species_is_a_formula_in_a_spreadsheet(name: str) -> None:
     scores = measured("x", 0.5, 10)
-    scores.scores.append(Score("AP", "species", name, -0.5, math.nan, math.nan))
+    scores.scores.append(Score("AP", "species", name, -0.5, math.nan, math.nan, 3))
     (row,) = (
         row for row in csv.DictReader(io.StringIO(to_csv(make(scores)), newline="")) if name in row["group"]
     )
@@ -254,7 +331,7 @@ def test_no_name_of_a_species_is_a_formula_in_a_spreadsheet(name: str) -> None:
 
 def test_no_name_of_a_species_ends_a_row() -> None:
     scores = measured("x", 0.5, 10)
-    scores.scores.append(Score("AP", "species", 'fox"\n\r=1,2', 0.5, math.nan, math.nan))
+    scores.scores.append(Score("AP", "species", 'fox"\n\r=1,2', 0.5, math.nan, math.nan, 3))
     text = to_csv(make(scores))
     assert "\r" not in text
     rows = list(csv.DictReader(io.StringIO(text, newline="")))

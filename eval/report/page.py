@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jinja2
 
+from eval.bootstrap import FEW_IMAGES, MIN_IMAGES
 from eval.report.cases import Case
 from eval.tables import (
     METRIC,
@@ -27,7 +28,7 @@ from eval.tables import (
 from spctrl.report.pictures import ThumbnailBudget
 from spctrl.report.text import visible, words
 
-COMPARED = ("AP", "FID", "CLIP-score", "PCK", "KID", "diversity")
+COMPARED = ("AP", "FID", "FID-infinity", "CLIP-score", "PCK", "KID", "diversity")
 """Metrics whose differences are shown; table.json has them all."""
 PLOT_WIDTH, PLOT_HEIGHT = 640, 260
 """Of the chart's drawing area; SVG units."""
@@ -43,12 +44,24 @@ class Cell(NamedTuple):
     link: str = ""
 
 
+class Dot(NamedTuple):
+    """A method's value in percent with its interval, if it has one; ``few`` is whether few images have it."""
+
+    value: float
+    interval: tuple[float, float] | None
+    few: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dots:
-    """A row of a dot chart: a name, and each method's value in percent with its interval, or None."""
+    """A row of a dot chart: a name, and each method's dot, or None."""
 
     name: str
-    values: tuple[tuple[float, float, float] | None, ...]
+    values: tuple[Dot | None, ...]
+
+    @property
+    def few(self) -> bool:
+        return any(dot is not None and dot.few for dot in self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +126,12 @@ def render_benchmark(
         .render(
             table=table,
             made_at=made_at,
-            warnings=[*(f"{note}." for mark, note in table.notes.items() if mark in "RPN"), *warnings],
+            warnings=[*(f"{note}." for mark, note in table.notes.items() if mark in "RPNS"), *warnings],
             columns=[(heading(metric), source) for metric, source in columns],
             rows=rows,
             methods=methods,
+            few_images=FEW_IMAGES,
+            min_images=MIN_IMAGES,
             categories=[
                 (kind, dots) for kind in ("species", "scenario") if (dots := _groups(table, "AP", kind))
             ],
@@ -144,13 +159,13 @@ def _cell(number: Number | None, metric: Metric, rank: int, store: str) -> Cell:
 
 def _groups(table: Table, metric: str, kind: str) -> list[Dots]:
     """A row for each species, scenario, keypoint or threshold."""
-    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    found: dict[str, dict[str, Dot]] = {}
     for each in table.measured:
         for score in each.scores:
             if (score.metric, score.kind) == (metric, kind) and not math.isnan(score.value):
-                value, low, high = (100 * number for number in (score.value, score.low, score.high))
-                low, high = (value if math.isnan(edge) else edge for edge in (low, high))
-                found.setdefault(score.group, {})[each.method] = (value, low, high)
+                interval = None if math.isnan(score.low) else (100 * score.low, 100 * score.high)
+                dot = Dot(100 * score.value, interval, score.few)
+                found.setdefault(score.group, {})[each.method] = dot
     methods = [each.method for each in table.measured]
     return [
         Dots(name=name, values=tuple(values.get(method) for method in methods))
@@ -164,8 +179,8 @@ def _curves(methods: Sequence[str], thresholds: Sequence[Dots]) -> list[Curve]:
         points = [
             (
                 PLOT_WIDTH * position / max(len(thresholds) - 1, 1),
-                PLOT_HEIGHT * (1 - found[0] / 100),
-                found[0],
+                PLOT_HEIGHT * (1 - found.value / 100),
+                found.value,
             )
             for position, row in enumerate(thresholds)
             if (found := row.values[i]) is not None
@@ -183,13 +198,14 @@ def _curves(methods: Sequence[str], thresholds: Sequence[Dots]) -> list[Curve]:
 
 
 class DifferenceView(NamedTuple):
-    """How two methods differ, in words and numbers; ``differ`` is whether 0 is outside the interval."""
+    """How two methods differ, in words and numbers; ``pairs`` is how many the interval holds for."""
 
     metric: str
     pair: str
     value: str
     interval: str
     differ: bool
+    pairs: int
 
 
 def _differences(table: Table) -> list[DifferenceView]:
@@ -198,7 +214,7 @@ def _differences(table: Table) -> list[DifferenceView]:
         if each.metric not in COMPARED or math.isnan(each.value):
             continue
         metric = METRIC[each.metric]
-        number = Number(each.value, each.low, each.high)
+        number = Number(each.value, each.low, each.high, reason=each.reason)
         both = {
             letter
             for name in (each.method, each.other)
@@ -210,7 +226,8 @@ def _differences(table: Table) -> list[DifferenceView]:
                 f"{each.method} − {each.other}",
                 f"{'+' if each.value > 0 else ''}{printed(each.value, metric)}",
                 printed_interval(number, metric),
-                each.low > 0 or each.high < 0,
+                each.differ,
+                each.pairs,
             )
         )
     return views

@@ -18,10 +18,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric  # noqa: E402
 from torch_fidelity.metric_kid import kid_features_to_metric  # noqa: E402
 
-from eval.bootstrap import bootstrap, interval, resamples  # noqa: E402
 from eval.fid import (  # noqa: E402
     FeaturesError,
-    ResampledFid,
     Statistics,
     TooFewImagesWarning,
     fid,
@@ -30,9 +28,10 @@ from eval.fid import (  # noqa: E402
     save_statistics,
     statistics,
 )
+from eval.fid_subsets import PairedFid  # noqa: E402
 from eval.images import ImageError  # noqa: E402
 from eval.inception import Inception, centre_square, load_inception, resize_clean  # noqa: E402
-from eval.kid import ResampledKid, kid  # noqa: E402
+from eval.kid import PairedKid, kid  # noqa: E402
 from eval.tiny import build_inception  # noqa: E402
 from spctrl.errors import ExpectedError  # noqa: E402
 
@@ -116,44 +115,6 @@ def test_kid_needs_as_many_images_as_a_subset_has() -> None:
         kid(features(200, 0), features(150, 1))
 
 
-# Resamples
-
-
-@pytest.mark.parametrize("count", [40, 90])
-@pytest.mark.filterwarnings("ignore::eval.fid.TooFewImagesWarning")
-def test_fid_of_resamples_is_fid_of_the_images_drawn(count: int) -> None:
-    """With fewer images than features, and with more."""
-    real, fake = features(count, 0), features(count, 1, 0.4)
-    resampled = ResampledFid(real, fake)
-    assert resampled(np.ones(count, int)) == pytest.approx(fid(real, fake), rel=1e-8)
-    for weights in resamples(count, 3, seed=1):
-        drawn = np.repeat(np.arange(count), weights)
-        assert resampled(weights) == pytest.approx(fid(real[drawn], fake[drawn]), rel=1e-5)
-
-
-def test_the_interval_of_fid_is_about_its_value() -> None:
-    """Resamples' own values are all too high."""
-    real, fake = features(90, 0), features(90, 1, 0.4)
-    samples = bootstrap(ResampledFid(real, fake), 90, 100)
-    value = fid(real, fake)
-    assert samples.mean() > value + samples.std()
-    found = interval(value, samples, centred=True)
-    assert found.low < value < found.high
-
-
-def test_kid_of_resamples_counts_no_image_with_itself() -> None:
-    real, fake = features(80, 0), features(80, 1, 0.4)
-    resampled = ResampledKid(real, fake)
-    all_images = kid(real, fake, subsets=1, subset_size=80).mean
-    assert resampled(np.ones(80)) == pytest.approx(all_images, rel=1e-9)
-    weights = np.zeros(80, int)
-    weights[:20] = 1
-    part = kid(real[:20], fake[:20], subsets=1, subset_size=20).mean
-    assert resampled(weights) == pytest.approx(part, rel=1e-9)
-    samples = bootstrap(resampled, 80, 300)
-    assert samples.mean() == pytest.approx(all_images, abs=samples.std() / 3)
-
-
 # What is refused
 
 
@@ -161,7 +122,7 @@ def test_kid_of_resamples_counts_no_image_with_itself() -> None:
 def test_features_that_are_not_finite_are_refused(bad: float) -> None:
     real, fake = features(60, 0), features(60, 1)
     fake[[5, 9], 3] = bad
-    for metric in (fid, kid, ResampledFid, ResampledKid):
+    for metric in (fid, kid, PairedFid, PairedKid):
         with pytest.raises(FeaturesError, match="for 2 of 60 images, the first number 5"):
             metric(real, fake)
 
@@ -173,9 +134,9 @@ def test_features_that_do_not_belong_together_are_refused() -> None:
         kid(features(60, 0), features(60, 1)[:, :40])
     with pytest.raises(FeaturesError, match=r"at least 2 images, found shape \(1, 48\)"):
         fid(features(60, 0), features(1, 0))
-    for resampled in (ResampledFid, ResampledKid):
+    for paired in (PairedFid, PairedKid):
         with pytest.raises(FeaturesError, match=r"found \(60, 48\), \(50, 48\)"):
-            resampled(features(60, 0), features(50, 1))
+            paired(features(60, 0), features(50, 1))
 
 
 def test_statistics_survive_a_file(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 IMAGES = 8
-METRICS = {"pose_ap", "fid", "kid", "clip_score"}
+METRICS = {"pose_ap", "fid", "fid_infinity", "kid", "clip_score"}
 TOGETHER = {"tables", "benchmark_report"}
 
 
@@ -71,8 +71,8 @@ def benchmark(
             for name in methods
         ],
         "pose": {"weights": "vitpose"},
-        "kid": {"subsets": 5, "subset_size": 4},
-        "fid": {"resamples": 10},
+        "pose_ap": {"resamples": 50},
+        "fid": {"resamples": 40},
         "intervals": {"resamples": 50},
         **settings,
     }
@@ -93,6 +93,11 @@ def rows(workspace: Workspace, **which: Any) -> list[dict[str, Any]]:
 def value(workspace: Workspace, method: str, metric: str) -> float:
     (row,) = rows(workspace, method=method, metric=metric, source="measured", kind="")
     return float(row["value"])
+
+
+def provenance_of(workspace: Workspace, metric: str) -> dict[str, Any]:
+    (row,) = rows(workspace, method="real", metric=metric, source="measured", kind="")
+    return dict(json.loads((workspace.store / row["provenance"]).read_bytes()))
 
 
 def first_file(workspace: Workspace, method: str) -> Path:
@@ -124,16 +129,33 @@ def test_only_what_a_change_concerns_is_done_again(measuring: Workspace) -> None
         assert provenance["weights"] == "random"
         assert row["low"] is None or row["low"] <= row["value"] + 1e-9
     table = (files(measuring) / "table.md").read_text()
-    assert "<sup>RP</sup>" in table
+    assert "<sup>RPS</sup>" in table, "also of few images"
+    for metric, definition in (
+        ("KID", "unbiased for paired sets"),
+        ("FID", "FID at this number of images"),
+        ("AP", "COCO keypoint AP"),
+        ("CLIP-score", "mean over images"),
+    ):
+        found = provenance_of(measuring, metric)["parameters"]["definition"]
+        assert found.startswith(definition) and "interval: " in found
+    (extrapolated,) = rows(measuring, method="real", metric="FID-infinity", source="measured")
+    assert extrapolated["value"] is None and "fewer than 10 images" in extrapolated["note"]
+    species = rows(measuring, kind="species")
+    assert species and all(row["low"] is None for row in species if row["based_on"] < 5)
+    assert all("no interval of fewer than 5 images" in row["note"] for row in species if row["low"] is None)
     links = [part.split(")")[0] for part in table.split("](")[1:]]
     assert len(links) > 10 and all((files(measuring) / link).is_file() for link in links)
 
     # Nothing changed, so nothing is done; a changed metric is done again with the tables, and nothing else is.
     assert benchmark(measuring).committed == {}
-    changed = benchmark(measuring, kid={"subsets": 5, "subset_size": 5})
+    changed = benchmark(measuring, kid={"estimator": "independent", "subsets": 5, "subset_size": 5})
     assert changed.stages == {"kid"} | TOGETHER
-    changed = benchmark(measuring, pose_ap={"pck_threshold": 0.1})
+    assert "torch-fidelity's, for independent sets" in (files(measuring) / "table.md").read_text()
+    assert provenance_of(measuring, "KID")["parameters"]["definition"].startswith("torch-fidelity's")
+    changed = benchmark(measuring, pose_ap={"pck_threshold": 0.1, "resamples": 50})
     assert changed.stages == {"pose_ap"} | TOGETHER
+    changed = benchmark(measuring, reference="noise")
+    assert changed.stages == TOGETHER
     shown_again = benchmark(measuring)
     assert shown_again.committed == {}, "an old setting is found again"
     assert {"Tables", "BenchmarkReport"} <= set(shown_again.started)

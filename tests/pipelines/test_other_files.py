@@ -211,7 +211,7 @@ class TestMeasured:
             "methods": [{"name": "real", "kind": "external", "folder": str(workspace.folder / "real")}],
             "metrics": ["pose_ap"],
             "pose": {"weights": "vitpose"},
-            "intervals": {"resamples": 10},
+            "intervals": {"resamples": 40},
         }
         (workspace.folder / "real.yaml").write_text(json.dumps(config))
         return workspace

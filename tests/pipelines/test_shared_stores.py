@@ -97,7 +97,7 @@ def config_file(workspace: Workspace, *methods: dict[str, Any], **settings: Any)
 
 
 def benchmark_file(workspace: Workspace, *methods: dict[str, Any], **settings: Any) -> Path:
-    measured = {"pose": {"weights": "vitpose"}, "metrics": ["pose_ap"], "intervals": {"resamples": 10}}
+    measured = {"pose": {"weights": "vitpose"}, "metrics": ["pose_ap"], "intervals": {"resamples": 40}}
     return config_file(workspace, *methods, **{**measured, **settings})
 
 

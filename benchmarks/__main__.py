@@ -18,6 +18,7 @@ BENCHMARKS = (
     "pose",
     "pose_ap",
     "frechet",
+    "coverage",
     "train_step",
     "ray",
     "scaling",

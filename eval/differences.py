@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtr
 
-from eval.bootstrap import FewImages, Floats
+from eval.bootstrap import MIN_IMAGES, FewImages, Floats
 from eval.scores import Score, Scores
 
+NO_INTERVAL = f"no interval: fewer than {MIN_IMAGES} images, or no resample changes them"
 _ROUNDING = 1e-12
 """Relative to the values; what varies less does not vary."""
 
@@ -31,7 +32,7 @@ class Difference(NamedTuple):
         metric: its name.
         method, other: their names.
         value: of ``method`` less that of ``other``.
-        low, high: interval that holds for all pairs of the metric together; NaN where one of both has none.
+        low, high: interval that holds for all pairs of the metric together; NaN where there is none.
         pairs: how many have an interval.
         reason: why there is none; empty where there is one.
     """
@@ -70,7 +71,7 @@ def differences(
         if np.array_equal(of_methods[method].image_ids, of_methods[other].image_ids)
     }
     values = {pair: value for pair, value in values.items() if not np.isnan(value)}
-    compared = [pair for pair in values if not any(np.isnan(numbers[method].low) for method in pair)]
+    compared = [pair for pair in values if _have_interval(*(numbers[method] for method in pair))]
     half_widths: dict[tuple[str, str], float] = {}
     if compared:
         samples = [
@@ -85,18 +86,20 @@ def differences(
             )
             if abs(values[pair]) <= negligible:
                 values[pair] = 0.0
-    return [
-        Difference(
-            metric,
-            *pair,
-            value,
-            value - half_widths.get(pair, np.nan),
-            value + half_widths.get(pair, np.nan),
-            len(compared),
-            "" if pair in half_widths else "no interval, as one of both has none",
+    found = []
+    for pair, value in values.items():
+        half_width = half_widths.get(pair, np.nan)
+        reason = NO_INTERVAL if np.isnan(half_width) else ""
+        found.append(
+            Difference(metric, *pair, value, value - half_width, value + half_width, len(compared), reason)
         )
-        for pair, value in values.items()
-    ]
+    return found
+
+
+def _have_interval(one: Score, other: Score) -> bool:
+    """Whether both are of enough images, and resamples change one of them: the other may be right everywhere."""
+    enough = min(one.images, other.images) >= MIN_IMAGES
+    return enough and not (np.isnan(one.low) and np.isnan(other.low))
 
 
 def _pairs(methods: Sequence[str], reference: str) -> list[tuple[str, str]]:

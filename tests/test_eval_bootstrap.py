@@ -23,7 +23,7 @@ from eval.bootstrap import (
 )
 
 
-def test_resamples_are_draws_with_replacement_and_repeat() -> None:
+def test_resamples_are_with_replacement_and_repeat() -> None:
     drawn = np.stack(list(resamples(50, 200, seed=3)))
     assert (drawn.sum(axis=1) == 50).all() and (drawn == 0).any()
     assert drawn.mean() == 1 and abs(drawn.var() - 0.98) < 0.05  # binomial: 1 - 1/50

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.bootstrap import interval
-from eval.differences import differences, largest_deviation
+from eval.differences import NO_INTERVAL, differences, largest_deviation
 from eval.scores import Scores, mean_scores
 from eval.settings import Intervals
 
@@ -104,7 +104,7 @@ def test_a_method_of_few_images_takes_no_interval_from_the_others() -> None:
     tiny = {name: scores_of(generator.normal(size=4)) for name in "xy"}
     found = {(each.method, each.other): each for each in differences("CLIP-score", {**methods, **tiny}, 0.95)}
     assert found["m0", "m1"][3:] == alone[3:]
-    assert found["x", "y"].reason == "no interval, as one of both has none" and np.isnan(found["x", "y"].low)
+    assert found["x", "y"].reason == NO_INTERVAL and np.isnan(found["x", "y"].low)
     assert found["x", "y"].pairs == 1 and set(found) == {("m0", "m1"), ("x", "y")}, "others have other images"
 
 
@@ -123,7 +123,10 @@ def test_numbers_that_no_resample_changes_have_no_interval() -> None:
         np.isnan(scores.rows[0].low) and scores.rows[0].reason == "no interval: all resamples have this value"
     )
     (found,) = differences("CLIP-score", {"a": scores, "b": scores_of(np.zeros(30))}, 0.95)
-    assert found.value == 1 and not found.differ and found.reason
+    assert found.value == 1 and not found.differ and found.reason == NO_INTERVAL
+    others = scores_of(np.random.default_rng(10).normal(0, 0.2, 30))
+    (found,) = differences("CLIP-score", {"a": scores, "b": others}, 0.95)
+    assert found.differ and found.high - found.low == pytest.approx(2 * 2.05 * 0.2 / np.sqrt(30), rel=0.4)
 
 
 def test_fewer_images_need_larger_differences() -> None:

@@ -333,7 +333,7 @@ def _kid_bias(report: Report) -> float:
             values.append((PairedKid(*both).value, kid(*both, subsets=1, subset_size=n).mean))
         biases = np.mean(values, axis=0) - truth
         errors = np.hypot(np.std(values, axis=0, ddof=1) / math.sqrt(repetitions), truth_error)
-        worst = max(worst, abs(biases[0] / errors[0]))
+        worst = max(worst, float(abs(biases[0] / errors[0])))
         rows.append(
             (
                 f"{n:,}",

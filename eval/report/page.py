@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import jinja2
 
-from eval.bootstrap import FEW_IMAGES, MIN_IMAGES
 from eval.report.cases import Case
 from eval.tables import (
+    FEW_NOTE,
     METRIC,
     Metric,
     Number,
@@ -130,8 +130,7 @@ def render_benchmark(
             columns=[(heading(metric), source) for metric, source in columns],
             rows=rows,
             methods=methods,
-            few_images=FEW_IMAGES,
-            min_images=MIN_IMAGES,
+            few_note=FEW_NOTE,
             categories=[
                 (kind, dots) for kind in ("species", "scenario") if (dots := _groups(table, "AP", kind))
             ],

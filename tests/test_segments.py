@@ -23,7 +23,7 @@ from spctrl.errors import ExpectedError
 from spctrl.image_models import segments
 from spctrl.image_models.base import Result, run_model
 from spctrl.image_models.sam_networks import PACKAGES, Sizes, build_tiny, load_network, network_of_sizes
-from spctrl.image_models.segments import Segmenter, load_segmenter
+from spctrl.image_models.segments import Segmenter, load_segmenter, run_lengths
 from spctrl.records import Record
 from spctrl.sample.scenes import draw_animal_scene, draw_people_scene
 
@@ -249,14 +249,26 @@ def test_mixed_precision_changes_little(
         segments, "mixed_precision", lambda device: torch.autocast("cpu", dtype=torch.bfloat16)
     )
     inputs = [segmenter.decode(*each) for each in scenes]
+    assert {output.logits.dtype for output in segmenter.predict(inputs)} == {torch.float32}
     outputs = segmenter.infer(inputs)
-    assert {output.logits.dtype for output in outputs} == {torch.float32}
     found = [
         masks_of(segmenter.encode(each.record, decoded, output))
         for each, decoded, output in zip(scenes, inputs, outputs, strict=True)
     ]
     share = np.mean([(a != b).mean() for a, b in zip(found, expected, strict=True)])
     assert 0 < share < 0.02
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (1, 7), (5, 1), (33, 48)])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_runs_are_those_of_cocos_encoding(size_hw: tuple[int, int], share: float) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        mask = rng.random(size_hw) < share
+        runs = run_lengths(torch.from_numpy(mask))
+        coded = rle.frPyObjects({"size": list(size_hw), "counts": runs.tolist()}, *size_hw)
+        assert coded == rle.encode(np.asfortranarray(mask.view(np.uint8)))
+        assert runs[1::2].sum() == mask.sum()
 
 
 # Images and prompts at the edges

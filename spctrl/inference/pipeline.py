@@ -38,6 +38,7 @@ from spctrl.models.stable_diffusion import (
     load_tokenizer,
     load_unet,
     load_vae,
+    move,
 )
 from spctrl.models.tokens import load_learned_embeds, set_learned_embeds
 from spctrl.records import RecordError
@@ -182,9 +183,7 @@ def load_pipeline(
     for part, precision in (
         (network, dtype), (parts["unet"], dtype), (parts["text_encoder"], dtype), (parts["vae"], torch.float32),
     ):  # fmt: skip
-        # nn.Module's own `to`: that of diffusers' models warns of modules to be kept in float32, also where there
-        # are none.
-        torch.nn.Module.to(part.eval().requires_grad_(False), device, precision)
+        move(part.eval().requires_grad_(False), device, precision)
     return pipeline
 
 

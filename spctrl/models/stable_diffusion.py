@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
 from spctrl.network_size import MAX_CONFIG_BYTES, check_tokenizer, read_config
 from spctrl.reading_faults import faults_of
+
+if TYPE_CHECKING:
+    import torch
 
 PARTS = ("unet", "text_encoder", "tokenizer", "scheduler", "vae")
 """Folders of a Stable Diffusion folder that are read; what else lies there is not."""
@@ -25,6 +28,16 @@ def _part(name: str, kind: tuple[str, str]) -> WeightsFolder:
         setting="the folder of Stable Diffusion 1.5",
         kind=kind,
     )
+
+
+def move(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Bring a network's parameters and buffers onto a device, in a precision.
+
+    The ``to`` of diffusers' models warns of modules to be kept in float32, also where there are none.
+    """
+    import torch
+
+    torch.nn.Module.to(network, device, dtype)
 
 
 def load_unet(folder: Path) -> Any:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from spctrl.disk_errors import is_shared_memory
 from spctrl.errors import ExpectedError
+from spctrl.models.stable_diffusion import move
 from spctrl.training.checkpoints import (
     RUN,
     STATE,
@@ -163,14 +164,16 @@ def prepare(config: TrainingConfig, inputs: TrainingInputs, accelerator: Acceler
     networks = load_networks(config, inputs.weights, with_vae=with_vae)
     dataset = training_dataset(config, inputs, networks.tokenizer)
     dtype = FROZEN_DTYPES[config.mixed_precision]
-    networks.unet.to(accelerator.device)
-    if dtype != torch.float32:
-        networks.unet.to(dtype)
-    # Trained rows stay in float32, and the networks around them in autocast's hands.
-    networks.text_encoder.to(accelerator.device, dtype if networks.token_rows is None else torch.float32)
-    networks.control.to(accelerator.device)
-    if networks.vae is not None:
-        networks.vae.to(accelerator.device)
+    # Trained rows stay in float32, and the networks around them in autocast's hands. An autoencoder that only decodes
+    # validation images does so in float32.
+    text_dtype = dtype if networks.token_rows is None else torch.float32
+    vae_dtype = torch.float32 if config.use_cached_latents else dtype
+    for network, precision in (
+        (networks.unet, dtype), (networks.text_encoder, text_dtype), (networks.vae, vae_dtype),
+        (networks.control, torch.float32),
+    ):  # fmt: skip
+        if network is not None:
+            move(network, accelerator.device, precision)
     if config.gradient_checkpointing:
         networks.unet.enable_gradient_checkpointing()
         if config.model == "controlnet":

@@ -135,8 +135,8 @@ class Objective(nn.Module):
             mean, logvar = batch["latents_mean"].float(), batch["latents_logvar"].float()
         else:
             with torch.no_grad(), full_precision(batch["pixel_values"]):
-                posterior = self.vae.encode(batch["pixel_values"]).latent_dist
-            mean, logvar = posterior.mean, posterior.logvar
+                posterior = self.vae.encode(batch["pixel_values"].to(self.vae.dtype)).latent_dist
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
         return (mean + torch.exp(logvar / 2) * encoding) * self.latent_scale
 
     def predict_noise(

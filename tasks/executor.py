@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from multiprocessing.util import Finalize
 from typing import TypeVar
@@ -35,11 +35,19 @@ def run_jobs(
     workers: int,
     *,
     start_method: StartMethod = "forkserver",
+    environments: Sequence[Mapping[str, str]] = (),
 ) -> Iterator[Result]:
     """Results of ``function`` for each job, in order of completion.
 
     A job that fails stops no other; its error is raised after the last. Jobs are taken from ``jobs`` only a
     few ahead of the work, so they may be many and large.
+
+    Args:
+        function: of a job.
+        jobs: to be worked on.
+        workers: processes; 0: one for each core.
+        start_method: ``spawn`` has all work done in processes of its own, even if it is one.
+        environments: with ``spawn``: environment variables of each worker.
 
     Raises:
         WorkerError: a worker process was killed.
@@ -48,11 +56,13 @@ def run_jobs(
     first = list(itertools.islice(iterator, 2))
     count = worker_count(workers)
     if first and start_method == "spawn":
-        yield from _run_in_processes(function, itertools.chain(first, iterator), count, "spawn")
+        with closing(WorkerPool(count, "spawn", environments)) as pool:
+            yield from collect(pool.outcomes(function, itertools.chain(first, iterator)))
     elif count == 1 or len(first) < 2:
         yield from _run_here(function, itertools.chain(first, iterator))
     else:
-        yield from _run_in_processes(function, itertools.chain(first, iterator), count, "forkserver")
+        with _shared_pool(count) as pool:
+            yield from collect(pool.outcomes(function, itertools.chain(first, iterator)))
 
 
 def _run_here(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
@@ -79,20 +89,9 @@ def collect(outcomes: Iterable[Callable[[], Result]]) -> Iterator[Result]:
         raise failures[0]
 
 
-def _run_in_processes(
-    function: Callable[[Job], Result], jobs: Iterator[Job], workers: int, start_method: StartMethod
-) -> Iterator[Result]:
-    with _pool(workers, start_method) as pool:
-        yield from collect(pool.outcomes(function, jobs))
-
-
 @contextmanager
-def _pool(workers: int, start_method: StartMethod) -> Iterator[WorkerPool]:
-    """Workers for one stage. Those that are forked stay for the next stage; a model's go, with the memory it took."""
-    if start_method == "spawn":
-        with closing(WorkerPool(workers, start_method)) as pool:
-            yield pool
-        return
+def _shared_pool(workers: int) -> Iterator[WorkerPool]:
+    """Forked workers, which stay for the next stage; a model's go with the memory that it took."""
     pool = _kept_pool(workers, os.getpid())
     try:
         yield pool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -11,6 +12,7 @@ import luigi
 
 from tasks import settings
 from tasks.base import OfSettings, digest_cache
+from tasks.devices import devices_of_workers
 from tasks.executor import run_jobs
 from tasks.images import ImageFiles
 from tasks.inputs import MISSING
@@ -101,8 +103,15 @@ class OnDevice(RecordStage):
             return run_model_batches(
                 make_model_pack, model_batches, self.cluster(), executor.workers, executor.device
             )
-        # One process, which has the device to itself, and which CUDA's faults cannot take the build along with.
-        return run_jobs(make_model_pack, model_batches, workers=1, start_method="spawn")
+        # A process for each device, which it has to itself, and which CUDA's faults cannot take the build along with.
+        devices = devices_of_workers(executor.device)
+        return run_jobs(
+            make_model_pack,
+            (replace(each, loading={**each.loading, "device": devices.device}) for each in model_batches),
+            workers=len(devices.environments),
+            start_method="spawn",
+            environments=devices.environments,
+        )
 
     def batch(self, **work: Any) -> Batch:
         from tasks.work import ModelBatch

@@ -94,7 +94,9 @@ class executor(Section):
         default=0, description="worker processes; 0: one for each core, of this machine or of the cluster"
     )
     device = luigi.Parameter(
-        default="auto", description="of image models: auto, cpu or cuda:N; with ray, cuda:N is any GPU"
+        default="auto",
+        description="of image models: auto (all GPUs, or the CPU), cpu, cuda:N or several, as in cuda:0,1; with ray, "
+        "cuda:N is any GPU",
     )
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, MutableSequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -48,11 +48,18 @@ class _SkippedError(Exception):
 class WorkerPool:
     """Processes that work on jobs, a few more of which wait than are worked on.
 
+    Args:
+        workers: how many.
+        start_method: of the processes.
+        environments: environment variables of each worker, one mapping for each; none: those of this process.
+
     Attributes:
         is_lost: whether its processes were killed, by us or by others.
     """
 
-    def __init__(self, workers: int, start_method: StartMethod) -> None:
+    def __init__(
+        self, workers: int, start_method: StartMethod, environments: Sequence[Mapping[str, str]] = ()
+    ) -> None:
         context = multiprocessing.get_context(start_method)
         (start_fork_server if start_method == "forkserver" else start_resource_tracker)()
         room = workers * (1 + JOBS_WAITING_PER_WORKER)
@@ -64,7 +71,10 @@ class WorkerPool:
         self._is_stopped = self._has_said_so = False
         self.is_lost = False
         self._executor = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_initialize_worker, initargs=(self._clock,)
+            workers,
+            mp_context=context,
+            initializer=_initialize_worker,
+            initargs=(self._clock, environments, context.Value("i", 0)),
         )
 
     def outcomes(
@@ -197,9 +207,22 @@ class WorkerPool:
 _clock: MutableSequence[float]
 
 
-def _initialize_worker(clock: MutableSequence[float]) -> None:
+def _initialize_worker(
+    clock: MutableSequence[float], environments: Sequence[Mapping[str, str]], started: Any
+) -> None:
+    """Prepare a worker.
+
+    Args:
+        clock: the pool's.
+        environments: see ``WorkerPool``.
+        started: a shared counter of the workers that have started.
+    """
     global _clock
     _clock = clock
+    if environments:
+        with started.get_lock():
+            os.environ.update(environments[started.value])
+            started.value += 1
     end_with_parent()
     mask_output(os.environ, sys.argv)
     with suppress(ImportError):

@@ -9,7 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the models extra is not installed")
 
-from spctrl.image_models.base import choose_device, infer_halving, run_model  # noqa: E402
+from spctrl.image_models.base import (  # noqa: E402
+    choose_device,
+    choose_devices,
+    infer_halving,
+    run_model,
+)
 from spctrl.records import Record, RecordError  # noqa: E402
 
 
@@ -71,3 +76,33 @@ def test_one_image_that_does_not_fit_is_an_error_with_advice() -> None:
 def test_a_device_that_is_not_there_is_an_error_that_names_those_there_are() -> None:
     with pytest.raises(ValueError, match="auto, cpu"):
         choose_device("cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "setting", "expected"),
+    [
+        (0, "auto", ["cpu"]),
+        (3, "cpu", ["cpu"]),
+        (1, "auto", ["cuda:0"]),
+        (3, "auto", ["cuda:0", "cuda:1", "cuda:2"]),
+        (3, "cuda:1", ["cuda:1"]),
+        (12, "cuda:11,0", ["cuda:11", "cuda:0"]),
+    ],
+)
+def test_devices(gpus: int, setting: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert [str(device) for device in choose_devices(setting)] == expected
+    assert str(choose_device(setting)) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "setting"),
+    [(0, "cuda:0"), (2, "cuda:2"), (2, "cuda:0,2"), (2, "cuda:0,0"), (2, "cuda:"), (2, "cuda"), (2, "0,1"),
+     (2, "cuda:0,"), (2, "cuda:-1"), (2, "auto:0"), (2, "gpu"), (2, "")],
+)  # fmt: skip
+def test_devices_that_cannot_be(gpus: int, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    several = " or several GPUs, as in cuda:0,1" if gpus else ""
+    known = ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(gpus))])
+    with pytest.raises(ValueError, match=f"^expected a device among {known}{several}, found {setting!r}$"):
+        choose_devices(setting)

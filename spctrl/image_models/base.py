@@ -130,21 +130,34 @@ def infer_halving(model: ImageModel[Any, Output], batch: Sequence[Any]) -> list[
     return infer_halving(model, batch[:half]) + infer_halving(model, batch[half:])
 
 
+def choose_devices(setting: str) -> list[torch.device]:
+    """The devices for ``auto`` (all GPUs, or the CPU where there is none), ``cpu``, ``cuda:N`` or ``cuda:N,M``.
+
+    Raises:
+        ValueError: there is no such device, or one is named twice; names those there are.
+    """
+    import torch
+
+    there = [str(i) for i in range(torch.cuda.device_count())]
+    if setting == "cpu" or (setting == "auto" and not there):
+        return [torch.device("cpu")]
+    kind, _, numbers = setting.partition(":")
+    chosen = there if setting == "auto" else numbers.split(",")
+    is_repeated = len(set(chosen)) < len(chosen)
+    if setting != "auto" and (kind != "cuda" or is_repeated or not set(chosen) <= set(there)):
+        known = ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in there)])
+        several = " or several GPUs, as in cuda:0,1" if there[1:] else ""
+        raise ValueError(f"expected a device among {known}{several}, found {setting!r}")
+    return [torch.device("cuda", int(number)) for number in chosen]
+
+
 def choose_device(setting: str) -> torch.device:
-    """The device for ``auto`` (a GPU if there is one), ``cpu`` or ``cuda:N``.
+    """The first of ``choose_devices``.
 
     Raises:
         ValueError: there is no such device; names those there are.
     """
-    import torch
-
-    count = torch.cuda.device_count()
-    if setting == "auto":
-        return torch.device("cuda:0" if count else "cpu")
-    known = ["auto", "cpu", *(f"cuda:{i}" for i in range(count))]
-    if setting not in known:
-        raise ValueError(f"expected a device among {', '.join(known)}, found {setting!r}")
-    return torch.device(setting)
+    return choose_devices(setting)[0]
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -72,6 +72,36 @@ def test_models_fill_the_manifest_and_say_that_their_weights_are_random(modelled
     page = (modelled.exports / "report.html").read_text()
     assert "weights: random" in page
     assert "masks by sam_hq: mean IoU" in page
+
+
+def test_two_devices_make_the_bytes_of_one(
+    modelled: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import executor, model_stage
+    from tasks.devices import WorkerDevices
+
+    workers = []
+
+    def run_jobs(*arguments: Any, **options: Any) -> Any:
+        workers.append(options["workers"])
+        return executor.run_jobs(*arguments, **options)
+
+    monkeypatch.setattr(model_stage, "RECORDS_PER_PACK", 2)
+    monkeypatch.setattr(model_stage, "run_jobs", run_jobs)
+    packs = []
+    for devices in (1, 2):
+        found = WorkerDevices("cpu", [{} for _ in range(devices)])
+        monkeypatch.setattr(model_stage, "devices_of_workers", lambda _, found=found: found)
+        modelled.configure("paths", store=tmp_path / f"store-{devices}")
+        built = modelled.build()
+        assert built.succeeded, built.errors
+        files = {
+            path for stage in MODELS for path in (tmp_path / f"store-{devices}" / "packs" / stage).iterdir()
+        }
+        packs.append({hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
+    assert set(workers) == {1, 2}
+    assert packs[0] == packs[1]
+    assert len(packs[0]) >= len(MODELS) * IMAGES / 2
 
 
 def test_known_masks_agree_with_themselves_in_the_report(workspace: Workspace) -> None:

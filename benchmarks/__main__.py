@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 
 from benchmarks.common import CONSOLE, Report, machine
 
@@ -27,8 +28,21 @@ BENCHMARKS = (
 """Modules of this package, each with a function ``run``."""
 
 
+GPU = "gpu"
+"""Runs by itself, with options of its own."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    if sys.argv[1:2] == [GPU]:
+        from benchmarks.gpu import runner
+
+        sys.exit(runner.main(sys.argv[2:]))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=f"On a GPU: python -m benchmarks {GPU} --help",
+        allow_abbrev=False,
+    )
     parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument(
         "--quick", action="store_true", help="small inputs: shows that it works, the ratios mean little"

@@ -1,8 +1,8 @@
 """Depth maps and latents: batches, with decoding and encoding beside them, against one image at a time.
 
 The baselines are written plainly and share only the network: depth as REFERENCE section 5 says, image and mirror
-image in separate passes; latents as diffusers' training scripts prepare images. On the processor with small networks;
-on a GPU, where there is one, with networks of the published sizes. All weights are random.
+image in separate passes; latents as diffusers' training scripts prepare images. The networks are small;
+``python -m benchmarks gpu`` measures the published sizes. All weights are random.
 """
 
 from __future__ import annotations
@@ -47,16 +47,12 @@ Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def run(report: Report) -> None:
-    import torch
-
     work = _work(QUICK_IMAGES if report.quick else IMAGES)
     with TemporaryDirectory() as folder:
-        _on_processor(report, work, Path(folder))
-    if torch.cuda.is_available():
-        _on_gpu(report, work)
+        _compare(report, work, Path(folder))
 
 
-def _on_processor(report: Report, work: Work, folder: Path) -> None:
+def _compare(report: Report, work: Work, folder: Path) -> None:
     import torch
 
     from spctrl.image_models import depth, latents
@@ -70,28 +66,6 @@ def _on_processor(report: Report, work: Work, folder: Path) -> None:
     _compare_depth(report, full_size, f"the tiny ZoeDepth at 384 x 512 on {where}", work)
     encoder = latents.load_latent_encoder(weights=folder / "latents", device="cpu")
     _compare_latents(report, encoder, f"the tiny autoencoder on {where}", work)
-
-
-def _on_gpu(report: Report, work: Work) -> None:
-    import torch
-    from diffusers import AutoencoderKL
-    from transformers import ZoeDepthConfig, ZoeDepthForDepthEstimation
-
-    from spctrl.image_models.depth import DepthEstimator
-    from spctrl.image_models.latents import LatentEncoder
-
-    device = torch.device("cuda:0")
-    where = torch.cuda.get_device_name(device)
-    model = ZoeDepthForDepthEstimation(ZoeDepthConfig())
-    _compare_depth(report, DepthEstimator(model, device=device), f"ZoeDepth (BEiT-L) on {where}", work)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-    )
-    encoder = LatentEncoder(vae, resolution=512, device=device)
-    _compare_latents(report, encoder, f"Stable Diffusion's autoencoder on {where}", work)
 
 
 def _work(count: int) -> Work:
@@ -112,8 +86,7 @@ def _compare_depth(
     def levels(artifact: bytes) -> Numbers:
         return np.asarray(Image.open(io.BytesIO(artifact))).astype(float)
 
-    if estimator.device.type == "cpu":
-        _check(estimator, lambda data: _plain_depth(estimator, data), levels, MAX_LEVELS, work[:BATCH_SIZE])
+    _check(estimator, lambda data: _plain_depth(estimator, data), levels, MAX_LEVELS, work[:BATCH_SIZE])
     _race(report, f"Depth by {what}", estimator, lambda data: _plain_depth(estimator, data), work, at_least)
 
 
@@ -121,8 +94,7 @@ def _compare_latents(report: Report, encoder: LatentEncoder, what: str, work: Wo
     def values(artifact: bytes) -> Numbers:
         return np.frombuffer(artifact, "<f2").astype(float)
 
-    if encoder.device.type == "cpu":
-        _check(encoder, lambda data: _plain_latents(encoder, data), values, MAX_LATENTS, work[:BATCH_SIZE])
+    _check(encoder, lambda data: _plain_latents(encoder, data), values, MAX_LATENTS, work[:BATCH_SIZE])
     _race(report, f"Latents by {what}", encoder, lambda data: _plain_latents(encoder, data), work)
 
 

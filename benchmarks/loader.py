@@ -58,9 +58,9 @@ def run(report: Report) -> None:
 
 
 def _race(report: Report, folder: Path) -> None:
-    records, root = _records(folder, QUICK_IMAGES if report.quick else IMAGES)
-    manifest = _write_dataset(folder, records, root)
-    tokenizer = _tokenizer(folder)
+    records, root = dataset_records(folder, QUICK_IMAGES if report.quick else IMAGES)
+    manifest = write_dataset(folder, records, root)
+    tokenizer = write_ap10k_tokenizer(folder)
     released = _Released(folder, records, tokenizer)
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -114,7 +114,7 @@ def _read_all(samples: Any, count: int) -> None:
 # Inputs
 
 
-def _records(folder: Path, count: int) -> tuple[list[Record], Path]:
+def dataset_records(folder: Path, count: int) -> tuple[list[Record], Path]:
     """Some records of AP-10K's training split, drawn at random (seeded), and the dataset's folder."""
     root, _ = ap10k_root()
     path = root / "annotations" / ap10k_file(SPLITS[0])
@@ -126,7 +126,7 @@ def _records(folder: Path, count: int) -> tuple[list[Record], Path]:
     return records_from_table(table), root
 
 
-def _write_dataset(folder: Path, records: list[Record], root: Path) -> Path:
+def write_dataset(folder: Path, records: list[Record], root: Path) -> Path:
     """Images, stored index maps and heatmaps, latents in packs, and the manifest."""
     for name in ("data", "maps", "heatmaps"):
         (folder / name).mkdir()
@@ -154,7 +154,7 @@ def _write_dataset(folder: Path, records: list[Record], root: Path) -> Path:
     return folder / "manifest.parquet"
 
 
-def _tokenizer(folder: Path) -> Any:
+def write_ap10k_tokenizer(folder: Path) -> Any:
     """CLIP's tokenizer with a toy vocabulary, and AP-10K's placeholders."""
     from transformers import CLIPTokenizer
 

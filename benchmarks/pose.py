@@ -1,8 +1,7 @@
 """Pose estimation: batches over all instances with image and mirror image in one pass, against one at a time.
 
 The baseline is written plainly and shares only the network: an image, a box and a flip at a time, and a loop over
-keypoints to decode. On the processor with small networks; on a GPU, where there is one, with ViTPose-H. All weights are
-random.
+keypoints to decode. The networks are small; ``python -m benchmarks gpu`` measures ViTPose-H. All weights are random.
 """
 
 from __future__ import annotations
@@ -28,13 +27,10 @@ if TYPE_CHECKING:
 # Torch and what needs it is imported where it is used: the other benchmarks run without it.
 
 INSTANCES, QUICK_INSTANCES = 32, 8
-GPU_INSTANCES = 2048
 REPEATS, QUICK_REPEATS = 3, 1
-GPU_BATCH_SIZE = 128
 MAX_PX = 0.05
 """How far keypoints of the two sides may be apart in float32."""
 
-MATRIX_SIDE, MATRIX_TURNS = 8192, 20
 VITPOSE_S, VITPOSE_H = (384, 12, 12), (1280, 32, 16)
 """Width, layers, heads."""
 
@@ -45,15 +41,11 @@ Keypoints = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def run(report: Report) -> None:
-    import torch
-
     with TemporaryDirectory() as folder:
-        _on_processor(report, Path(folder))
-    if torch.cuda.is_available():
-        _on_gpu(report)
+        _compare(report, Path(folder))
 
 
-def _on_processor(report: Report, folder: Path) -> None:
+def _compare(report: Report, folder: Path) -> None:
     import torch
 
     from eval.pose_estimator import PROTOCOLS, PoseEstimator
@@ -69,37 +61,12 @@ def _on_processor(report: Report, folder: Path) -> None:
         _check(PoseEstimator(copy.deepcopy(model), protocol, device=cpu), model, work)
         what = f"Tiny ViTPose {where}, {protocol.codec}"
         _race(report, what, model, protocol, work, at_least=2 if dataset == "ap10k" else None)
-    network = _random_network(*VITPOSE_S)
+    network = random_network(*VITPOSE_S)
     _race(report, f"ViTPose-S {where}, msra", network, PROTOCOLS["ap10k"], work[: len(work) // 4])
 
 
-def _on_gpu(report: Report) -> None:
-    import torch
-
-    from eval.pose_estimator import PROTOCOLS, PoseEstimator
-
-    device = torch.device("cuda:0")
-    work = _work(GPU_INSTANCES)
-    model = _random_network(*VITPOSE_H).to(device)
-    rate = _matrix_rate(device)
-    rows = []
-    for half in (False, True):
-        ours = PoseEstimator(model, PROTOCOLS["ap10k"], device=device, batch_size=GPU_BATCH_SIZE, half=half)
-        _ours(ours, work[:GPU_BATCH_SIZE])
-        cost = interleaved({"": lambda ours=ours: _ours(ours, work)}, REPEATS)[""]  # type: ignore[misc]
-        count = sum(len(boxes) for _, boxes in work)
-        flops = 2 * _flops(model) * count / cost.wall_s
-        precision = "float16" if half else "float32"
-        rows.append((precision, f"{count / cost.wall_s:.1f}", f"{flops / 1e12:.1f}", f"{flops / rate:.1%}"))
-    report.table(
-        f"ViTPose-H on {torch.cuda.get_device_name(device)}: {GPU_INSTANCES} instances with flip test",
-        ("", "instances/s", "TFLOP/s", "of the float16 matrix rate"),
-        rows,
-        f"The rate of {MATRIX_SIDE} x {MATRIX_SIDE} products in float16: {rate / 1e12:.0f} TFLOP/s.",
-    )
-
-
-def _random_network(width: int, layers: int, heads: int) -> Any:
+def random_network(width: int, layers: int, heads: int) -> Any:
+    """ViTPose with random weights, in a published size."""
     from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
 
     backbone = VitPoseBackboneConfig(
@@ -107,32 +74,6 @@ def _random_network(width: int, layers: int, heads: int) -> Any:
     )
     config = VitPoseConfig(backbone_config=backbone, use_simple_decoder=False, num_labels=17)
     return VitPoseForPoseEstimation(config).eval()
-
-
-def _matrix_rate(device: Any) -> float:
-    """Floating-point operations per second of large products in float16."""
-    import torch
-
-    left = torch.randn(MATRIX_SIDE, MATRIX_SIDE, dtype=torch.float16, device=device)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for turn in range(2 * MATRIX_TURNS):  # the first half warms up
-        if turn == MATRIX_TURNS:
-            start.record()
-        left @ left
-    end.record()
-    torch.cuda.synchronize()
-    return float(2 * MATRIX_SIDE**3 * MATRIX_TURNS / (start.elapsed_time(end) / 1000))
-
-
-def _flops(model: Any) -> float:
-    """Floating-point operations of one pass of one image."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = next(model.parameters()).device
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 256, 192, device=device))
-    return float(counter.get_total_flops())
 
 
 def _work(instances: int) -> Work:
@@ -152,8 +93,8 @@ def _work(instances: int) -> Work:
 
 def _check(estimator: PoseEstimator, model: Any, work: Work) -> None:
     """Both sides must find the same, but for a few flat heatmaps in noise, where DARK divides by nearly nothing."""
-    plain = _plain(model, estimator.protocol, work)
-    apart = float(np.quantile(np.abs(_ours(estimator, work) - plain), 0.99))
+    apart = np.abs(_ours(estimator, work) - plain(model, estimator.protocol, work))
+    apart = float(np.quantile(apart, 0.99))
     if apart > MAX_PX:
         raise RuntimeError(
             f"keypoints of the two sides are {apart:g} pixels apart, expected at most {MAX_PX:g}"
@@ -175,7 +116,7 @@ def _race(
     contestants: dict[str, Callable[[], object]] = {
         OURS: lambda: _ours(full, work),
         HALF: lambda: _ours(half, work),
-        PLAIN: lambda: _plain(model, protocol, work),
+        PLAIN: lambda: plain(model, protocol, work),
     }
     repeats = QUICK_REPEATS if report.quick else REPEATS
     costs = interleaved(contestants, repeats)
@@ -203,7 +144,8 @@ def _ours(estimator: PoseEstimator, work: Work) -> Keypoints:
 # The plain way
 
 
-def _plain(model: Any, protocol: Protocol, work: Work) -> Keypoints:
+def plain(model: Any, protocol: Protocol, work: Work) -> Keypoints:
+    """Keypoints in pixels, one image, box and flip at a time."""
     found = []
     for path, boxes in work:
         image = np.asarray(Image.open(path).convert("RGB"))
@@ -221,9 +163,9 @@ def _plain_pose(model: Any, protocol: Protocol, image: NDArray[np.uint8], box: l
     pixels = crop(image, centres[0], sizes[0], codec=protocol.codec)
     pixels = (pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
     with torch.inference_mode():
+        inputs = (np.ascontiguousarray(each.transpose(2, 0, 1)) for each in (pixels, pixels[:, ::-1]))
         straight, mirrored = (
-            model(torch.from_numpy(np.ascontiguousarray(each.transpose(2, 0, 1)))[None]).heatmaps[0].numpy()
-            for each in (pixels, pixels[:, ::-1])
+            model(torch.from_numpy(each)[None].to(model.device)).heatmaps[0].cpu().numpy() for each in inputs
         )
     back = mirrored[:, :, ::-1][flip_indices(protocol.skeleton)].copy()
     if protocol.shift_heatmap:

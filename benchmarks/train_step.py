@@ -1,22 +1,21 @@
 """A training step: cached latents and maps of the chosen layers, against the released manner, on the same networks.
 
-The released manner encodes the images in every step, computes attention a second time for its maps, and keeps those
-of all cross-attention layers, head by head; it is written plainly here, and shares the networks, the losses and the
-optimizer. The objective is the recommended one. On the processor with Stable Diffusion 1.5's networks an eighth as
-wide, whose parts have the real ones' shares of the arithmetic, though so narrow that overhead takes most of the time;
-on a GPU, where there is one, with the real sizes, for which the target is meant. All weights are random.
+The released manner encodes the images in every step, computes attention a second time for its maps, keeps those of all
+cross-attention layers, head by head, and loops over the values of the index maps in float32; it is written plainly
+here, and shares the networks, the losses and the optimizer. The objective is the recommended one. Stable Diffusion
+1.5's networks are an eighth as wide here: their parts have the real ones' shares of the arithmetic, but overhead takes
+most of the time. ``python -m benchmarks gpu`` measures the real sizes. All weights are random.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.common import Report, interleaved
+from benchmarks.embedding import loop_over_masks
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +28,9 @@ if TYPE_CHECKING:
 # Torch and what needs it is imported where it is used: the other benchmarks run without it.
 
 REPEATS, QUICK_REPEATS = 7, 1
-WARM_UPS, GPU_STEPS = 3, 10
 LARGEST_DIFFERENCE = 2e-3
-"""How far the losses of the two sides may be apart, relatively, on the processor: cached latents are float16."""
-OURS, COMPILED, RELEASED = "this project", "this project, compiled", "the released manner"
-PROFILED_OPERATIONS = 8
+"""How far the losses of the two sides may be apart, relatively, in float32: cached latents are float16."""
+OURS, RELEASED = "this project", "the released manner"
 
 Step = Callable[[], dict[str, "Tensor"]]
 
@@ -47,58 +44,37 @@ class Sizes:
         resolution: side of the images in pixels.
         batch_size: images of a step.
         precision: ``mixed_precision`` of a configuration.
+        layers: of each block of the UNet; the text encoder has six times as many.
     """
 
     narrowed: int
     resolution: int
     batch_size: int
     precision: str
+    layers: int = 2
 
 
-ON_PROCESSOR = Sizes(narrowed=8, resolution=256, batch_size=2, precision="no")
+ON_CPU = Sizes(narrowed=8, resolution=256, batch_size=2, precision="no")
 QUICK = Sizes(narrowed=8, resolution=128, batch_size=2, precision="no")
-ON_GPU = Sizes(narrowed=1, resolution=512, batch_size=20, precision="bf16")
 
 
 def run(report: Report) -> None:
     import torch
 
-    sizes = QUICK if report.quick else ON_PROCESSOR
-    _compare(report, sizes, torch.device("cpu"), QUICK_REPEATS if report.quick else REPEATS)
-    if torch.cuda.is_available():
-        _compare(report, ON_GPU, torch.device("cuda:0"), GPU_STEPS)
+    from benchmarks.gpu.measure import flops_of, matrix_rate
 
-
-def _compare(report: Report, sizes: Sizes, device: torch.device, repeats: int) -> None:
-    import torch
-
-    from spctrl.training.loop import make_optimizer
-
-    networks, config = make_networks(sizes, device), make_config(sizes)
-    batch, draws = make_batch(networks, sizes, device)
-    where = "the processor" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    width = "" if sizes.narrowed == 1 else f", widths / {sizes.narrowed}"
-    title = (
-        f"Training step on {where}: {sizes.batch_size} images of {sizes.resolution} x {sizes.resolution}, "
-        f"Stable Diffusion 1.5{width}, {sizes.precision if device.type == 'cuda' else 'float32'}"
-    )
-    work = Work(networks, config, make_optimizer(config, networks.trained_groups()), batch, draws)
+    sizes, repeats = (QUICK, QUICK_REPEATS) if report.quick else (ON_CPU, REPEATS)
+    device = torch.device("cpu")
+    work = make_work(sizes, device)
     steps = {OURS: ours(work), RELEASED: released(work)}
-    if device.type == "cpu":
-        _check(steps[OURS], steps[RELEASED])
-    seconds = _wall_s(steps, device, repeats)
-    peaks = {name: _peak_gb(step, device) for name, step in steps.items()}
-    flops = {name: _flops(step) for name, step in steps.items()}
-    if device.type == "cuda":
-        _show_operations(report, steps[OURS], where)
-        networks.unet.compile()
-        networks.control.compile()
-        seconds |= _wall_s({COMPILED: ours(work)}, device, repeats)
-        peaks[COMPILED], flops[COMPILED] = _peak_gb(ours(work), device), flops[OURS]
-    rate = matrix_rate(device)
+    _check(steps[OURS], steps[RELEASED])
+    seconds = {name: cost.wall_s for name, cost in interleaved(dict(steps), repeats).items()}
+    flops = {name: flops_of(step) for name, step in steps.items()}
+    rate = matrix_rate(device, torch.float32)
     report.table(
-        f"{title}; medians of {repeats} steps",
-        ("", "ms a step", "images/s", "TFLOP", "of the matrix rate", "peak GB", "times released"),
+        f"Training step on the CPU: {sizes.batch_size} images of {sizes.resolution} x {sizes.resolution}, "
+        f"Stable Diffusion 1.5, widths / {sizes.narrowed}, float32; medians of {repeats} steps",
+        ("", "ms a step", "images/s", "TFLOP", "of the matrix rate", "times released"),
         [
             (
                 name,
@@ -106,17 +82,12 @@ def _compare(report: Report, sizes: Sizes, device: torch.device, repeats: int) -
                 f"{sizes.batch_size / seconds[name]:.2f}",
                 f"{flops[name] / 1e12:.3f}",
                 f"{flops[name] / seconds[name] / rate:.0%}",
-                "-" if peaks[name] is None else f"{peaks[name]:.1f}",
                 f"{seconds[RELEASED] / seconds[name]:.2f}",
             )
             for name in seconds
         ],
-        f"Forward, backward, clipping and AdamW. Measured matrix rate: {rate / 1e12:.2f} TFLOP/s. The autoencoder's "
-        "weights are in memory on both sides.",
+        f"Forward, backward, clipping and AdamW. Measured matrix rate: {rate / 1e12:.2f} TFLOP/s.",
     )
-    if device.type == "cuda":
-        ratio = seconds[RELEASED] / seconds[OURS]
-        report.target(f"{title}: released / ours, wall time", ratio, at_least=1.6)
 
 
 # The two sides
@@ -132,19 +103,27 @@ class Work(NamedTuple):
     draws: Draws
 
 
-def ours(work: Work) -> Step:
-    """A step as the training loop does it, from cached latents."""
+def make_work(sizes: Sizes, device: torch.device) -> Work:
+    """Networks with random weights, the recommended objective and a batch."""
+    from spctrl.training.loop import make_optimizer
+
+    networks, config = make_networks(sizes, device), make_config(sizes)
+    batch, draws = make_batch(networks, sizes, device)
+    return Work(networks, config, make_optimizer(config, networks.trained_groups()), batch, draws)
+
+
+def ours(work: Work, *, cached: bool = True) -> Step:
+    """A step as the training loop does it, from cached latents or from images."""
     from spctrl.training.objective import objective_of
 
-    cached = {
-        name: value for name, value in work.batch.items() if name not in ("pixel_values", "large_heatmaps")
-    }
+    images = ("pixel_values",) if cached else ("latents_mean", "latents_logvar")
+    batch = {name: value for name, value in work.batch.items() if name not in (*images, "large_heatmaps")}
 
     @contextmanager
     def losses() -> Iterator[dict[str, Tensor]]:
         # A run opens this once; here the other side's steps come between.
         with objective_of(work.networks, work.config) as objective:
-            yield objective(cached, work.draws)
+            yield objective(batch, work.draws)
 
     return _step(work, losses)
 
@@ -159,8 +138,8 @@ def released(work: Work) -> Step:
     @contextmanager
     def losses() -> Iterator[dict[str, Tensor]]:
         kept: dict[str, Tensor] = {}
-        with _maps_of_all_layers(networks.control, kept):
-            latents = _encode(networks, batch["pixel_values"], draws.encoding)
+        with _maps_of_all_layers(networks.control, kept), _looping_embedding(networks.control):
+            latents = _encode(networks.vae, batch["pixel_values"], draws.encoding) * networks.latent_scale
             noisy = networks.noise.add_noise(latents, draws.noise, draws.timesteps)
             text = networks.text_encoder(batch["input_ids"])[0]
             down, mid = networks.control(
@@ -186,12 +165,29 @@ def released(work: Work) -> Step:
     return _step(work, losses)
 
 
-def _encode(networks: Networks, images: Tensor, encoding: Tensor) -> Tensor:
+def _encode(vae: Any, images: Tensor, encoding: Tensor) -> Tensor:
     import torch
 
     with torch.no_grad():
-        posterior = networks.vae.encode(images.to(networks.vae.dtype)).latent_dist
-    return (posterior.mean.float() + posterior.std.float() * encoding) * networks.latent_scale
+        posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    return posterior.mean.float() + posterior.std.float() * encoding
+
+
+@contextmanager
+def _looping_embedding(control: Any) -> Iterator[None]:
+    """Index maps are embedded value by value, in float32."""
+    import torch
+
+    def forward(index_map: Tensor) -> Tensor:
+        with torch.autocast(index_map.device.type, enabled=False):
+            return loop_over_masks(embedding, index_map)
+
+    embedding = control.spatext_embedding
+    embedding.forward = forward
+    try:
+        yield
+    finally:
+        del embedding.forward
 
 
 def _unet(networks: Networks, noisy: Tensor, timesteps: Tensor, text: Tensor, down: Any, mid: Any) -> Tensor:
@@ -301,53 +297,58 @@ def make_config(sizes: Sizes) -> TrainingConfig:
 
 
 def make_networks(sizes: Sizes, device: torch.device) -> Networks:
-    """Stable Diffusion 1.5's networks with random weights, and an SP-Ctrl ControlNet with 17 keypoint tokens."""
+    """Stable Diffusion 1.5's networks with random weights, and an SP-Ctrl ControlNet with 17 keypoint tokens.
+
+    As in a training run that encodes images, UNet and autoencoder are in the lower precision, all else in float32.
+    The weights are initialised on the device, where that takes the least time.
+    """
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from spctrl.models import SpCtrlControlNetModel
+    from spctrl.models.stable_diffusion import move
     from spctrl.models.tokens import trainable_token_rows
     from spctrl.training.networks import FROZEN_DTYPES, Networks
 
     torch.manual_seed(0)
     narrow = sizes.narrowed
     text_width, groups = 768 // narrow, 32 // narrow
-    unet = UNet2DConditionModel(
-        sample_size=sizes.resolution // 8,
-        block_out_channels=tuple(width // narrow for width in (320, 640, 1280, 1280)),
-        norm_num_groups=groups,
-        cross_attention_dim=text_width,
-        attention_head_dim=8,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=tuple(width // narrow for width in (128, 256, 512, 512)),
-        layers_per_block=2,
-        norm_num_groups=groups,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49_425,
-            hidden_size=text_width,
-            intermediate_size=4 * text_width,
-            num_attention_heads=12,
-            num_hidden_layers=12,
-            bos_token_id=49_406,
-            eos_token_id=49_407,
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=sizes.resolution // 8,
+            layers_per_block=sizes.layers,
+            block_out_channels=tuple(width // narrow for width in (320, 640, 1280, 1280)),
+            norm_num_groups=groups,
+            cross_attention_dim=text_width,
+            attention_head_dim=8,
         )
-    )
-    control = SpCtrlControlNetModel.from_unet(
-        unet,
-        conditioning_embedding_out_channels=tuple(max(2, width // narrow) for width in (16, 32, 96, 256)),
-    )
-    dtype = FROZEN_DTYPES[sizes.precision]
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=tuple(width // narrow for width in (128, 256, 512, 512)),
+            layers_per_block=2,
+            norm_num_groups=groups,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49_425,
+                hidden_size=text_width,
+                intermediate_size=4 * text_width,
+                num_attention_heads=12,
+                num_hidden_layers=6 * sizes.layers,
+                bos_token_id=49_406,
+                eos_token_id=49_407,
+            )
+        )
+        control = SpCtrlControlNetModel.from_unet(
+            unet,
+            conditioning_embedding_out_channels=tuple(max(2, width // narrow) for width in (16, 32, 96, 256)),
+        )
+    for frozen in (unet, vae, text):
+        frozen.requires_grad_(False).eval()
     for frozen in (unet, vae):
-        frozen.requires_grad_(False).eval().to(device)
-        if dtype != torch.float32:
-            frozen.to(dtype)
-    text.requires_grad_(False).eval().to(device)
+        move(frozen, device, FROZEN_DTYPES[sizes.precision])
     rows = trainable_token_rows(text, range(49_408, 49_425))
     return Networks(
         tokenizer=None,
@@ -356,8 +357,9 @@ def make_networks(sizes: Sizes, device: torch.device) -> Networks:
         vae=vae,
         noise=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         latent_scale=0.18215,
-        control=control.to(device).train(),
+        control=control.train(),
         token_rows=rows,
+        token_table=None,
         dataset_name="ap10k",
         model="controlnet",
     )
@@ -398,9 +400,6 @@ def make_batch(networks: Networks, sizes: Sizes, device: torch.device) -> tuple[
     return {name: value.to(device) for name, value in batch.items()}, draws.to(device)
 
 
-# Measuring
-
-
 def _check(our_step: Step, their_step: Step) -> None:
     """Both sides must compute the same losses."""
     found, theirs = our_step(), their_step()
@@ -410,85 +409,3 @@ def _check(our_step: Step, their_step: Step) -> None:
             raise RuntimeError(
                 f"{name} of the two sides is {apart:g} apart, expected at most {LARGEST_DIFFERENCE}"
             )
-
-
-def _wall_s(steps: Mapping[str, Step], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each kind of step."""
-    import torch
-
-    if device.type == "cpu":
-        return {name: cost.wall_s for name, cost in interleaved(dict(steps), repeats).items()}
-    found = {}
-    for name, step in steps.items():
-        for _ in range(WARM_UPS):
-            step()
-        times = []
-        for _ in range(repeats):
-            torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            step()
-            torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-        found[name] = statistics.median(times)
-    return found
-
-
-def _peak_gb(step: Step, device: torch.device) -> float | None:
-    """Most memory of the GPU that tensors had during a step; None on the processor."""
-    import torch
-
-    if device.type == "cpu":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return float(torch.cuda.max_memory_allocated(device) / 2**30)
-
-
-def _flops(step: Step) -> float:
-    """Floating-point operations of matrix products, convolutions and fused attention in a step."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return float(counter.get_total_flops())
-
-
-def matrix_rate(device: torch.device) -> float:
-    """Operations per second of a large matrix product, in the precision that steps are computed in there."""
-    import torch
-
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    a = torch.rand((side, side), device=device, dtype=dtype)
-    times = []
-    for _ in range(10):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return float(2 * side**3 / statistics.median(times[2:]))
-
-
-def _show_operations(report: Report, step: Step, where: str) -> None:
-    """The operations that take most of a step's time on a GPU."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-        step()
-    events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in events)
-    report.table(
-        f"Where the time of a step goes on {where}",
-        ("operation", "ms", "share", "calls"),
-        [
-            (
-                event.key[:60],
-                f"{event.self_device_time_total / 1000:.1f}",
-                f"{event.self_device_time_total / total:.0%}",
-                event.count,
-            )
-            for event in events[:PROFILED_OPERATIONS]
-        ],
-    )

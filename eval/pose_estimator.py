@@ -178,8 +178,8 @@ class PoseEstimator:
             device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda:N``.
             batch_size: instances in one pass; halved by itself where they do not fit. Usually 64, on a processor 4,
                 whose cache larger batches leave.
-            half: compute in half precision (float16 on a GPU, bfloat16 on a processor): about twice as fast where the
-                hardware has it, with heatmaps that are off by up to a few hundredths.
+            half: compute in half precision (float16 on a GPU, bfloat16 on a CPU), faster where the hardware has it (6
+                times on an H200), with heatmaps that are off by up to a few hundredths.
 
         Raises:
             ExpectedError: the weights cannot be used (see ``load_vitpose``), or have not 17 keypoints.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from spctrl.errors import ExpectedError
@@ -35,10 +36,18 @@ def devices_of_workers(setting: str) -> WorkerDevices:
     except ValueError as error:
         raise ExpectedError(f"[executor] device: {error}") from None
     if devices[0].type == "cpu":
-        return WorkerDevices("cpu", [{} for _ in devices])
-    # Numbers are those of the GPUs that this process sees.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = (
-        visible.split(",") if visible else [str(i) for i in range(max(each.index for each in devices) + 1)]
-    )
-    return WorkerDevices("cuda:0", [{"CUDA_VISIBLE_DEVICES": names[each.index].strip()} for each in devices])
+        return WorkerDevices("cpu", [{}])
+    return WorkerDevices("cuda:0", [gpu_environment([str(each.index)]) for each in devices])
+
+
+def gpu_environment(numbers: Sequence[str]) -> dict[str, str]:
+    """Environment variables of a process that sees some of the GPUs that this process sees, by their numbers here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = dict(enumerate(visible.split(","))) if visible else {}
+    chosen = [names.get(int(each), each).strip() if each.isdecimal() else each for each in numbers]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+
+
+def first_device(setting: str) -> str:
+    """Of ``[executor] device``, for what uses one device only."""
+    return setting.partition(",")[0]

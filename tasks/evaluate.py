@@ -18,6 +18,7 @@ from spctrl.errors import ExpectedError
 from spctrl.fingerprints import without_neutral
 from tasks import settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache
+from tasks.devices import first_device
 from tasks.generate import IMAGES, GeneratedImages, MethodStage, prompts_of
 from tasks.images import HASHED_BETWEEN_LINES, READ_AT_ONCE_BYTES
 from tasks.index import DatasetStage
@@ -305,7 +306,7 @@ class PredictedPoses(WithNetwork, OfImages):
             raise struck_out(runs, f"expected images of the index, found {min(unknown)}")
         ids, names = (images.column(name).to_pylist() for name in ("image_id", "file"))
         files = dict(zip(ids, map(Path, names), strict=True))
-        pose, device = self.how_measured.pose, settings.executor().device
+        pose, device = self.how_measured.pose, first_device(settings.executor().device)
         if self.detector_path is None:
             boxes = annotated_boxes(truth)
         else:
@@ -344,7 +345,9 @@ class InceptionStage(WithNetwork, OfEvaluation, DatasetStage):
         from eval.fid import save_statistics, statistics
         from eval.inception import load_inception
 
-        network = load_inception(self.weights_path, device=settings.executor().device, **self.parameters())
+        network = load_inception(
+            self.weights_path, device=first_device(settings.executor().device), **self.parameters()
+        )
         values = network.features(files)
         order = np.lexsort((index, image_ids))
         numbers = np.array(index, np.int32)[order]
@@ -455,7 +458,7 @@ class ClipCosines(WithNetwork, OfImages):
             images.column("file").to_pylist(),
             images.column("prompt").to_pylist(),
             weights=self.weights_path,
-            device=settings.executor().device,
+            device=first_device(settings.executor().device),
         )
         run.write(
             CLIP_SCORES, parquet_bytes(pa.table({"image_id": images.column("image_id"), "score": scores}))

@@ -119,7 +119,7 @@ class OnDevice(RecordStage):
         return ModelBatch(
             function=self.function,
             parameters=self.model_parameters(),
-            loading={**self.model_paths(), "device": settings.executor().device},
+            loading=self.model_paths(),
             batch_size=self.section().batch_size,
             store=self.store,
             stage=self.stage,

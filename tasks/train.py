@@ -26,6 +26,7 @@ from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask
 from tasks.code_version import ROOT
 from tasks.conditions import Latents
+from tasks.devices import gpu_environment
 from tasks.files import Folder, StoreError, is_url, open_regular, temporary_name, write_atomic
 from tasks.inputs import MISSING
 from tasks.manifest import Manifest
@@ -414,7 +415,8 @@ class Train(StageTask):
         """The environment of the training processes: this project's code, the chosen device, no downloads."""
         device = settings.executor().device
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        chosen = {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:")} if device.startswith("cuda:") else {}
+        kind, _, numbers = device.partition(":")
+        chosen = gpu_environment(numbers.split(",")) if kind == "cuda" else {}
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),

@@ -12,7 +12,7 @@ from processes import HANG_S
 pytest.importorskip("torch", reason="the models extra is not installed")
 
 from spctrl.errors import ExpectedError
-from tasks.devices import devices_of_workers
+from tasks.devices import devices_of_workers, first_device
 from tasks.executor import run_jobs
 
 
@@ -36,6 +36,11 @@ def test_a_worker_sees_its_own_gpu_alone(
     found = devices_of_workers(setting)
     assert found.device == "cuda:0"
     assert found.environments == [{"CUDA_VISIBLE_DEVICES": each} for each in expected]
+
+
+def test_stages_on_one_device_use_the_first() -> None:
+    settings = ["auto", "cpu", "cuda:3", "cuda:2,0"]
+    assert [first_device(each) for each in settings] == ["auto", "cpu", "cuda:3", "cuda:2"]
 
 
 @pytest.mark.parametrize("setting", ["auto", "cpu"])

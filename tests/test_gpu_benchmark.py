@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from processes import HANG_S
@@ -22,7 +25,10 @@ pytest.importorskip("torch_fidelity", reason="the eval extra is not installed")
 
 from benchmarks.gpu import runner, wheels  # noqa: E402
 from benchmarks.gpu.measure import Measurements, append_line  # noqa: E402
-from benchmarks.gpu.steps import STEPS  # noqa: E402
+from benchmarks.gpu.steps import STEPS, correctness  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[1]
 NO_INDEX = re.compile("NewConnectionError|NameResolutionError|Max retries|Network is unreachable")
@@ -70,11 +76,7 @@ def test_a_step_is_ended_at_its_limit(tmp_path: Path) -> None:
     assert status.status == "ended"
     assert time.monotonic() - start < HANG_S
     assert results.read_text() == '{"kind": "result"}\n'
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            assert str(results) not in entry.read_text()
-        except OSError:
-            continue  # a process that has ended meanwhile
+    assert not running_steps(tmp_path)
 
 
 def test_a_step_that_fails_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +101,47 @@ def test_options_that_cannot_be(
     with pytest.raises(SystemExit):
         runner.main(["--out", str(tmp_path / "out"), *options])
     assert "usage:" in capsys.readouterr().err
+
+
+def test_a_stage_beyond_its_tolerance_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stages(_: Path, *, small: bool) -> Iterator[correctness.Stage]:
+        outputs = iter([1.0, 1.001, 1.0, 1.1, 1.0, math.nan])
+        for name in ("near", "far", "broken"):
+            yield correctness.Stage(name, lambda *_: torch.tensor([next(outputs)]))
+
+    monkeypatch.setattr(correctness, "STAGES", (stages,))
+    measurements = Measurements("correctness", tmp_path / "results.jsonl", torch.device("cpu"), True)
+    with pytest.raises(RuntimeError, match=r"found others: far, float32; broken, float32$"):
+        correctness.run(measurements)
+    lines = [json.loads(line) for line in measurements.path.read_text().splitlines()]
+    assert [(line["case"], line["met"]) for line in lines] == [
+        ("near, float32", True),
+        ("far, float32", False),
+        ("broken, float32", False),
+    ]
+
+
+def test_a_check_that_is_ended_keeps_its_results_and_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + HANG_S
+    while not running_steps(tmp_path) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(HANG_S) == 128 + signal.SIGTERM
+    assert not running_steps(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())[0]["kind"] == "machine"
+
+
+def running_steps(out: Path) -> list[str]:
+    """Commands of processes that write into a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # a process that has ended meanwhile
+            found.append(entry.read_text())
+    return [each for each in found if str(out / "results.jsonl") in each]
 
 
 @pytest.mark.parametrize(("found", "met"), [(1.9, False), (2.0, True), (float("nan"), False)])

@@ -92,7 +92,11 @@ def test_a_device_that_is_not_there_is_an_error_that_names_those_there_are() -> 
 def test_devices(gpus: int, setting: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert [str(device) for device in choose_devices(setting)] == expected
-    assert str(choose_device(setting)) == expected[0]
+    if setting == "auto" or len(expected) == 1:
+        assert str(choose_device(setting)) == expected[0]
+        return
+    with pytest.raises(ValueError, match="expected one device, found 'cuda:11,0'"):
+        choose_device(setting)
 
 
 @pytest.mark.parametrize(

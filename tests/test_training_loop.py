@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from spctrl.training.loop import (  # noqa: E402
     TrainingInputs,
     clip_gradients,
     make_optimizer,
+    prepare,
     show_overflow,
     train,
     training_dataset,
@@ -682,6 +684,36 @@ def test_cached_latents_are_those_of_the_image_encoder(inputs: TrainingInputs) -
     torch.testing.assert_close(stored, encoded, rtol=2e-3, atol=2e-3)
     scaled = (posterior.mean + posterior.std * draws.encoding) * networks.vae.config.scaling_factor
     torch.testing.assert_close(encoded, scaled)
+
+
+@pytest.mark.parametrize(("cached", "expected"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_images_are_encoded_in_the_precision_of_the_step(
+    inputs: TrainingInputs, monkeypatch: pytest.MonkeyPatch, cached: bool, expected: torch.dtype
+) -> None:
+    class CpuAccelerator:
+        device, num_processes = torch.device("cpu"), 1
+
+    exact = load_networks(config(), inputs.weights, with_vae=True)
+    chosen = config(mixed_precision="bf16")
+    batch = first_batch(chosen, inputs, exact)
+    if cached:
+        monkeypatch.setattr("spctrl.training.loop.training_dataset", lambda *_: [None] * 2)
+    run = prepare(
+        msgspec.structs.replace(chosen, use_cached_latents=cached),
+        dataclasses.replace(inputs, needs_vae=True),
+        CpuAccelerator(),  # type: ignore[arg-type]
+    )
+    assert run.networks.vae.dtype == expected
+    assert run.networks.unet.dtype == torch.bfloat16
+    assert run.networks.control.dtype == torch.float32
+    draws = draw(0, batch_size=2, resolution=64, num_timesteps=1000)
+    found = []
+    for networks in (run.networks, exact):
+        with objective_of(networks, chosen) as objective, torch.autocast("cpu", torch.bfloat16):
+            found.append(objective.latents(batch, draws.encoding))
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.05)
+    assert torch.equal(found[0], found[1]) == cached
 
 
 def test_a_run_can_start_from_another_ones_result(

@@ -24,7 +24,7 @@ def main() -> None:
     module, _, function = step.function.partition(":")
     warnings.simplefilter("ignore", FutureWarning)
     measurements = Measurements(step.name, arguments.results, arguments.device, arguments.small)
-    getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(measurements)
+    getattr(importlib.import_module(f"benchmarks.gpu.steps.{module}"), function)(measurements)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 MATRIX_SIDE, SMALL_MATRIX_SIDE, MATRIX_PRODUCTS = 8192, 512, 20
 KERNELS = 10
-GB = 2**30
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,9 @@ class Measurements:
         self, case: str, found: float, *, at_least: float | None = None, at_most: float | None = None
     ) -> None:
         """Keep a ratio or a difference with the bound that it should keep."""
-        bounds = [
-            bound is None or is_kept
-            for bound, is_kept in (
-                (at_least, at_least is not None and found >= at_least),
-                (at_most, at_most is not None and found <= at_most),
-            )
-        ]
-        self._append(
-            {
-                "kind": "target",
-                "case": case,
-                "found": found,
-                "at_least": at_least,
-                "at_most": at_most,
-                "met": all(bounds),
-            }
-        )
+        met = (at_least is None or found >= at_least) and (at_most is None or found <= at_most)
+        bounds = {"at_least": at_least, "at_most": at_most}
+        self._append({"kind": "target", "case": case, "found": found, **bounds, "met": met})
 
     def speed_target(
         self, case: str, found: float, *, at_least: float | None = None, at_most: float | None = None
@@ -106,14 +92,14 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_gb(function: Callable[[], object], device: torch.device) -> float | None:
+def peak_gib(function: Callable[[], object], device: torch.device) -> float | None:
     """Largest memory of tensors on the GPU during a call, in GiB; None on the CPU."""
     if device.type == "cpu":
         return None
     torch.cuda.reset_peak_memory_stats(device)
     function()
     wait_for(device)
-    return float(torch.cuda.max_memory_allocated(device) / GB)
+    return float(torch.cuda.max_memory_allocated(device) / GIB)
 
 
 def flops_of(function: Callable[[], object]) -> float:

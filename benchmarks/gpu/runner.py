@@ -40,11 +40,23 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    end = time.monotonic() + options.budget
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.jsonl"
     results.unlink(missing_ok=True)
     append_line(results, {"kind": "machine", **_machine(dry_run=options.dry_run)})
+    # A step is ended with this process, whatever ends it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        statuses = _run_steps(options, results)
+    finally:
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
+        (options.out / "results.json").write_text(json.dumps(lines, indent=1) + "\n")
+        show(lines)
+    return 0 if all(status.status in ("done", "skipped") for status in statuses) else 1
+
+
+def _run_steps(options: argparse.Namespace, results: Path) -> list[Status]:
+    end = time.monotonic() + options.budget
     statuses = []
     for step in STEPS:
         if options.only and step.name not in options.only:
@@ -58,10 +70,7 @@ def main(arguments: Sequence[str]) -> int:
             status = run_step(step, results, options.out / "log.txt", limit_s, dry_run=options.dry_run)
         statuses.append(status)
         append_line(results, {"kind": "step", "step": step.name, **status._asdict()})
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    (options.out / "results.json").write_text(json.dumps(lines, indent=1) + "\n")
-    show(lines)
-    return 0 if all(status.status in ("done", "skipped") for status in statuses) else 1
+    return statuses
 
 
 class Status(NamedTuple):
@@ -111,7 +120,7 @@ def _machine(*, dry_run: bool) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found |= {
             "card": properties.name,
-            "card_memory_gb": round(properties.total_memory / 2**30, 1),
+            "card_memory_gib": round(properties.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }

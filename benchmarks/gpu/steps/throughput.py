@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.inputs import Work, images_with_boxes
-from benchmarks.gpu.measure import Measurements, flops_of, matrix_rate, peak_gb, seconds_of
+from benchmarks.gpu.measure import Measurements, flops_of, matrix_rate, peak_gib, seconds_of
 from benchmarks.inputs import jpeg_of_size
 from benchmarks.loader import dataset_records, write_ap10k_tokenizer, write_dataset
 from spctrl.image_models.base import run_model
@@ -165,7 +165,7 @@ def _rates(
         network_images_per_s=batch_size / infer_s,
         images_per_s=images / pipeline_s,
         share_of_network=infer_s / batch_size / (pipeline_s / images),
-        peak_gb=peak_gb(infer, device),
+        peak_gib=peak_gib(infer, device),
         share_of_matrix_rate=flops_of(infer) / infer_s / matrix_rate(device, dtype, tf32=tf32),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.inputs import Work, images_with_boxes
-from benchmarks.gpu.measure import Measurements, flops_of, matrix_rate, peak_gb, seconds_of
+from benchmarks.gpu.measure import Measurements, flops_of, matrix_rate, peak_gib, seconds_of
 from benchmarks.masks import SMALL, different_share, ours, released
 from spctrl.image_models.base import mixed_precision
 from spctrl.image_models.sam_networks import (
@@ -80,12 +80,12 @@ def _compare(measurements: Measurements, segmenter: Segmenter, name: str, work: 
     few = work[: 1 if measurements.small else RELEASED_IMAGES]
     found = different_share(ours(segmenter, few, len(few)), [released(predictor, *each) for each in few])
     measurements.target(f"{name} instances: pixels that differ", found, at_most=MOST_DIFFERENT)
+    # Masks of random weights are noise, whose code is a hundred times as long as that of a real mask.
+    segmenter.model.mask_threshold = math.inf
     base_s = seconds_of(
         lambda: [released(predictor, *each) for each in few], device, repeats=1, warm_ups=0
     ) / len(few)
     measurements.add(f"{name} instances an image: as released, float32", images_per_s=1 / base_s)
-    # Masks of random weights are noise, whose code is a hundred times as long as that of a real mask.
-    segmenter.model.mask_threshold = math.inf
     rates = []
     for size in SMALL_BATCH_SIZES if measurements.small else BATCH_SIZES:
         seconds = seconds_of(lambda size=size: ours(segmenter, work, size), device, repeats=1, warm_ups=0)  # type: ignore[misc]
@@ -94,7 +94,7 @@ def _compare(measurements: Measurements, segmenter: Segmenter, name: str, work: 
             f"{name} instances an image: ours, batches of {size}",
             images_per_s=rates[-1],
             times_released=rates[-1] * base_s,
-            peak_gb=peak_gb(lambda size=size: ours(segmenter, work[:size], size), device),  # type: ignore[misc]
+            peak_gib=peak_gib(lambda size=size: ours(segmenter, work[:size], size), device),  # type: ignore[misc]
         )
     _parts(measurements, segmenter, name, work)
     return max(rates) * base_s

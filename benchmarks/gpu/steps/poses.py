@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.inputs import images_with_boxes
-from benchmarks.gpu.measure import Measurements, flops_of, matrix_rate, peak_gb, seconds_of
+from benchmarks.gpu.measure import Measurements, flops_of, matrix_rate, peak_gib, seconds_of
 from benchmarks.inputs import jpeg_of_size
 from benchmarks.pose import VITPOSE_H, plain, random_network
 from eval.pose_estimator import PROTOCOLS, PoseEstimator
@@ -56,7 +56,7 @@ def run(measurements: Measurements) -> None:
                 instances_per_s=1 / seconds,
                 network_alone_per_s=1 / network_s,
                 times_one_at_a_time=base_s / seconds,
-                peak_gb=peak_gb(lambda e=estimator, c=crops: e.infer(c), device),  # type: ignore[misc]
+                peak_gib=peak_gib(lambda e=estimator, c=crops: e.infer(c), device),  # type: ignore[misc]
                 share_of_matrix_rate=flops
                 / network_s
                 / matrix_rate(device, torch.float16 if half else torch.float32),

@@ -16,7 +16,7 @@ from benchmarks.gpu.measure import (
     add_kernels,
     flops_of,
     matrix_rate,
-    peak_gb,
+    peak_gib,
     seconds_of,
     wait_for,
 )
@@ -33,7 +33,7 @@ PROMPT = "a photo of a good dog, standing in a forest, its left eye, nose and ta
 
 
 def run(measurements: Measurements) -> None:
-    """One image at a time, batches, and batches with channels last."""
+    """One image at a time, and batches."""
     generator = _generator(measurements)
     base_s = seconds_of(
         lambda: _released(generator), measurements.device, repeats=1 if measurements.small else 2
@@ -45,30 +45,22 @@ def run(measurements: Measurements) -> None:
         found[size] = _measure(measurements, f"batches of {size}", generator, size)
     best = max(found, key=lambda size: found[size])
     add_kernels(measurements, f"generation, batches of {best}, 5 steps", lambda: _run(generator, best, 5))
-    _channels_last(generator)
-    found[best] = max(
-        found[best], _measure(measurements, f"batches of {best}, channels last", generator, best)
-    )
-    torch.backends.cudnn.benchmark = True
-    case = f"batches of {best}, channels last, cuDNN benchmark"
-    fastest = max(found[best], _measure(measurements, case, generator, best))
     measurements.speed_target(
-        "ours / one image at a time, images per second", fastest * base_s, at_least=LEAST
+        "ours / one image at a time, images per second", found[best] * base_s, at_least=LEAST
     )
 
 
 def run_compiled(measurements: Measurements) -> None:
-    """Batches with channels last, compiled; the first case is the one without."""
+    """Batches, compiled; the first case is the one without."""
     generator, size = _generator(measurements), (SMALL_BATCH_SIZES if measurements.small else BATCH_SIZES)[-1]
-    _channels_last(generator)
-    _measure(measurements, f"batches of {size}, channels last", generator, size)
+    _measure(measurements, f"batches of {size}", generator, size)
     for network in (generator.pipeline.unet, generator.pipeline.controlnet):
         network.compile(backend="eager" if measurements.small else "inductor")
     start = time.perf_counter()
     _run(generator, size, 2)
     wait_for(measurements.device)
     measurements.add("first compiled batch of 2 steps", seconds=time.perf_counter() - start)
-    _measure(measurements, f"batches of {size}, channels last, compiled", generator, size)
+    _measure(measurements, f"batches of {size}, compiled", generator, size)
     add_kernels(
         measurements, f"compiled generation, batches of {size}, 5 steps", lambda: _run(generator, size, 5)
     )
@@ -81,7 +73,7 @@ def _measure(measurements: Measurements, case: str, generator: ImageGenerator, s
     def generate(steps: int = generator.sampler.steps) -> None:
         _run(generator, size, steps)
 
-    peak = peak_gb(functools.partial(generate, 2), device)
+    peak = peak_gib(functools.partial(generate, 2), device)
     seconds = seconds_of(generate, device, repeats=1, warm_ups=0)
     few_s = seconds_of(functools.partial(generate, FEW), device, repeats=1, warm_ups=0)
     per_step_s = (seconds - few_s) / (generator.sampler.steps - FEW)
@@ -89,7 +81,7 @@ def _measure(measurements: Measurements, case: str, generator: ImageGenerator, s
         case,
         images_per_s=size / seconds,
         ms_per_step=1000 * per_step_s,
-        peak_gb=peak,
+        peak_gib=peak,
         share_of_matrix_rate=size
         * _step_flops(generator)
         / per_step_s
@@ -133,11 +125,6 @@ def _released(generator: ImageGenerator) -> None:
         guidance_scale=GUIDANCE,
     )
     pipeline.vae.to(precision)
-
-
-def _channels_last(generator: ImageGenerator) -> None:
-    for network in (generator.pipeline.unet, generator.pipeline.controlnet, generator.pipeline.vae):
-        network.to(memory_format=torch.channels_last)
 
 
 def _generator(measurements: Measurements) -> ImageGenerator:

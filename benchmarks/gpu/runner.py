@@ -31,6 +31,7 @@ CONSOLE = Console(width=160)
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0 where every step that was started ended well."""
+    start = time.monotonic()
     options = _options(arguments)
     import torch
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     # A step is ended with this process, whatever ends it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        statuses = _run_steps(options, results)
+        statuses = _run_steps(options, results, end=start + options.budget)
     finally:
         lines = [json.loads(line) for line in results.read_text().splitlines()]
         (options.out / "results.json").write_text(json.dumps(lines, indent=1) + "\n")
@@ -55,8 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(status.status in ("done", "skipped") for status in statuses) else 1
 
 
-def _run_steps(options: argparse.Namespace, results: Path) -> list[Status]:
-    end = time.monotonic() + options.budget
+def _run_steps(options: argparse.Namespace, results: Path, *, end: float) -> list[Status]:
     statuses = []
     for step in STEPS:
         if options.only and step.name not in options.only:

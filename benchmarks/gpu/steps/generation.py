@@ -23,6 +23,7 @@ from benchmarks.gpu.measure import (
 from benchmarks.train_step import Sizes, make_networks
 from spctrl.inference.generator import ImageGenerator, Request
 from spctrl.inference.methods import Sampler
+from spctrl.models.stable_diffusion import move
 
 STEPS, FEW, GUIDANCE = 50, 2, 7.5
 BATCH_SIZES, SMALL_BATCH_SIZES = (8, 32), (2,)
@@ -35,14 +36,15 @@ PROMPT = "a photo of a good dog, standing in a forest, its left eye, nose and ta
 def run(measurements: Measurements) -> None:
     """One image at a time, and batches."""
     generator = _generator(measurements)
-    base_s = seconds_of(
-        lambda: _released(generator), measurements.device, repeats=1 if measurements.small else 2
-    )
+    vae, device = generator.pipeline.vae, measurements.device
+    move(vae, device, generator.pipeline.unet.dtype)
+    base_s = seconds_of(lambda: _released(generator), device, repeats=1 if measurements.small else 2)
+    move(vae, device, torch.float32)
     measurements.add("one image at a time, as released", images_per_s=1 / base_s)
-    found = {}
+    found, flops = {}, _step_flops(generator)
     sizes = SMALL_BATCH_SIZES if measurements.small else BATCH_SIZES
     for size in sizes:
-        found[size] = _measure(measurements, f"batches of {size}", generator, size)
+        found[size] = _measure(measurements, f"batches of {size}", generator, size, flops)
     best = max(found, key=lambda size: found[size])
     add_kernels(measurements, f"generation, batches of {best}, 5 steps", lambda: _run(generator, best, 5))
     measurements.speed_target(
@@ -53,53 +55,50 @@ def run(measurements: Measurements) -> None:
 def run_compiled(measurements: Measurements) -> None:
     """Batches, compiled; the first case is the one without."""
     generator, size = _generator(measurements), (SMALL_BATCH_SIZES if measurements.small else BATCH_SIZES)[-1]
-    _measure(measurements, f"batches of {size}", generator, size)
+    flops = _step_flops(generator)
+    _measure(measurements, f"batches of {size}", generator, size, flops)
     for network in (generator.pipeline.unet, generator.pipeline.controlnet):
         network.compile(backend="eager" if measurements.small else "inductor")
     start = time.perf_counter()
     _run(generator, size, 2)
     wait_for(measurements.device)
     measurements.add("first compiled batch of 2 steps", seconds=time.perf_counter() - start)
-    _measure(measurements, f"batches of {size}, compiled", generator, size)
+    _measure(measurements, f"batches of {size}, compiled", generator, size, flops)
     add_kernels(
         measurements, f"compiled generation, batches of {size}, 5 steps", lambda: _run(generator, size, 5)
     )
 
 
-def _measure(measurements: Measurements, case: str, generator: ImageGenerator, size: int) -> float:
-    """Images per second; a warm-up comes before."""
+def _measure(
+    measurements: Measurements, case: str, generator: ImageGenerator, size: int, flops_per_image: float
+) -> float:
+    """Images per second; ``flops_per_image`` are a step's."""
     device = measurements.device
 
-    def generate(steps: int = generator.sampler.steps) -> None:
-        _run(generator, size, steps)
-
-    peak = peak_gib(functools.partial(generate, 2), device)
-    seconds = seconds_of(generate, device, repeats=1, warm_ups=0)
-    few_s = seconds_of(functools.partial(generate, FEW), device, repeats=1, warm_ups=0)
-    per_step_s = (seconds - few_s) / (generator.sampler.steps - FEW)
+    steps = generator.sampler.steps
+    peak = peak_gib(lambda: _run(generator, size, FEW), device)
+    seconds, few_s = (
+        seconds_of(functools.partial(_run, generator, size, each), device, repeats=1, warm_ups=0)
+        for each in (steps, FEW)
+    )
+    per_step_s = (seconds - few_s) / (steps - FEW)
     measurements.add(
         case,
         images_per_s=size / seconds,
         ms_per_step=1000 * per_step_s,
         peak_gib=peak,
         share_of_matrix_rate=size
-        * _step_flops(generator)
+        * flops_per_image
         / per_step_s
         / matrix_rate(device, generator.pipeline.unet.dtype),
     )
     return size / seconds
 
 
-_STEP_FLOPS: list[float] = []
-"""Found once, before anything is compiled."""
-
-
 def _step_flops(generator: ImageGenerator) -> float:
-    """Floating-point operations of a step, for each image."""
-    if not _STEP_FLOPS:
-        one, two = (flops_of(lambda steps=steps: _run(generator, 1, steps)) for steps in (1, 2))  # type: ignore[misc]
-        _STEP_FLOPS.append(two - one)
-    return _STEP_FLOPS[0]
+    """Floating-point operations of a step, for each image; of networks that are not compiled."""
+    one, two = (flops_of(functools.partial(_run, generator, 1, steps)) for steps in (1, 2))
+    return two - one
 
 
 def _run(generator: ImageGenerator, size: int, steps: int) -> None:
@@ -113,10 +112,8 @@ def _run(generator: ImageGenerator, size: int, steps: int) -> None:
 
 def _released(generator: ImageGenerator) -> None:
     """Diffusers' pipeline with one prompt and one index map, all networks in half precision, to a PIL image."""
-    pipeline, side = generator.pipeline, generator.sampler.resolution
-    precision = pipeline.vae.dtype
-    pipeline.vae.to(pipeline.unet.dtype)
-    pipeline(
+    side = generator.sampler.resolution
+    generator.pipeline(
         PROMPT,
         image=torch.zeros(1, 1, side, side),
         height=side,
@@ -124,7 +121,6 @@ def _released(generator: ImageGenerator) -> None:
         num_inference_steps=generator.sampler.steps,
         guidance_scale=GUIDANCE,
     )
-    pipeline.vae.to(precision)
 
 
 def _generator(measurements: Measurements) -> ImageGenerator:
@@ -159,6 +155,6 @@ def _generator(measurements: Measurements) -> ImageGenerator:
     )
     pipeline.set_progress_bar_config(disable=True)
     for network in (pipeline.unet, pipeline.text_encoder, pipeline.controlnet):
-        torch.nn.Module.to(network.eval().requires_grad_(False), device, dtype)
+        move(network.eval().requires_grad_(False), device, dtype)
     sampler = Sampler(steps=4 if small else STEPS, guidance_scale=GUIDANCE, resolution=sizes.resolution)
     return ImageGenerator(pipeline, "spctrl", sampler, device)

@@ -11,7 +11,6 @@ import os
 import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import msgspec
 import torch
@@ -19,6 +18,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.gpu.measure import Measurements
 from benchmarks.loader import dataset_records, write_dataset
+from benchmarks.train_step import Sizes, make_config
 from spctrl.models.tiny import build_stable_diffusion
 from spctrl.training.checkpoints import checkpoints
 from spctrl.training.config import TrainingConfig
@@ -47,14 +47,13 @@ def run(measurements: Measurements) -> None:
 
 
 def _compare(measurements: Measurements, precision: str, inputs: TrainingInputs, folder: Path) -> None:
-    settings = _settings(precision, small=measurements.small)
-    config = msgspec.convert(settings, TrainingConfig)
+    config = _config(precision, small=measurements.small)
     # Accelerate keeps one precision for each process.
     AcceleratorState._reset_state(reset_partial_state=True)
     for name in ("first", "second"):
         train(config, inputs, folder / name)
     killed = multiprocessing.get_context("spawn").Process(
-        target=_train_and_die, args=(settings, inputs, folder / "killed")
+        target=_train_and_die, args=(config, inputs, folder / "killed")
     )
     killed.start()
     killed.join()
@@ -81,39 +80,33 @@ def _compare(measurements: Measurements, precision: str, inputs: TrainingInputs,
         )
 
 
-def _train_and_die(settings: dict[str, Any], inputs: TrainingInputs, output: Path) -> None:
+def _train_and_die(config: TrainingConfig, inputs: TrainingInputs, output: Path) -> None:
     def kill(report: StepReport) -> None:
         if report.step == KILLED_AFTER:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(msgspec.convert(settings, TrainingConfig), inputs, output, kill)
+    train(config, inputs, output, kill)
 
 
-def _settings(precision: str, *, small: bool) -> dict[str, Any]:
-    return {
-        "dataset_name": "ap10k",
-        "conditioning_mode": "spatext",
-        "resolution": 64 if small else 512,
-        "use_cached_latents": not small,
-        "train_batch_size": 2 if small else 4,
-        "add_keypoint_prompt": 0.8,
-        "enable_learnable_kpttoken": True,
-        "text_encoder_lr": 0.5,
-        "add_cross_attn_loss": True,
-        "attn_loss_weight": 0.1,
-        "attn_loss_type": "mse",
-        "attn_loss_select_layer_type": "down_blocks.2",
-        "attn_loss_detach_query": True,
-        "heatmap_type": "partition",
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
-        "max_train_steps": STEPS,
-        "checkpointing_steps": CHECKPOINT,
-        "checkpoints_total_limit": None,
-        "logging_steps": 1,
-        "report_to": "none",
-        "mixed_precision": precision,
-    }
+def _config(precision: str, *, small: bool) -> TrainingConfig:
+    """The recommended objective, in all timesteps, with learning rates at which a few steps move the weights."""
+    sizes = Sizes(
+        narrowed=1, resolution=64 if small else 512, batch_size=2 if small else 4, precision=precision
+    )
+    return msgspec.structs.replace(
+        make_config(sizes),
+        use_cached_latents=not small,
+        attn_loss_start_timestep=None,
+        attn_loss_end_timestep=None,
+        learning_rate=1e-3,
+        text_encoder_lr=0.5,
+        lr_warmup_steps=0,
+        max_train_steps=STEPS,
+        checkpointing_steps=CHECKPOINT,
+        checkpoints_total_limit=None,
+        logging_steps=1,
+        report_to="none",
+    )
 
 
 def _weights(folder: Path) -> torch.Tensor:

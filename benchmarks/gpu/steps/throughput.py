@@ -104,6 +104,7 @@ def _clip(measurements: Measurements, work: Work, folder: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     from eval.clip_score import ClipScorer
+    from eval.images import read_rgb
     from eval.tiny import build_clip
     from spctrl.models.tiny import write_tokenizer
 
@@ -132,8 +133,6 @@ def _clip(measurements: Measurements, work: Work, folder: Path) -> None:
             model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=768))
     scorer = ClipScorer(model, CLIPProcessor.from_pretrained(folder / "clip"), device=measurements.device)
     paths, size = _paths(work), _eval_batch(measurements)
-    from eval.images import read_rgb
-
     batch = [(scorer._pixels(read_rgb(paths[0])), "a photo of a good dog in a forest")] * size
     _rates(
         measurements,

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def interrupt_once(signum: int, frame: FrameType | None) -> NoReturn:
@@ -53,12 +53,27 @@ def first_interrupt(stop: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def signals_held(signals: Collection[signal.Signals]) -> Iterator[None]:
-    """Hold signals back until the end. Processes that are started meanwhile never see them: they inherit this."""
+    """Hold signals back until the end. Processes that are started meanwhile never see them: they inherit the mask.
+
+    The mask does not hold them back from this process where another thread takes them, as one of Luigi's does: Python
+    runs their handlers in the main thread all the same, which would leave a process half started.
+    """
+    held: list[int] = []
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
+        if threading.current_thread() is threading.main_thread():
+            for each in signals:
+                if callable(handler := signal.getsignal(each)):
+                    handlers[each] = handler
+                    signal.signal(each, lambda signum, frame: held.append(signum))
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        for signum in held:
+            signal.raise_signal(signum)
 
 
 def interrupts_held() -> AbstractContextManager[None]:

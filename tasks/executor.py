@@ -57,12 +57,21 @@ def run_jobs(
     count = worker_count(workers)
     if first and start_method == "spawn":
         with closing(WorkerPool(count, "spawn", environments)) as pool:
-            yield from collect(pool.outcomes(function, itertools.chain(first, iterator)))
+            yield from _collect_from(pool, function, itertools.chain(first, iterator))
     elif count == 1 or len(first) < 2:
         yield from _run_here(function, itertools.chain(first, iterator))
     else:
         with _shared_pool(count) as pool:
-            yield from collect(pool.outcomes(function, itertools.chain(first, iterator)))
+            yield from _collect_from(pool, function, itertools.chain(first, iterator))
+
+
+def _collect_from(
+    pool: WorkerPool, function: Callable[[Job], Result], jobs: Iterator[Job]
+) -> Iterator[Result]:
+    # An error ends the jobs that have begun here, and not whenever Python drops its traceback: by then the next stage
+    # may use the pool, and in one of the pool's own threads they would be waited for in vain.
+    with closing(pool.outcomes(function, jobs)) as outcomes:
+        yield from collect(outcomes)
 
 
 def _run_here(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:

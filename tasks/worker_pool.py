@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableSequence, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -79,7 +79,7 @@ class WorkerPool:
 
     def outcomes(
         self, function: Callable[[Job], Result], jobs: Iterator[Job]
-    ) -> Iterator[Callable[[], Result]]:
+    ) -> Generator[Callable[[], Result], None, None]:
         """For each job that is done, what returns its result or raises its error.
 
         The first Ctrl-C lets jobs that have begun finish, and begins no other; the second kills the workers.

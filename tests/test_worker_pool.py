@@ -1,14 +1,18 @@
-"""A pool that has lost its workers, or its thread, keeps no command from ending."""
+"""A pool that has lost its workers, or its thread, keeps no command from ending, and one job's error no other job."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import REPOSITORY
 from processes import HANG_S
+
+from tasks.executor import run_jobs
+from tasks.files import StoreError
 
 # Jobs are larger than a pipe holds, so that one is being written when the workers, which no longer read, are killed.
 LOST_WHILE_A_JOB_IS_SENT = """
@@ -106,3 +110,18 @@ def test_a_pool_that_has_lost_workers_ends(script: str, start_method: str) -> No
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("a worker process died")
+
+
+def write(number: int) -> int:
+    """A job that finds the disk full, or takes longer."""
+    if number == 0:
+        raise StoreError("disk full")
+    time.sleep(0.2)
+    return number
+
+
+def test_jobs_of_a_stage_that_failed_are_not_results_of_the_next() -> None:
+    with pytest.raises(StoreError) as error:
+        list(run_jobs(write, iter(range(6)), 2))
+    assert sorted(run_jobs(write, iter(range(10, 16)), 2)) == [*range(10, 16)]
+    assert error.traceback  # Python drops nothing that the failed stage was at before this is gone

@@ -93,8 +93,13 @@ class Helper:
         return (self.folder / "output").read_text()
 
     def ends(self) -> int:
-        """Its exit code, when it has ended."""
-        return self.process.wait(HANG_S)
+        """Its exit code, when it has ended. One that hangs has all its processes say where."""
+        try:
+            return self.process.wait(HANG_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGABRT)
+            self.process.wait(HANG_S)
+            pytest.fail(f"a worker did not end within {HANG_S:g} s:\n{self.output}")
 
     def done(self) -> Counter[tuple[str, str]]:
         """How often it finished each stage, by stage and part."""
@@ -198,6 +203,7 @@ class Cluster:
                     "PYTHONPATH": str(self.workspace.code),
                     "LUIGI_CONFIG_PATH": str(self.workspace.settings_file()),
                     "NO_PROXY": "127.0.0.1",
+                    "PYTHONFAULTHANDLER": "1",
                     **environment,
                 },
                 stdout=output,

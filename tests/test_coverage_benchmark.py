@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.coverage import FULL, Case, Outcome, simulate, summarise
+from benchmarks.coverage import FULL, Case, Outcome, simulate, simulate_kid, summarise
 from eval.scores import Score
 from eval.tables import METRIC
 
@@ -19,6 +19,12 @@ def test_every_printed_metric_is_simulated() -> None:
         found |= {row.metric for row in outcome.rows[0]}
     assert found == set(METRIC)
     assert {case.images for case in FULL} >= {5, 20, 100, 995}
+
+
+def test_kid_of_paired_sets_is_above_that_for_independent_sets() -> None:
+    samples = [simulate_kid(16, 20, repetition) for repetition in range(10)]
+    assert all(row.metric == "KID" and row.low < row.value < row.high for row, _ in samples)
+    assert sum(row.value - independent for row, independent in samples) > 0
 
 
 def test_shares_are_counted() -> None:

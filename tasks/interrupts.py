@@ -60,8 +60,9 @@ def signals_held(signals: Collection[signal.Signals]) -> Iterator[None]:
     """
     held: list[int] = []
     handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         if threading.current_thread() is threading.main_thread():
             for each in signals:
                 if callable(handler := signal.getsignal(each)):

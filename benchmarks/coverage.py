@@ -344,7 +344,7 @@ def _kid(report: Report, pool: ProcessPoolExecutor) -> tuple[list[tuple[Case, st
         errors = np.hypot(values.std(axis=0, ddof=1) / math.sqrt(repetitions), truth_error)
         worst = max(worst, float(abs(biases[0] / errors[0])))
         printed = (
-            f"{1000 * each:+.2f} ± {1000 * error:.2f}" for each, error in zip(biases, errors, strict=True)
+            f"{1000 * each:+.3f} ± {1000 * error:.3f}" for each, error in zip(biases, errors, strict=True)
         )
         rows.append((f"{F:,}", f"{n:,}", *printed, f"{summary.coverage:.3f}", f"{summary.width_ratio:.2f}"))
         found.append((Case(f"{F:,} features", n, repetitions, methods=1), "KID", summary))

@@ -84,7 +84,7 @@ FULL = (
     Case("64 features", 995, 150, 100),
     Case("256 features", 100, 200, 100, 2),
     Case("1,024 features", 498, 80, 100, 1),
-    Case("1,024 features", 995, 160, 100, 1),
+    Case("1,024 features", 995, 320, 100, 1),
 )
 QUICK = (
     Case("one category", 20, 4, 50),

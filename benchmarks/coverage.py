@@ -331,8 +331,12 @@ def _species(report: Report, case: Case, outcomes: Sequence[Outcome]) -> None:
     report.table(f"Pose AP of species, {case.images:,} images in all", ("", "rows", "coverage"), table)
 
 
-def _kid(report: Report, pool: ProcessPoolExecutor) -> tuple[list[tuple[Case, str, Summary]], float]:
-    """KID alone, and the largest bias of its estimator for paired sets, in standard errors."""
+def _kid(report: Report, pool: ProcessPoolExecutor) -> tuple[list[tuple[int, float]], float]:
+    """KID alone.
+
+    Returns:
+        Images and coverage of each case, and the largest bias of the paired estimator in standard errors.
+    """
     repetitions = QUICK_KID_REPETITIONS if report.quick else KID_REPETITIONS
     rows, found, worst = [], [], 0.0
     for F, n in KID_CASES:
@@ -347,7 +351,7 @@ def _kid(report: Report, pool: ProcessPoolExecutor) -> tuple[list[tuple[Case, st
             f"{1000 * each:+.3f} ± {1000 * error:.3f}" for each, error in zip(biases, errors, strict=True)
         )
         rows.append((f"{F:,}", f"{n:,}", *printed, f"{summary.coverage:.3f}", f"{summary.width_ratio:.2f}"))
-        found.append((Case(f"{F:,} features", n, repetitions, methods=1), "KID", summary))
+        found.append((n, summary.coverage))
     report.table(
         f"KID × 1,000 of paired sets, {repetitions:,} repetitions",
         ("features", "images", "bias", "bias, as of independent sets", "coverage", "width ratio"),
@@ -360,7 +364,7 @@ def _kid(report: Report, pool: ProcessPoolExecutor) -> tuple[list[tuple[Case, st
 def _targets(
     report: Report,
     found: Sequence[tuple[Case, str, Summary]],
-    of_kid: Sequence[tuple[Case, str, Summary]],
+    of_kid: Sequence[tuple[int, float]],
     worst_bias: float,
 ) -> None:
     if not report.quick and (missing := set(METRIC) - {metric for _, metric, _ in found}):
@@ -368,10 +372,8 @@ def _targets(
             f"expected every printed metric in a population, found none with {', '.join(missing)}"
         )
     has_interval = [each for each in found if not math.isnan(each[2].coverage) and each[2].few < MARKED_SHARE]
-    coverages = [
-        (case.images, summary.coverage)
-        for case, _, summary in [*(each for each in has_interval if each[1] != "KID"), *of_kid]
-    ]
+    of_others = [(case.images, summary.coverage) for case, metric, summary in has_interval if metric != "KID"]
+    coverages = [*of_others, *of_kid]
     large = [coverage for images, coverage in coverages if images >= LARGE]
     small = [coverage for images, coverage in coverages if images == SMALL]
     widths = [

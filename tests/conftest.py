@@ -27,6 +27,14 @@ from processes import HANG_S
 # they wait for each other, many times as long. Read when torch is imported, here and in the processes of builds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A script that starts the tests in the background has them ignore Ctrl-C and SIGQUIT, nohup SIGHUP. Commands under test
+# would inherit that; a handler they do not inherit.
+for each in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(each) is signal.SIG_IGN:
+        signal.signal(
+            each, signal.default_int_handler if each == signal.SIGINT else lambda signum, frame: None
+        )
+
 pytest_plugins = ["object_store"]
 
 REPOSITORY = Path(__file__).parents[1]

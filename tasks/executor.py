@@ -69,7 +69,7 @@ def _collect_from(
     pool: WorkerPool, function: Callable[[Job], Result], jobs: Iterator[Job]
 ) -> Iterator[Result]:
     # An error ends the jobs that have begun here, and not whenever Python drops its traceback: by then the next stage
-    # may use the pool, and in one of the pool's own threads they would be waited for in vain.
+    # may use the pool, and would get their results.
     with closing(pool.outcomes(function, jobs)) as outcomes:
         yield from collect(outcomes)
 

@@ -40,7 +40,7 @@ class DetectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     Attributes:
         config: an mmdet configuration file, or the name of one that mmdet ships.
-        weights: its checkpoint: entry of configs/weights.yaml or file.
+        weights: its checkpoint: entry of weights.yaml or file.
         labels: classes that count.
         score_threshold: objects of lower scores are left out.
     """
@@ -55,7 +55,7 @@ class PoseSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How poses are estimated; what is None is the dataset's protocol (``eval.pose_estimator.PROTOCOLS``).
 
     Attributes:
-        weights: entry of configs/weights.yaml, folder or file; by default ``vitpose_<dataset>``.
+        weights: entry of weights.yaml, folder or file; by default ``vitpose_<dataset>``.
         backend: ``transformers``, or ``mmpose`` in the environment that ``make openmmlab`` builds.
         environment: folder of that environment.
         boxes: ``ground_truth``, or ``detected`` in the generated image. The latter is for HumanArt, gives the people
@@ -101,7 +101,7 @@ class FeatureSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """How images become Inception features.
 
     Attributes:
-        weights: entry of configs/weights.yaml or file.
+        weights: entry of weights.yaml or file.
         resize: ``legacy`` or ``clean`` (``eval.inception.Inception``); their values are not comparable.
         crop: of the real images: ``none`` squeezes them, ``square`` takes their centre.
     """
@@ -146,7 +146,7 @@ class ClipSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """CLIP-score.
 
     Attributes:
-        weights: entry of configs/weights.yaml or folder; scores of different models are not comparable.
+        weights: entry of weights.yaml or folder; scores of different models are not comparable.
     """
 
     weights: PathText = "clip"
@@ -221,7 +221,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def pose_weights(self) -> str:
-        """Entry of configs/weights.yaml or path of the pose estimator's weights."""
+        """Entry of weights.yaml or path of the pose estimator's weights."""
         return self.pose.weights or f"vitpose_{self.dataset}"
 
     def expected_size_wh(self, method: Method) -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ CLIP_SIDE, CLIP_PATCH = 64, 16
 
 
 def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Write them below a folder under the file names of configs/weights.yaml; gives each name and path."""
+    """Write them below a folder under the file names of weights.yaml; gives each name and path."""
     known = known_weights()
     for name, build in (("inception", build_inception), ("clip", build_clip)):
         path = folder / known[name].file

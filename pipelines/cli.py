@@ -360,7 +360,7 @@ def _lacking(stage: StageTask) -> Iterator[str]:
 
 
 def _weights_table() -> FoldedTable:
-    """Which weights of configs/weights.yaml are there, and which settings they make possible."""
+    """Which weights of weights.yaml are there, and which settings they make possible."""
     from spctrl.weights import are_random, known_weights
 
     table = FoldedTable("weights", "for", "there", box=None, pad_edge=False)

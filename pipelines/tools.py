@@ -39,14 +39,12 @@ Checkpoint = Annotated[
     str,
     typer.Option(
         parser=options.name_or_path,
-        help="entry of configs/weights.yaml or folder; default: the released one of the dataset",
+        help="entry of weights.yaml or folder; default: the released one of the dataset",
     ),
 ]
 BaseModel = Annotated[
     str,
-    typer.Option(
-        parser=options.name_or_path, help="Stable Diffusion 1.5: entry of configs/weights.yaml or folder"
-    ),
+    typer.Option(parser=options.name_or_path, help="Stable Diffusion 1.5: entry of weights.yaml or folder"),
 ]
 KindName = Annotated[str, typer.Option("--kind", help="of the checkpoint: spctrl, controlnet or t2i_adapter")]
 PoseFile = Annotated[

@@ -16,7 +16,7 @@ from spctrl.utf8 import utf8_fault
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 PathText = Annotated[str, msgspec.Meta(description="a path; ~ and environment variables are expanded")]
-"""Type of the settings that hold a path, or the name of an entry of configs/weights.yaml in its place."""
+"""Type of the settings that hold a path, or the name of an entry of weights.yaml in its place."""
 
 MAX_DEPTH, MAX_VALUES = 50, 100_000
 

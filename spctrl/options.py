@@ -11,7 +11,7 @@ from spctrl.paths import expand_path
 
 
 def name_or_path(value: str | PathLike[str]) -> str:
-    """An entry of configs/weights.yaml, or a path in which ``~`` and environment variables are expanded.
+    """An entry of weights.yaml, or a path in which ``~`` and environment variables are expanded.
 
     Raises:
         typer.BadParameter: a variable that is not set, or a user that this machine does not know.

@@ -19,6 +19,7 @@ from spctrl.configuration import ConfigurationError, read_config
 from spctrl.datasets import DATASETS
 from spctrl.errors import ExpectedError
 from spctrl.records import instance_categories, records_from_table
+from spctrl.resources import resource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from spctrl.records import Record
 
-FOLDER = Path(__file__).resolve().parent.parent / "configs" / "prompts"
+FOLDER = resource("prompts")
 CONTEXT_TOKENS = 77
 _ROWS_AT_ONCE = 4096
 
@@ -43,7 +44,7 @@ Span = tuple[int, int]
 
 
 class Templates(msgspec.Struct, frozen=True, kw_only=True):
-    """A file of configs/prompts/.
+    """A file of prompt templates, such as ``prompts/ap10k.yaml``.
 
     Attributes:
         training: one of them is drawn for each sample and epoch.
@@ -138,7 +139,7 @@ def _caption(captions: Sequence[str], scenario: str | None) -> str | None:
 
 
 def load_templates(path: Path | None, dataset: str) -> Templates:
-    """Templates of a file, by default those of configs/prompts/ for the dataset.
+    """Templates of a file, by default ``prompts/<dataset>.yaml``.
 
     Raises:
         ConfigurationError: the file is missing or broken, has no templates, or a template is not valid.

@@ -13,16 +13,17 @@ from spctrl.configuration import ConfigurationError, PathText, read_yaml, with_e
 from spctrl.disk_errors import writing
 from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
+from spctrl.resources import resource
 from spctrl.torch_pickles import check_torch_file, is_zip
 
 if TYPE_CHECKING:
     import torch
 
-REGISTRY = Path(__file__).resolve().parent.parent / "configs" / "weights.yaml"
+REGISTRY = resource("weights.yaml")
 
 
 class KnownWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry of configs/weights.yaml.
+    """An entry of weights.yaml.
 
     Attributes:
         what: in words.
@@ -43,7 +44,7 @@ class KnownWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 @functools.cache
 def known_weights() -> dict[str, KnownWeights]:
-    """All entries of configs/weights.yaml, by name.
+    """All entries of weights.yaml, by name.
 
     Raises:
         ConfigurationError: the file does not hold such entries, or a path that cannot be expanded.
@@ -68,7 +69,7 @@ def are_random(weights: Path) -> bool:
 
 
 def find_weights(name_or_path: str, folder: Path) -> Path:
-    """Where weights are: below ``folder`` for an entry of configs/weights.yaml, else at the path itself."""
+    """Where weights are: below ``folder`` for an entry of weights.yaml, else at the path itself."""
     entry = known_weights().get(name_or_path)
     return folder / entry.file if entry else Path(name_or_path)
 

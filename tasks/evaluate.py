@@ -204,7 +204,7 @@ class WithNetwork(StageTask):
             self.resources = {"gpu": 1}
 
     def weights_name(self) -> str:
-        """Entry of configs/weights.yaml, or path."""
+        """Entry of weights.yaml, or path."""
         raise NotImplementedError
 
     def run(self) -> None:

@@ -51,7 +51,9 @@ class Prompts(DatasetStage):
     keypoint_words = luigi.ChoiceParameter(
         default="", choices=["", "tokens", "names"], description="how prompts name the labelled keypoints"
     )
-    templates = luigi.Parameter(default="", description="file of prompt templates; default: configs/prompts/")
+    templates = luigi.Parameter(
+        default="", description="file of prompt templates; default: prompts/<dataset>.yaml"
+    )
 
     def requires(self) -> list[luigi.Task]:
         return [self.index_task()]

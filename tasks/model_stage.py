@@ -31,7 +31,7 @@ RECORDS_PER_PACK = 64
 class Weights(OfSettings, luigi.ExternalTask):
     """A weight file or folder, which the user puts in place."""
 
-    name = luigi.Parameter(description="entry of configs/weights.yaml")
+    name = luigi.Parameter(description="entry of weights.yaml")
     path = luigi.Parameter()
 
     def output(self) -> luigi.LocalTarget:
@@ -61,7 +61,7 @@ class Weights(OfSettings, luigi.ExternalTask):
         if found.startswith(entry.sha256):
             return True
         luigi.task.logger.error(
-            "expected a file whose SHA-256 begins with %s at %s (configs/weights.yaml, %s), found %s. It may be cut "
+            "expected a file whose SHA-256 begins with %s at %s (weights.yaml, %s), found %s. It may be cut "
             "short: get it again from %s. Weights of your own need another file name",
             entry.sha256, path, self.name, found, entry.publisher,
         )  # fmt: skip
@@ -132,7 +132,7 @@ class ModelStage(OnDevice, ImageFiles):
     """A stage that runs an image model over the images."""
 
     def weights_name(self) -> str:
-        """Entry of configs/weights.yaml."""
+        """Entry of weights.yaml."""
         raise NotImplementedError
 
     @functools.cached_property
@@ -162,7 +162,7 @@ class ModelStage(OnDevice, ImageFiles):
 
 
 def weights_at(name: str) -> Path:
-    """Where weights lie: an entry of configs/weights.yaml, below ``[paths] weights``; or else the path itself."""
+    """Where weights lie: an entry of weights.yaml, below ``[paths] weights``; or else the path itself."""
     from spctrl.weights import known_weights
 
     known = known_weights()

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-CONFIGS = "configs"
-"""Beside the packages, in a checkout."""
 VERSION_MISMATCH = "Version mismatch"
 """How Ray begins to say so."""
 VERSION_HINT = "Install the same versions of Ray and Python here and on every node"
@@ -137,9 +135,8 @@ def _copy_of_the_code() -> Iterator[Path]:
     """A folder of this project's code and nothing else, as Ray sends whole folders."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        for each in (*PACKAGES, CONFIGS):
-            if (ROOT / each).is_dir():
-                shutil.copytree(ROOT / each, folder / each, ignore=shutil.ignore_patterns("__pycache__"))
+        for each in PACKAGES:
+            shutil.copytree(ROOT / each, folder / each, ignore=shutil.ignore_patterns("__pycache__"))
         yield folder
 
 

@@ -137,7 +137,7 @@ class mask(Section):
     model_type = luigi.ChoiceParameter(
         default="vit_h", choices=["vit_h", "vit_l", "vit_b", "vit_tiny"], description="vit_tiny: sam_hq only"
     )
-    weights = PathParameter(default="", description="file; default: the one of configs/weights.yaml")
+    weights = PathParameter(default="", description="file; default: the one of weights.yaml")
     prompt = luigi.ChoiceParameter(
         default="box", choices=["box", "points"], description="what points at an instance"
     )
@@ -156,7 +156,7 @@ class depth(Section):
     folder = PathParameter(
         default="{root}/depth", description="precomputed: 8-bit PNG depth maps, near is bright"
     )
-    weights = PathParameter(default="", description="folder; default: the one of configs/weights.yaml")
+    weights = PathParameter(default="", description="folder; default: the one of weights.yaml")
     batch_size = luigi.IntParameter(
         default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
     )
@@ -164,7 +164,7 @@ class depth(Section):
 
 class latents(Section):
     resolution = luigi.IntParameter(default=512, description="side of the training crop in pixels")
-    weights = PathParameter(default="", description="folder; default: the one of configs/weights.yaml")
+    weights = PathParameter(default="", description="folder; default: the one of weights.yaml")
     batch_size = luigi.IntParameter(
         default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
     )

@@ -198,9 +198,9 @@ class Train(StageTask):
 
     @property
     def _templates_path(self) -> Path:
-        return Path(
-            self.how.prompt_templates or ROOT / "configs" / "prompts" / f"{self.how.dataset_name}.yaml"
-        )
+        from spctrl.prompts import FOLDER
+
+        return Path(self.how.prompt_templates or FOLDER / f"{self.how.dataset_name}.yaml")
 
     def weights_note(self) -> str | None:
         from spctrl.weights import are_random

@@ -23,6 +23,8 @@ import luigi.task_register
 import pytest
 from processes import HANG_S
 
+from tasks.code_version import PACKAGES
+
 # Networks of tests are tiny: threads of torch that share their work take longer than one, and on a busy machine, where
 # they wait for each other, many times as long. Read when torch is imported, here and in the processes of builds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,7 +41,6 @@ pytest_plugins = ["object_store"]
 
 REPOSITORY = Path(__file__).parents[1]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
-CODE_FOLDERS = ("spctrl", "eval", "tasks", "pipelines", "configs")
 ANNOTATION_FILES = {
     ("ap10k", "train"): "AP-10K/annotations/ap10k-train-split1.json",
     ("ap10k", "val"): "AP-10K/annotations/ap10k-val-split1.json",
@@ -385,6 +386,12 @@ def _luigi_events(started: list[str], errors: list[str]) -> Iterator[None]:
             luigi.Task.remove_event_handler(event, handler)
 
 
+def copy_code(folder: Path) -> None:
+    """The project's packages as they are now, so that an edit while tests run does not come between two builds."""
+    for package in PACKAGES:
+        shutil.copytree(REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def only(ids: set[int], content: dict[str, Any]) -> None:
     """Keep some images of an annotation file's content."""
     content["images"] = [image for image in content["images"] if image["id"] in ids]
@@ -403,13 +410,9 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's packages as they are now, so that an edit while tests run does not come between two builds."""
+    """A copy of the project's packages, which the builds of all tests run."""
     folder = tmp_path_factory.mktemp("code")
-    for package in CODE_FOLDERS:
-        if (REPOSITORY / package).is_dir():
-            shutil.copytree(
-                REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
-            )
+    copy_code(folder)
     return folder
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import CODE_FOLDERS, REPOSITORY, Build, Workspace
+from conftest import Build, Workspace, copy_code
 from object_store import WRITES, BucketWorkspace, Choose, Fault, Seen, Server, impatient, often, running
 from processes import HANG_S
 
@@ -144,8 +144,7 @@ def count_builds(server: Server, folder: Path, minutes: float, first_seed: int) 
 
     data, code = folder / "data", folder / "code"
     write_sample(data, images_per_split=IMAGES, datasets=["ap10k"])
-    for package in CODE_FOLDERS:  # as it is now, so that an edit does not come between two builds
-        shutil.copytree(REPOSITORY / package, code / package)
+    copy_code(code)
     local = Workspace(folder / "local", data)
     configure_small(local)
     assert local.build().succeeded

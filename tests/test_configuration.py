@@ -21,6 +21,7 @@ from spctrl import weights
 from spctrl.configuration import MAX_DEPTH, MAX_VALUES, ConfigurationError, read_config
 from spctrl.inference.methods import Generation
 from spctrl.prompts import Templates, load_templates
+from spctrl.resources import resource
 from spctrl.training.config import TrainingConfig
 
 KINDS: dict[str, type[msgspec.Struct]] = {
@@ -30,9 +31,10 @@ KINDS: dict[str, type[msgspec.Struct]] = {
     "prompts": Templates,
 }
 SHIPPED = {
-    path.relative_to(REPOSITORY / "configs").as_posix(): path
+    f"{name}/{path.name}": path
     for name in KINDS
-    for path in sorted((REPOSITORY / "configs" / name).glob("*.yaml"))
+    for folder in (REPOSITORY / "configs" / name, resource(name))
+    for path in sorted(folder.glob("*.yaml"))
 }
 TOKENS = [
     *"[]{}:,&*!|>-?#%@`\"'\n\t ~=",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Workspace
+from conftest import Workspace, copy_code
 from stores import commit, locations
 
 from tasks.store import Store
@@ -199,8 +199,7 @@ def test_accept_keeps_outputs_after_a_harmless_change(
     workspace = make_workspace("accepting", sample)
     workspace.configure("build", datasets=["ap10k"], splits=["val"])
     workspace.code = code = tmp_path / "code"
-    for package in ("spctrl", "eval", "tasks", "pipelines"):
-        shutil.copytree(REPOSITORY / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_code(code)
     assert workspace.run().succeeded
     source = code / "spctrl" / "rendering" / "spatext.py"
     source.write_text(source.read_text().replace("half_length_px = int(", "half_length_px = int(0 + "))
@@ -220,8 +219,7 @@ def test_accept_knows_the_stages_of_other_targets(
 ) -> None:
     workspace = make_workspace("prompting", sample)
     workspace.code = code = tmp_path / "code"
-    for package in ("spctrl", "eval", "tasks", "pipelines", "configs"):
-        shutil.copytree(REPOSITORY / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_code(code)
     config = workspace.folder / "generate.yaml"
     config.write_text("{dataset: ap10k, methods: [{name: theirs, kind: external, folder: images}]}")
     prompts = ("--dataset", "ap10k", "--split", "val")

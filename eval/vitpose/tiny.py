@@ -62,11 +62,11 @@ BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "vitpose_ap10k": build_vitpose,
     "vitpose_humanart": build_mmpose,
 }
-"""By the names of configs/weights.yaml."""
+"""By the names of weights.yaml."""
 
 
 def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Write all of them below a folder under the file names of configs/weights.yaml; gives each name and path."""
+    """Write all of them below a folder under the file names of weights.yaml; gives each name and path."""
     known = known_weights()
     for name, build in BUILDERS.items():
         path = folder / known[name].file

@@ -17,7 +17,7 @@ SEGMENTERS: dict[str, tuple[sam_networks.Backend, sam_networks.ModelType]] = {
 
 
 def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Write them below a folder under the file names of configs/weights.yaml; gives each name and path."""
+    """Write them below a folder under the file names of weights.yaml; gives each name and path."""
     known = known_weights()
     for name, (backend, model_type) in SEGMENTERS.items():
         path = folder / known[name].file

@@ -112,15 +112,15 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         name: in tables and folder names; letters, digits and ``_.+-``, at most ``spctrl.paths.MAX_NAME_BYTES``.
         kind: ``spctrl``, ``controlnet``, ``t2i_adapter``, or ``external`` for images that someone else's code made.
-        checkpoint: entry of configs/weights.yaml or folder of the ControlNet or adapter, or the folder around it
+        checkpoint: entry of weights.yaml or folder of the ControlNet or adapter, or the folder around it
             (``controlnet/`` or ``adapter/``). Keypoint tokens are read from ``learned_embeds.bin`` in it or beside it.
         train: instead of a checkpoint: a file of configs/train/, which is trained first.
         folder: of an external method: ``<image name>/<i>.jpg``, or ``<image name>.jpg``; see
             ``spctrl.inference.folders.find_images``.
         condition: what the ControlNet or adapter was trained on.
-        stable_diffusion: Stable Diffusion 1.5: entry of configs/weights.yaml, or folder.
+        stable_diffusion: Stable Diffusion 1.5: entry of weights.yaml, or folder.
         keypoint_words: whether prompts name the labelled keypoints, as learned ``tokens`` or as plain ``names``.
-        templates: file of prompt templates; by default that of configs/prompts/ for the dataset.
+        templates: file of prompt templates; by default ``prompts/<dataset>.yaml``.
         images_per_pose: images for each pose, from different noise.
         seed: decides the noise, together with the image's id and the number of the image; so the same pose starts
             from the same noise with every method.

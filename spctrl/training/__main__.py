@@ -56,7 +56,7 @@ def main(
         typer.Option(parser=options.path, help="folder of the raw dataset; cached latents do without"),
     ] = None,
     weights: Annotated[
-        Path, typer.Option(parser=options.path, help="folder of the entries of configs/weights.yaml")
+        Path, typer.Option(parser=options.path, help="folder of the entries of weights.yaml")
     ] = Path("weights"),
     output: Annotated[
         Path | None,

@@ -47,7 +47,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     model: Literal["controlnet", "t2i_adapter"] = "controlnet"
     """What takes the condition in; a ControlNet on index maps is SP-Ctrl's."""
     pretrained_model_name_or_path: PathText = "stable_diffusion"
-    """Stable Diffusion 1.5: an entry of configs/weights.yaml, or a folder in diffusers' format."""
+    """Stable Diffusion 1.5: an entry of weights.yaml, or a folder in diffusers' format."""
     controlnet_model_name_or_path: PathText | None = None
     """Trained weights to start from, of the same model: an entry or a folder; null: start from the UNet."""
     output_dir: PathText | None = None
@@ -72,7 +72,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     add_keypoint_prompt: Probability = 0.0
     """Probability that the labelled keypoints are named in a prompt."""
     prompt_templates: PathText | None = None
-    """File of prompt templates; null: the dataset's own of configs/prompts/."""
+    """File of prompt templates; null: ``prompts/<dataset>.yaml``."""
     max_train_samples: Positive | None = None
     """Only so many images, the first ones; null: all."""
 

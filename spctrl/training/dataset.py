@@ -128,7 +128,7 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
                 the style that they were built in.
             resolution: R.
             latents: whether to read cached latents instead of images.
-            templates: file of prompt templates; by default the dataset's in configs/prompts/.
+            templates: file of prompt templates; by default the dataset's ``prompts/<dataset>.yaml``.
             enable_learnable_kpttoken: whether keypoints are written as placeholders, not as plain names.
             add_keypoint_prompt: probability that the labelled keypoints are in the prompt.
             proportion_empty_prompts: probability of an empty prompt.
@@ -321,7 +321,7 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         if self.heatmap_type == "whole" and unnamed:
             raise ExpectedError(
                 "expected {category} in all training prompts, since heatmap_type = whole needs a token of the class; "
-                f"found {unnamed[0]!r}. Add it to configs/prompts/{self.dataset}.yaml, or use heatmap_type = partition"
+                f"found {unnamed[0]!r}. Add it to those templates, or use heatmap_type = partition"
             )
 
     def _leave_out_rows_without_prompt(self) -> None:

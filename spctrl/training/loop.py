@@ -50,7 +50,7 @@ class TrainingInputs:
         manifest: Parquet manifest of the images to train on.
         store: that has their conditions and latents.
         data_root: the raw dataset, with the images; not needed with cached latents.
-        weights: folder of the entries of configs/weights.yaml.
+        weights: folder of the entries of weights.yaml.
         keypoint_radius_px, link_half_width_px: sizes in index maps and renders that are drawn.
         files_digest: of the content of all files that the settings name. Runs are compared by it, or else by the paths.
         needs_vae: whether the image autoencoder is wanted for more than training, such as drawing images.

@@ -103,7 +103,7 @@ def load_networks(config: TrainingConfig, weights: Path, *, with_vae: bool) -> N
 
     Args:
         config: of the run.
-        weights: folder of the entries of configs/weights.yaml.
+        weights: folder of the entries of weights.yaml.
         with_vae: whether to load the image autoencoder.
 
     Raises:

@@ -17,7 +17,7 @@ ORDER := build/order
 .DELETE_ON_ERROR:
 # Two installs into one environment must not run at once.
 .NOTPARALLEL:
-.PHONY: help demo smoke order test lint format bench hooks openmmlab constraints clean distclean
+.PHONY: help demo smoke order test lint wheel format bench hooks openmmlab constraints clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint: $(VENV)/.dev ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+wheel: $(VENV)/.dev ## Build the wheel, install it elsewhere and use it there; options: make wheel ARGS=extras
+	.ci/wheel $(ARGS)
 
 format: $(VENV)/.dev ## Format the code and apply safe fixes
 	$(BIN)/ruff check --fix-only

@@ -21,6 +21,7 @@ from pipelines.generate import Generate
 from spctrl import secrets
 from spctrl.disk_errors import access_error
 from spctrl.errors import ExpectedError
+from spctrl.extras import import_explained
 from tasks import logs, settings
 from tasks.base import MeetsBadRecords
 from tasks.conditions import CONDITIONS
@@ -135,7 +136,7 @@ def _explanation(error: BaseException | None) -> str | None:
         return f"{option}: {error}"
     if isinstance(error, ExpectedError | luigi.parameter.ParameterException):
         return str(error)
-    if error is not None and (explained := access_error(error, None)) is not None:
+    if error is not None and (explained := import_explained(error) or access_error(error, None)) is not None:
         return str(explained)
     if isinstance(error, TaskException) or str(error).startswith("Unfulfilled dependenc"):
         return (

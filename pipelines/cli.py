@@ -7,7 +7,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,12 +19,15 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from typer.core import TyperGroup
 
+import spctrl
 from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train, cluster, tools
 from spctrl import options
 from spctrl.console import FoldedTable, PlainConsole, lines
 from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
+from spctrl.extras import imports_explained, missing_package
 from spctrl.printable import one_line
+from spctrl.resources import overrides
 from spctrl.secrets import masked
 from spctrl.terminal import say_message
 from tasks import settings
@@ -49,7 +51,7 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _printable_usage_errors():
+            with _printable_usage_errors(), imports_explained():
                 return super().invoke(ctx)
         except ExpectedError as error:
             say_message(str(error))
@@ -72,10 +74,7 @@ def _printable_usage_errors() -> Iterator[None]:
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # pipelines.startup shows them
-    help="Look at what is built and why it would be built again, check and clean the store, draw a sample. "
-    "Settings come from luigi.cfg and LUIGI_CONFIG_PATH, as for luigi itself.",
 )
 tools.add_to(app)
 cluster.add_to(app)
@@ -84,6 +83,24 @@ console = PlainConsole()
 FOUND_SOMETHING = FAILED = 1
 
 Names = Annotated[str | None, typer.Option(help="comma-separated; default: luigi.cfg")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"spctrl {spctrl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    """Look at what is built and why it would be built again, check and clean the store, draw a sample.
+
+    Settings come from luigi.cfg and LUIGI_CONFIG_PATH, as for luigi itself.
+    """
 
 
 def _build(
@@ -314,6 +331,8 @@ def doctor() -> None:
     for name in ("store", "export"):
         place = getattr(settings.paths(), name)
         console.print(f"[paths] {name} = {place}:", _writable(place), soft_wrap=True)
+    for path in overrides():
+        console.say(f"{path}: your own, in use")
     build = _build(None, None, None, None)
     possible = False
     found = FoldedTable("dataset", "split", "annotations", box=None, pad_edge=False)
@@ -351,7 +370,7 @@ def _lacking(stage: StageTask) -> Iterator[str]:
     """Packages and weights that a stage, or one that it reads, needs and does not find."""
     if isinstance(stage, ModelStage):
         if _version_or_none("torch") is None:
-            yield "no torch (pip install -e '.[models]')"
+            yield str(missing_package("torch"))
         if not stage.weights_path.exists():
             yield f"no weights at {stage.weights_path}"
     for each in stage.requires():
@@ -406,7 +425,3 @@ def _writable(place: str) -> str | Text:
     if not os.access(existing, os.W_OK):
         return lines(f"cannot be written ({existing})", style="red")
     return f"writable, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free"
-
-
-if __name__ == "__main__":
-    sys.exit(app())

@@ -37,7 +37,7 @@ def _is_command() -> bool:
     """Whether this process is ``luigi`` or ``spctrl``, not a notebook or a program that imports this package."""
     program = Path(*sys.argv[:1])
     name = program.parent.name if program.name == "__main__.py" else program.name
-    return name in {"luigi", "spctrl", "-m"}  # the last while `python -m pipelines.cli` imports this
+    return name in {"luigi", "spctrl"}
 
 
 def hold_sigusr1() -> None:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from spctrl.records import Record
 
-FOLDER = resource("prompts")
 CONTEXT_TOKENS = 77
 _ROWS_AT_ONCE = 4096
 
@@ -138,13 +137,18 @@ def _caption(captions: Sequence[str], scenario: str | None) -> str | None:
 # Templates
 
 
+def templates_path(dataset: str) -> Path:
+    """The file of prompt templates of a dataset: ``configs/prompts/<dataset>.yaml``, or the package's own."""
+    return resource(f"prompts/{dataset}.yaml")
+
+
 def load_templates(path: Path | None, dataset: str) -> Templates:
-    """Templates of a file, by default ``prompts/<dataset>.yaml``.
+    """Templates of a file, by default that of ``templates_path``.
 
     Raises:
         ConfigurationError: the file is missing or broken, has no templates, or a template is not valid.
     """
-    path = path or FOLDER / f"{dataset}.yaml"
+    path = path or templates_path(dataset)
     templates = read_config(path, Templates)
     for kind in ("training", "evaluation"):
         if not getattr(templates, kind):

@@ -13,13 +13,13 @@ from spctrl.configuration import ConfigurationError, PathText, read_yaml, with_e
 from spctrl.disk_errors import writing
 from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
-from spctrl.resources import resource
+from spctrl.resources import override, packaged
 from spctrl.torch_pickles import check_torch_file, is_zip
 
 if TYPE_CHECKING:
     import torch
 
-REGISTRY = resource("weights.yaml")
+REGISTRY = "weights.yaml"
 
 
 class KnownWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,18 +42,23 @@ class KnownWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sha256: str | None = None
 
 
-@functools.cache
 def known_weights() -> dict[str, KnownWeights]:
-    """All entries of weights.yaml, by name.
+    """All entries of weights.yaml, by name; those of ``configs/weights.yaml`` add to the package's or replace them.
 
     Raises:
-        ConfigurationError: the file does not hold such entries, or a path that cannot be expanded.
+        ConfigurationError: a file does not hold such entries, or a path that cannot be expanded.
     """
+    own = override(REGISTRY)
+    return _entries(packaged(REGISTRY)) | (_entries(own.absolute()) if own else {})
+
+
+@functools.cache
+def _entries(path: Path) -> dict[str, KnownWeights]:
     try:
-        entries = msgspec.convert(read_yaml(REGISTRY), dict[str, KnownWeights])
+        entries = msgspec.convert(read_yaml(path), dict[str, KnownWeights])
     except msgspec.ValidationError as error:
-        raise ConfigurationError(f"{REGISTRY}: {error}") from error
-    return {name: with_expanded_paths(entry, f"{REGISTRY}: {name}.") for name, entry in entries.items()}
+        raise ConfigurationError(f"{path}: {error}") from error
+    return {name: with_expanded_paths(entry, f"{path}: {name}.") for name, entry in entries.items()}
 
 
 MAX_NOTE_BYTES = 2**20

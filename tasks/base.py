@@ -28,6 +28,7 @@ import luigi
 
 import spctrl
 from spctrl.errors import ExpectedError
+from spctrl.extras import missing_package
 from spctrl.printable import one_line
 from spctrl.secrets import masked
 from tasks import logs, settings
@@ -213,9 +214,11 @@ class StageTask(MeetsBadRecords):
     def ingredients(self) -> Ingredients | None:
         """What the result is made from, found once a process as far as it can be known."""
         known: Ingredients | None = getattr(self, "_ingredients", None)
-        if known is None and (inputs := self.inputs()) is not None:
-            known = Ingredients(inputs=inputs, **self.code_and_parameters())
-            self._ingredients = known
+        if known is None:
+            self._library_versions()  # a package that is missing is told before weights that are, and of a target first
+            if (inputs := self.inputs()) is not None:
+                known = Ingredients(inputs=inputs, **self.code_and_parameters())
+                self._ingredients = known
         return known
 
     def made_from(self) -> Ingredients:
@@ -228,7 +231,7 @@ class StageTask(MeetsBadRecords):
     def code_and_parameters(self) -> dict[str, Any]:
         """All ingredients but the inputs."""
         code = code_of((self.function, *self.also_reaches), self.store)
-        libraries = {name: _version(name) for name in self.libraries}
+        libraries = self._library_versions()
         version = digest(self.stage, json.dumps([code, libraries], sort_keys=True))
         return {
             "code": code,
@@ -236,6 +239,9 @@ class StageTask(MeetsBadRecords):
             "code_version": self.store.accepted().get(version, version),
             "parameters": self.parameters(),
         }
+
+    def _library_versions(self) -> dict[str, str]:
+        return {name: _version(name) for name in self.libraries}
 
     def run(self) -> None:
         self.fill_cache()
@@ -393,7 +399,10 @@ def _digest_cache(folder: Path, pid: int) -> DigestCache:
 
 @functools.cache
 def _version(distribution: str) -> str:
-    return importlib.metadata.version(distribution)
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise missing_package(distribution) from None
 
 
 def _iso_time(seconds: float) -> str:

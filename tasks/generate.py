@@ -60,9 +60,9 @@ class Prompts(DatasetStage):
 
     @functools.cached_property
     def templates_path(self) -> Path:
-        from spctrl.prompts import FOLDER
+        from spctrl.prompts import templates_path
 
-        return Path(self.templates) if self.templates else FOLDER / f"{self.dataset}.yaml"
+        return Path(self.templates or templates_path(self.dataset))
 
     def parameters(self) -> dict[str, Any]:
         return {"dataset": self.dataset, "keypoint_words": self.keypoint_words}

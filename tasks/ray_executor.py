@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from spctrl.errors import ExpectedError
+from spctrl.extras import missing_package
 from spctrl.secrets import masked
 from tasks import logs, ray_probe
 from tasks.code_version import PACKAGES, ROOT
@@ -112,8 +113,7 @@ def connect(address: str) -> None:
         import ray
     except ImportError as error:
         raise ClusterError(
-            "[executor] kind = ray needs the package ray, which is not installed: pip install 'spctrl[ray]', here and "
-            "on every node, or set kind = local"
+            f"[executor] kind = ray: {missing_package('ray')}, here and on every node, or set kind = local"
         ) from error
     if ray.is_initialized():
         return

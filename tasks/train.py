@@ -198,9 +198,9 @@ class Train(StageTask):
 
     @property
     def _templates_path(self) -> Path:
-        from spctrl.prompts import FOLDER
+        from spctrl.prompts import templates_path
 
-        return Path(self.how.prompt_templates or FOLDER / f"{self.how.dataset_name}.yaml")
+        return Path(self.how.prompt_templates or templates_path(self.how.dataset_name))
 
     def weights_note(self) -> str | None:
         from spctrl.weights import are_random
@@ -466,6 +466,8 @@ def running(
 
 def git_commit() -> str | None:
     """The commit of this project's code, marked where files differ from it; None outside a repository."""
+    if not (ROOT / ".git").exists():  # an installed copy may lie in a repository of another project
+        return None
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

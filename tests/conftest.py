@@ -205,7 +205,7 @@ class Workspace:
     def spctrl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run the ``spctrl`` command, to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "pipelines.cli", *arguments],
+            [sys.executable, "-m", "spctrl", *arguments],
             cwd=self.folder,
             env=self.environment(),
             capture_output=True,

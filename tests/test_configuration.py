@@ -17,12 +17,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from eval.settings import Evaluation
-from spctrl import weights
 from spctrl.configuration import MAX_DEPTH, MAX_VALUES, ConfigurationError, read_config
 from spctrl.inference.methods import Generation
 from spctrl.prompts import Templates, load_templates
 from spctrl.resources import resource
 from spctrl.training.config import TrainingConfig
+from spctrl.weights import known_weights
 
 KINDS: dict[str, type[msgspec.Struct]] = {
     "train": TrainingConfig,
@@ -179,14 +179,17 @@ def test_keys_that_differ_and_those_that_override_merged_ones_are_read(
 
 def test_the_list_of_weights_is_read_as_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = "what: a\n  file: b\n  publisher: c\n  licence: d\n  setting: e\n"
-    changed = tmp_path / "weights.yaml"
-    monkeypatch.setattr(weights, "REGISTRY", changed)
-    changed.write_text(f"sam:\n  {fields}sam_hq:\n  {fields}sam:\n  {fields}")
-    with pytest.raises(ConfigurationError, match=r"weights\.yaml: .*found `sam` in lines 1 and 13$"):
-        weights.known_weights.__wrapped__()
-    changed.write_text(f"sam:\n  {fields}  colour: red\n")
-    with pytest.raises(ConfigurationError, match=r"weights\.yaml: .*colour"):
-        weights.known_weights.__wrapped__()
+    twice, unknown = (
+        f"sam:\n  {fields}sam_hq:\n  {fields}sam:\n  {fields}",
+        f"sam:\n  {fields}  colour: red\n",
+    )
+    for text, fault in ((twice, "found `sam` in lines 1 and 13$"), (unknown, "colour")):
+        own = tmp_path / fault[:5] / "configs" / "weights.yaml"
+        own.parent.mkdir(parents=True)
+        own.write_text(text)
+        monkeypatch.chdir(own.parent.parent)
+        with pytest.raises(ConfigurationError, match=rf"{own}: .*{fault}"):
+            known_weights()
 
 
 @pytest.mark.parametrize("name", SHIPPED)

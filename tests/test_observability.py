@@ -222,7 +222,7 @@ class Terminal:
     def __init__(self, workspace: Workspace, *arguments: str) -> None:
         ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", *arguments],
+            [sys.executable, "-m", "spctrl", *arguments],
             cwd=workspace.folder,
             env={**workspace.environment(), "COLUMNS": "160", "LINES": "60", "TERM": "xterm"},
             stdin=theirs,

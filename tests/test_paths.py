@@ -10,7 +10,6 @@ import msgspec
 import pytest
 import typer
 
-import spctrl.weights
 from eval.settings import Evaluation
 from spctrl import options
 from spctrl.configuration import ConfigurationError, read_config
@@ -25,6 +24,7 @@ from spctrl.paths import (
     refuse_unsafe_paths,
 )
 from spctrl.training.config import decisive_settings, read_training_config
+from spctrl.weights import find_weights, known_weights
 
 
 @pytest.fixture(autouse=True)
@@ -154,22 +154,20 @@ def test_a_path_that_cannot_be_expanded_is_named_with_its_file(
 
 
 def test_paths_of_weights_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = tmp_path / "weights.yaml"
     entry = {"what": "w", "publisher": "p", "licence": "l", "setting": "s"}
-    monkeypatch.setattr(spctrl.weights, "REGISTRY", registry)
-    spctrl.weights.known_weights.cache_clear()
-    try:
-        registry.write_bytes(
-            msgspec.yaml.encode({"a": entry | {"file": "$SCRATCH/a"}, "b": entry | {"file": "b"}})
-        )
-        found = [spctrl.weights.find_weights(name, Path("weights")) for name in ("a", "b")]
-        assert found == [Path("/scratch/a"), Path("weights/b")]
-        spctrl.weights.known_weights.cache_clear()
-        registry.write_bytes(msgspec.yaml.encode({"a": entry | {"file": "$NOWHERE/a"}}))
-        with pytest.raises(ConfigurationError, match=r"weights\.yaml: a\.file: expected environment"):
-            spctrl.weights.known_weights()
-    finally:
-        spctrl.weights.known_weights.cache_clear()
+    good, bad = (
+        {"a": entry | {"file": "$SCRATCH/a"}, "b": entry | {"file": "b"}},
+        {"a": entry | {"file": "$NOWHERE/a"}},
+    )
+    for name, entries in {"good": good, "bad": bad}.items():
+        (tmp_path / name / "configs").mkdir(parents=True)
+        (tmp_path / name / "configs" / "weights.yaml").write_bytes(msgspec.yaml.encode(entries))
+    monkeypatch.chdir(tmp_path / "good")
+    found = [find_weights(name, Path("weights")) for name in ("a", "b")]
+    assert found == [Path("/scratch/a"), Path("weights/b")]
+    monkeypatch.chdir(tmp_path / "bad")
+    with pytest.raises(ConfigurationError, match=r"weights\.yaml: a\.file: expected environment"):
+        known_weights()
 
 
 def test_every_path_among_the_options_has_a_parser_that_expands_it() -> None:

@@ -259,12 +259,15 @@ def test_doctor_names_what_is_missing(
 ) -> None:
     healthy = make_workspace("healthy", sample)
     healthy.configure("paths", weights="nowhere")
+    (healthy.folder / "configs").mkdir()
+    (healthy.folder / "configs" / "weights.yaml").write_text("{}")
     looked = healthy.spctrl("doctor")
     assert looked.returncode == 0
     assert re.search(r"spatext +yes +yes", looked.stdout)
     assert re.search(r"latents .*no: .*weights", looked.stdout), (
         "what the settings do not make possible, and why"
     )
+    assert "configs/weights.yaml: your own, in use" in looked.stdout
     done = make_workspace("ill", tmp_path / "nothing").spctrl("doctor")
     assert done.returncode == 1
     assert "ap10k-train-split1.json" in done.stdout

@@ -20,6 +20,7 @@ import typer
 from spctrl import locks, options
 from spctrl.disk_errors import working
 from spctrl.errors import ExpectedError
+from spctrl.extras import imports_explained
 from spctrl.paths import config_name, name_fault
 from spctrl.printable import printable
 from spctrl.secrets import mask_output, masked
@@ -105,7 +106,8 @@ def main(
         found = output or (Path(settings.output_dir) if settings.output_dir else None)
         if found is None:
             raise ExpectedError(f"{config}: expected output_dir, or --output FOLDER, found neither")
-        from spctrl.training.loop import TrainingInputs
+        with imports_explained():
+            from spctrl.training.loop import TrainingInputs
 
         inputs = TrainingInputs(
             manifest=manifest,
@@ -121,7 +123,7 @@ def main(
         for folder in earlier_runs:
             if not folder.is_dir():
                 raise ExpectedError(f"--continue-from: expected the folder of a run, found none at {folder}")
-        with _log_shown(json_progress), working(found, CHECKPOINTS_STAY):
+        with _log_shown(json_progress), working(found, CHECKPOINTS_STAY), imports_explained():
             if dry_run:
                 _describe(settings, inputs, found, earlier_runs)
             else:

@@ -295,7 +295,7 @@ def test_the_command_and_join_refuse_alike(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert "found --condition. Did you mean --conditions?" in line
     joined = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "join", "BuildDataset", "--condition", "spatext"],
+        [sys.executable, "-m", "spctrl", "join", "BuildDataset", "--condition", "spatext"],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,

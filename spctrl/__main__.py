@@ -1,0 +1,5 @@
+"""``python -m spctrl``: the ``spctrl`` command."""
+
+from pipelines.cli import app
+
+app(prog_name="python -m spctrl")

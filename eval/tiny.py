@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from spctrl.image_models.loading import mark_random
 from spctrl.models.tiny import MAX_TOKENS, VOCABULARY_SIZE, random_weights, write_tokenizer
-from spctrl.weights import known_weights, save_torch_file
+from spctrl.weights import random_weights_path, save_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +21,9 @@ CLIP_SIDE, CLIP_PATCH = 64, 16
 
 
 def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Write them below a folder under the file names of weights.yaml; gives each name and path."""
-    known = known_weights()
+    """Write them below a folder under the file names of weights.yaml; returns each name and path."""
     for name, build in (("inception", build_inception), ("clip", build_clip)):
-        path = folder / known[name].file
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = random_weights_path(folder, name)
         build(path)
         yield name, path
 

@@ -25,7 +25,7 @@ from spctrl import options
 from spctrl.console import FoldedTable, PlainConsole, lines
 from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
-from spctrl.extras import imports_explained, missing_package
+from spctrl.extras import extras_with, imports_explained
 from spctrl.printable import one_line
 from spctrl.resources import overrides
 from spctrl.secrets import masked
@@ -368,11 +368,12 @@ def _conditions_table(build: BuildDataset) -> FoldedTable:
 
 def _lacking(stage: StageTask) -> Iterator[str]:
     """Packages and weights that a stage, or one that it reads, needs and does not find."""
-    if isinstance(stage, ModelStage):
-        if _version_or_none("torch") is None:
-            yield str(missing_package("torch"))
-        if not stage.weights_path.exists():
-            yield f"no weights at {stage.weights_path}"
+    for name in (*stage.libraries, *stage.packages):
+        if _version_or_none(name) is None:
+            extras = extras_with(name)
+            yield f"no {name}{f' (extra {extras[0]})' if extras else ''}"
+    if isinstance(stage, ModelStage) and not stage.weights_path.exists():
+        yield f"no weights at {stage.weights_path}"
     for each in stage.requires():
         if isinstance(each, StageTask):
             yield from _lacking(each)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,34 +33,40 @@ def missing_package(name: str) -> MissingPackageError:
     Args:
         name: of the distribution (``segment-anything``) or the module (``segment_anything``).
     """
-    extras = extras_with(name)
-    commands = [
-        f"`pip install '{PROJECT}[{extra}]'`{f' {PURPOSES[extra]}' if len(extras) > 1 else ''}"
-        for extra in extras
-    ]
+    python = shlex.quote(sys.executable)
+    first, *others = [f"'{PROJECT}[{extra}]'" for extra in extras_with(name)] or [name]
+    uses = [f"{other} {PURPOSES[extra]}" for other, extra in zip(others, extras_with(name)[1:], strict=True)]
     return MissingPackageError(
-        f"expected the package {name}, found none. Run {', '.join(commands) or f'`pip install {name}`'}"
+        f"expected the package {name} in {sys.prefix}, found none. Install it with {python} -m pip install {first}"
+        + (f", or {' or '.join(uses)}" if uses else "")
     )
 
 
 def import_explained(error: BaseException | None) -> MissingPackageError | None:
-    """``missing_package`` for a failed import of a module that an extra installs; None for any other error."""
-    if not isinstance(error, ModuleNotFoundError) or error.name is None:
-        return None
-    return missing_package(error.name) if extras_with(error.name) else None
+    """``missing_package`` for an import that failed for want of what an extra installs; None for any other error.
+
+    Libraries raise errors of their own from the failed import of what they need.
+    """
+    while isinstance(error, ImportError | RuntimeError):
+        if isinstance(error, ModuleNotFoundError) and error.name and extras_with(error.name):
+            return missing_package(error.name)
+        error = error.__cause__
+    return None
 
 
 @contextmanager
 def imports_explained() -> Iterator[None]:
-    """Turn failed imports of what an extra installs into errors that say so.
+    """Turn such errors into ones that say what to install.
 
     Raises:
-        MissingPackageError: in place of the ``ModuleNotFoundError``.
+        MissingPackageError: in place of the error.
     """
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise import_explained(error) or error from None
+    except (ImportError, RuntimeError) as error:
+        if (explained := import_explained(error)) is None:
+            raise
+        raise explained from None
 
 
 def extras_with(name: str) -> list[str]:
@@ -80,9 +88,14 @@ def _packages(extra: str) -> frozenset[str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    requirements = map(Requirement, importlib.metadata.requires(PROJECT) or [])
-    return frozenset(
-        canonicalize_name(each.name)
-        for each in requirements
-        if each.marker and each.marker.evaluate({"extra": extra})
-    )
+    found: set[str] = set()
+    for requirement in map(Requirement, importlib.metadata.requires(PROJECT) or []):
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if (
+            requirement.name == PROJECT
+        ):  # an extra that it includes; some build backends replace it by its packages
+            found.update(*map(_packages, requirement.extras))
+        else:
+            found.add(canonicalize_name(requirement.name))
+    return frozenset(found)

@@ -52,10 +52,26 @@ def known_weights() -> dict[str, KnownWeights]:
     return _entries(packaged(REGISTRY)) | (_entries(own.absolute()) if own else {})
 
 
+def random_weights_path(folder: Path, name: str) -> Path:
+    """Where random weights are written for an entry: below a folder, under the file name that the package has for it.
+
+    Raises:
+        ExpectedError: other weights are there.
+    """
+    path = folder / _entries(packaged(REGISTRY))[name].file
+    if path.exists() and not are_random(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise ExpectedError(
+            f"expected nothing at {path}, or random weights to replace, found other weights. Choose another folder, or "
+            "move them"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 @functools.cache
 def _entries(path: Path) -> dict[str, KnownWeights]:
     try:
-        entries = msgspec.convert(read_yaml(path), dict[str, KnownWeights])
+        entries = msgspec.convert(read_yaml(path) or {}, dict[str, KnownWeights])
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{path}: {error}") from error
     return {name: with_expanded_paths(entry, f"{path}: {name}.") for name, entry in entries.items()}

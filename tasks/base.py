@@ -135,6 +135,9 @@ class StageTask(MeetsBadRecords):
     also_reaches: ClassVar[Sequence[str]] = ()
     """Code that reaches the function through its arguments, which reading its source cannot show."""
     libraries: ClassVar[Sequence[str]] = ()
+    """Distributions that it needs, whose versions are part of its fingerprint."""
+    packages: ClassVar[Sequence[str]] = ()
+    """Distributions that it needs besides."""
     reads_several_parts: ClassVar[bool] = False
     """Whether a stage may be among the inputs more than once, for different parts of the data."""
 
@@ -179,7 +182,13 @@ class StageTask(MeetsBadRecords):
         return RunTarget(self)
 
     def complete(self) -> bool:
-        """Whether the result and all that it was made from are there, wherever in the graph they lie."""
+        """Whether the result and all that it was made from are there, wherever in the graph they lie.
+
+        Raises:
+            MissingPackageError: a package that the stage needs is not installed; before it asks for weights.
+        """
+        for name in (*self.libraries, *self.packages):
+            _version(name)
         return self.is_up_to_date() and all(task.complete() for task in self.requires())
 
     def is_up_to_date(self) -> bool:
@@ -214,11 +223,9 @@ class StageTask(MeetsBadRecords):
     def ingredients(self) -> Ingredients | None:
         """What the result is made from, found once a process as far as it can be known."""
         known: Ingredients | None = getattr(self, "_ingredients", None)
-        if known is None:
-            self._library_versions()  # a package that is missing is told before weights that are, and of a target first
-            if (inputs := self.inputs()) is not None:
-                known = Ingredients(inputs=inputs, **self.code_and_parameters())
-                self._ingredients = known
+        if known is None and (inputs := self.inputs()) is not None:
+            known = Ingredients(inputs=inputs, **self.code_and_parameters())
+            self._ingredients = known
         return known
 
     def made_from(self) -> Ingredients:
@@ -231,7 +238,7 @@ class StageTask(MeetsBadRecords):
     def code_and_parameters(self) -> dict[str, Any]:
         """All ingredients but the inputs."""
         code = code_of((self.function, *self.also_reaches), self.store)
-        libraries = self._library_versions()
+        libraries = {name: _version(name) for name in self.libraries}
         version = digest(self.stage, json.dumps([code, libraries], sort_keys=True))
         return {
             "code": code,
@@ -239,9 +246,6 @@ class StageTask(MeetsBadRecords):
             "code_version": self.store.accepted().get(version, version),
             "parameters": self.parameters(),
         }
-
-    def _library_versions(self) -> dict[str, str]:
-        return {name: _version(name) for name in self.libraries}
 
     def run(self) -> None:
         self.fill_cache()

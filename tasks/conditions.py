@@ -149,6 +149,7 @@ class Segments(ModelStage):
 
     stage = "segments"
     function = "spctrl.image_models.segments:load_segmenter"
+    packages = ("torch", "segment-anything", "segment-anything-hq", "pycocotools")
     section = settings.mask
     suffix = ".json"
 
@@ -261,6 +262,7 @@ class EstimatedDepth(ModelStage):
 
     stage = "depth"
     function = "spctrl.image_models.depth:load_depth_estimator"
+    packages = ("torch", "transformers")
     section = settings.depth
 
     def weights_name(self) -> str:
@@ -286,6 +288,7 @@ class Latents(ModelStage):
 
     stage = "latents"
     function = "spctrl.image_models.latents:load_latent_encoder"
+    packages = ("torch", "diffusers", "safetensors")
     section = settings.latents
     suffix = SAFETENSORS
 

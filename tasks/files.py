@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from spctrl import locks
 from spctrl.errors import ExpectedError
+from spctrl.extras import missing_package
 from spctrl.paths import is_safe_relative_path
 from spctrl.real_size import is_sparse
 from spctrl.secrets import has_unquoted_password, masked, masked_url, remember
@@ -331,7 +332,10 @@ class ObjectStore(Files):
             remember(fsspec.config.conf)
             # Other machines write there too, so listings are not kept.
             return fsspec.core.url_to_fs(self._url, use_listings_cache=False)[0]
-        except (ImportError, ValueError) as error:
+        except ImportError as error:
+            reason = missing_package("s3fs") if self._url.startswith("s3:") else masked(str(error))
+            raise StoreError(f"cannot reach {self.root}: {reason}") from error
+        except ValueError as error:
             if has_unquoted_password(self._url):
                 # Not from the error, which quotes a part of the password.
                 raise StoreError(
@@ -340,7 +344,7 @@ class ObjectStore(Files):
                 ) from None
             raise StoreError(
                 f"cannot reach {self.root}: {masked(str(error))}. Expected a folder or a URL that fsspec knows "
-                "([paths] in luigi.cfg); s3:// needs: pip install 'spctrl[s3]'"
+                "([paths] in luigi.cfg)"
             ) from error
 
     @functools.cached_property

@@ -111,9 +111,9 @@ def connect(address: str) -> None:
     """Join a running cluster, once a process; this machine must be one of its nodes."""
     try:
         import ray
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ClusterError(
-            f"[executor] kind = ray: {missing_package('ray')}, here and on every node, or set kind = local"
+            f"[executor] kind = ray: {missing_package('ray')}, and so on every node; or set kind = local"
         ) from error
     if ray.is_initialized():
         return

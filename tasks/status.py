@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from spctrl.extras import MissingPackageError
 from tasks.base import StageTask
 from tasks.record_stage import RecordStage
 
@@ -55,11 +56,14 @@ def statuses(goal: luigi.Task) -> Iterator[StageStatus]:
     would_run: set[str] = set()
     for task in stages_in_order(goal):
         upstream = [each for each in task.requires() if each.task_id in would_run]
-        reasons = _reasons(task, cast("list[StageTask]", upstream))
+        try:
+            reasons = _reasons(task, cast("list[StageTask]", upstream))
+            to_make = task.missing_records() if reasons and isinstance(task, RecordStage) else None
+        except MissingPackageError as error:
+            reasons, to_make = (str(error),), None
         if reasons:
             would_run.add(task.task_id)
         runs = task.store.runs(task.stage, task.part)
-        to_make = task.missing_records() if reasons and isinstance(task, RecordStage) else None
         duration_s = runs[0].provenance().get("duration_s") if runs else None
         yield StageStatus(task, reasons, to_make, duration_s)
 

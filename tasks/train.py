@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -414,12 +415,11 @@ class Train(StageTask):
     def environment(self) -> dict[str, str]:
         """The environment of the training processes: this project's code, the chosen device, no downloads."""
         device = settings.executor().device
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         kind, _, numbers = device.partition(":")
         chosen = gpu_environment(numbers.split(",")) if kind == "cuda" else {}
         return {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": python_path(),
             "ACCELERATE_USE_CPU": str(device == "cpu").lower(),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",  # it warns of each loader process otherwise
@@ -462,6 +462,15 @@ def running(
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)  # checkpoints are whole or absent, whenever that comes
             raise
+
+
+def python_path() -> str:
+    """Where training processes look for modules first: this project's code, unless it is installed with others'.
+
+    Those would hide modules of Python's own.
+    """
+    code = [] if str(ROOT) in sysconfig.get_paths().values() else [str(ROOT)]
+    return os.pathsep.join([*code, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def git_commit() -> str | None:

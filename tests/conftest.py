@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ import luigi.task_register
 import pytest
 from processes import HANG_S
 
+from tasks import fork_server
 from tasks.code_version import PACKAGES
+from tasks.worker_pool import WorkerPool
 
 # Networks of tests are tiny: threads of torch that share their work take longer than one, and on a busy machine, where
 # they wait for each other, many times as long. Read when torch is imported, here and in the processes of builds.
@@ -50,6 +52,18 @@ ANNOTATION_FILES = {
 EXPORT_FOLDERS = {"ap10k": "AP-10K_triplet", "humanart": "HumanArt_triplet"}
 LEDGERS = ".spctrl"
 SAMPLE_IMAGES = 8
+LOADED_FOR_MODELS = [
+    "torch",
+    "torchvision",
+    "diffusers",
+    "segment_anything",
+    "segment_anything_hq",
+    "torch_fidelity",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.vitpose.modeling_vitpose",
+    "transformers.models.zoedepth.modeling_zoedepth",
+    "spctrl.inference.generator",
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,6 +73,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="at how many moments of a build each fault is tried, and all kinds of faults and builds with it; a large "
         "number means at every operation",
     )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any("forked_models" in getattr(item, "fixturenames", ()) for item in session.items):
+        fork_server.PRELOADED += LOADED_FOR_MODELS
+
+
+@pytest.fixture
+def forked_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the workers of builds in this process fork from one that has loaded the models' libraries.
+
+    A build starts new ones, in which loading takes seconds and the tests' tiny models next to nothing.
+    """
+    initialize = WorkerPool.__init__
+
+    def fork(
+        self: WorkerPool, workers: int, start_method: str, environments: Sequence[Mapping[str, str]] = ()
+    ) -> None:
+        initialize(self, workers, "forkserver", environments)
+
+    monkeypatch.setattr(WorkerPool, "__init__", fork)
 
 
 @pytest.fixture(autouse=True)

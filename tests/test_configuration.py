@@ -20,7 +20,7 @@ from eval.settings import Evaluation
 from spctrl.configuration import MAX_DEPTH, MAX_VALUES, ConfigurationError, read_config
 from spctrl.inference.methods import Generation
 from spctrl.prompts import Templates, load_templates
-from spctrl.resources import resource
+from spctrl.resources import packaged
 from spctrl.training.config import TrainingConfig
 from spctrl.weights import known_weights
 
@@ -33,7 +33,7 @@ KINDS: dict[str, type[msgspec.Struct]] = {
 SHIPPED = {
     f"{name}/{path.name}": path
     for name in KINDS
-    for folder in (REPOSITORY / "configs" / name, resource(name))
+    for folder in (REPOSITORY / "configs" / name, packaged(name))
     for path in sorted(folder.glob("*.yaml"))
 }
 TOKENS = [

@@ -516,7 +516,7 @@ def test_a_url_of_an_unknown_kind_is_a_clear_error() -> None:
 def test_an_object_store_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fsspec", "s3fs"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(StoreError, match=r"pip install 'spctrl\[s3\]'"):
+    with pytest.raises(StoreError, match=r"pip install 'spctrl\[s3\]'$"):
         files_at("s3://bucket/prefix").listing("")
 
 

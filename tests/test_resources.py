@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 from spctrl.configuration import ConfigurationError
+from spctrl.errors import ExpectedError
 from spctrl.prompts import load_templates, templates_path
 from spctrl.resources import overrides, packaged, resource
-from spctrl.weights import find_weights, known_weights
+from spctrl.weights import find_weights, known_weights, random_weights_path
 
 ENTRY = {"what": "w", "publisher": "p", "licence": "l", "setting": "s", "file": "mine.pth"}
 
@@ -45,6 +46,30 @@ def test_own_files_are_listed(own: Path) -> None:
     (own / "prompts" / "other.yaml").touch()  # of no dataset
     (own / "prompts" / "humanart.yaml").touch()
     assert overrides() == [Path("configs/prompts/humanart.yaml"), Path("configs/weights.yaml")]
+
+
+def test_an_own_file_of_comments_changes_nothing(own: Path) -> None:
+    before = known_weights()
+    (own / "weights.yaml").write_text("# none yet\n")
+    assert known_weights() == before
+
+
+def test_random_weights_replace_no_others(own: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious.pth"
+    (own / "weights.yaml").write_bytes(msgspec.yaml.encode({"sam_vit_b": {**ENTRY, "file": str(precious)}}))
+    path = random_weights_path(tmp_path / "w", "sam_vit_b")
+    assert path == tmp_path / "w" / "sam_vit_b_01ec64.pth", "not the file of an own entry"
+    path.write_text("real")
+    with pytest.raises(ExpectedError, match=rf"expected nothing at {path}, or random weights"):
+        random_weights_path(tmp_path / "w", "sam_vit_b")
+    path.with_name(f"{path.name}.json").write_text('{"weights": "random"}')
+    assert random_weights_path(tmp_path / "w", "sam_vit_b") == path
+    folder = random_weights_path(tmp_path / "w", "zoedepth")
+    folder.mkdir()
+    assert random_weights_path(tmp_path / "w", "zoedepth") == folder
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ExpectedError, match="found other weights"):
+        random_weights_path(tmp_path / "w", "zoedepth")
 
 
 def test_own_templates_come_before_the_packages(own: Path) -> None:

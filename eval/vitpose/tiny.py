@@ -16,7 +16,7 @@ import numpy as np
 from eval.vitpose.checkpoints import LAYER_NORM_EPS, MMPOSE, VITPOSE, attention_heads, from_transformers
 from spctrl.image_models.loading import mark_random
 from spctrl.records import NUM_KEYPOINTS
-from spctrl.weights import known_weights, save_torch_file
+from spctrl.weights import random_weights_path, save_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -66,11 +66,9 @@ BUILDERS: Mapping[str, Callable[[Path], None]] = {
 
 
 def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Write all of them below a folder under the file names of weights.yaml; gives each name and path."""
-    known = known_weights()
+    """Write all of them below a folder under the file names of weights.yaml; returns each name and path."""
     for name, build in BUILDERS.items():
-        path = folder / known[name].file
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = random_weights_path(folder, name)
         build(path)
         yield name, path
 

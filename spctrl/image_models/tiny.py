@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spctrl.image_models import depth, sam_networks
 from spctrl.models import tiny
-from spctrl.weights import known_weights
+from spctrl.weights import random_weights_path
 
 SEGMENTERS: dict[str, tuple[sam_networks.Backend, sam_networks.ModelType]] = {
     "sam_hq_vit_b": ("sam_hq", "vit_b"),
@@ -17,14 +17,12 @@ SEGMENTERS: dict[str, tuple[sam_networks.Backend, sam_networks.ModelType]] = {
 
 
 def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Write them below a folder under the file names of weights.yaml; gives each name and path."""
-    known = known_weights()
+    """Write them below a folder under the file names of weights.yaml; returns each name and path."""
     for name, (backend, model_type) in SEGMENTERS.items():
-        path = folder / known[name].file
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = random_weights_path(folder, name)
         sam_networks.build_tiny(backend, model_type, path)
         yield name, path
-    stable_diffusion = folder / known["stable_diffusion"].file
+    stable_diffusion = random_weights_path(folder, "stable_diffusion")
     builders: dict[str, Callable[[Path], None]] = {
         "zoedepth": depth.build_tiny,
         "stable_diffusion": tiny.build_stable_diffusion,
@@ -34,7 +32,7 @@ def write_tiny_weights(folder: Path) -> Iterator[tuple[str, Path]]:
         "t2i_adapter": tiny.build_t2i_adapter,
     }
     for name, build_tiny in builders.items():
-        path = folder / known[name].file
-        path.mkdir(parents=True, exist_ok=True)
+        path = random_weights_path(folder, name)
+        path.mkdir(exist_ok=True)
         build_tiny(path)
         yield name, path

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 OVERRIDES = Path("configs")
-"""Folder of users' own files, below the working folder, in which ``luigi.cfg`` is too."""
+"""Folder of users' own files, below the working folder."""
 
 
 def packaged(name: str) -> Path:

@@ -35,6 +35,7 @@ from spctrl.prompts import (
     load_templates,
     rows_without_prompt,
     subjects_from_table,
+    templates_path,
     tokenize,
 )
 from spctrl.records import Record, RecordError, records_from_table
@@ -172,7 +173,8 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         }
         self._rows = _read_manifest(manifest, max_samples, [stage for stage in stages.values() if stage])
         self.dataset = self._rows.column("dataset")[0].as_py()
-        self.templates = load_templates(templates, self.dataset)
+        self._templates_path = templates or templates_path(self.dataset)
+        self.templates = load_templates(self._templates_path, self.dataset)
         self._check_images(manifest, needed=not latents)
         self._check_prompts()
         self._leave_out_rows_without_prompt()
@@ -321,7 +323,7 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         if self.heatmap_type == "whole" and unnamed:
             raise ExpectedError(
                 "expected {category} in all training prompts, since heatmap_type = whole needs a token of the class; "
-                f"found {unnamed[0]!r}. Add it to those templates, or use heatmap_type = partition"
+                f"found {unnamed[0]!r}. Add it to {self._templates_path}, or use heatmap_type = partition"
             )
 
     def _leave_out_rows_without_prompt(self) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from spctrl.disk_errors import is_shared_memory
 from spctrl.errors import ExpectedError
+from spctrl.extras import missing_package
 from spctrl.models.stable_diffusion import move
 from spctrl.training.checkpoints import (
     RUN,
@@ -231,10 +232,9 @@ def make_optimizer(config: TrainingConfig, groups: list[list[torch.nn.Parameter]
     if config.use_8bit_adam:
         try:
             adam = importlib.import_module("bitsandbytes.optim").AdamW8bit
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise ExpectedError(
-                f"use_8bit_adam: expected the package bitsandbytes, found none ({error}). Install it with pip install "
-                "bitsandbytes, or set use_8bit_adam to false"
+                f"use_8bit_adam: {missing_package('bitsandbytes')}; or set use_8bit_adam to false"
             ) from error
     return adam(
         [{"params": group} for group in groups],

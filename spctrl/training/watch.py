@@ -15,6 +15,7 @@ import torch
 
 from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
+from spctrl.extras import missing_package
 from spctrl.inference.generator import ImageGenerator, Request, jpeg_bytes
 from spctrl.inference.methods import Sampler, image_seed
 from spctrl.parquet import read_table
@@ -148,8 +149,7 @@ def _tracker(config: TrainingConfig, output: Path, name: str, resumed_at: int) -
         tracker.start()
     except ImportError as error:
         raise ExpectedError(
-            f"report_to: expected the package of {config.report_to}, found none ({error}). Install it with pip install "
-            f"{config.report_to}, or set report_to to none"
+            f"report_to = {config.report_to}: {missing_package(config.report_to)}; or set report_to to none"
         ) from error
     return tracker
 

@@ -44,7 +44,7 @@ from spctrl.records import Record, RecordError, records_from_table
 from spctrl.rendering.openpose import render_openpose
 from spctrl.rendering.spatext import render_spatext
 from spctrl.report.pictures import decode
-from spctrl.resources import resource
+from spctrl.resources import packaged
 from spctrl.sample import write_sample
 from tasks.export import Ledger, damaged_files
 from tasks.files import files_at
@@ -437,7 +437,7 @@ def configuration_seeds() -> list[bytes]:
     return [
         bytes([kind]) + path.read_bytes()
         for kind, name in enumerate(_kinds())
-        for shipped in (REPOSITORY / "configs" / name, resource(name))
+        for shipped in (REPOSITORY / "configs" / name, packaged(name))
         for path in sorted(shipped.glob("*.yaml"))
     ]
 

@@ -21,7 +21,7 @@ for _package in ("torch", "transformers", "torch_fidelity", "matplotlib"):
 if TYPE_CHECKING:
     from conftest import Build, Workspace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_models")]
 IMAGES = 8
 METRICS = {"pose_ap", "fid", "fid_infinity", "kid", "clip_score"}
 TOGETHER = {"tables", "benchmark_report"}

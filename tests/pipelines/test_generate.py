@@ -18,7 +18,7 @@ pytest.importorskip("diffusers", reason="the models extra is not installed")
 if TYPE_CHECKING:
     from conftest import Build, Workspace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_models")]
 POSES = 8
 BATCH = 2
 METHOD = {

@@ -24,7 +24,7 @@ pytest.importorskip("torch", reason="the models extra is not installed")
 if TYPE_CHECKING:
     from conftest import Workspace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_models")]
 MODELS = {"segments", "depth", "latents"}
 IMAGES = 8
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import msgspec
 import pytest
 
 from spctrl.errors import ExpectedError
+from tasks import train as train_stage
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 pytest.importorskip("accelerate", reason="the train extra is not installed")
@@ -324,3 +327,26 @@ def test_what_starts_the_processes(
     assert {"--mixed_precision=bf16", "--validation-manifest=runs/manifest.parquet"} <= set(command)
     assert variables.items() <= environment.items()
     assert splits == {"train", "val"}
+
+
+def test_only_a_checkout_has_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed copy may lie in another project's repository."""
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    monkeypatch.setattr(train_stage, "ROOT", tmp_path)
+    assert train_stage.git_commit()
+    monkeypatch.setattr(train_stage, "ROOT", installed)
+    assert train_stage.git_commit() is None
+
+
+def test_an_installed_copy_comes_after_pythons_own_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/theirs")
+    monkeypatch.setattr(train_stage, "ROOT", tmp_path)
+    assert train_stage.python_path() == f"{tmp_path}:/theirs"
+    monkeypatch.setattr(train_stage, "ROOT", Path(sysconfig.get_paths()["purelib"]))
+    assert train_stage.python_path() == "/theirs"

@@ -74,6 +74,7 @@ def benchmark(
         "pose_ap": {"resamples": 50},
         "fid": {"resamples": 40},
         "intervals": {"resamples": 50},
+        "num_cases": 1,
         **settings,
     }
     path = workspace.folder / "tiny.yaml"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from conftest import Workspace
 
 RECORDS = 540
-MOMENTS = 20
+MOMENTS = 8
 UPDATE_MOMENTS = 6
 SEED = 20
 RECORD_STAGES = ("spatext", "openpose")
@@ -138,7 +138,7 @@ def moments(count: int, duration_s: float) -> Iterator[float]:
 
 
 @pytest.mark.slow
-def test_a_build_killed_at_twenty_moments_and_run_again_gives_the_same_bytes(
+def test_a_build_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     make_crowded: Callable[..., Workspace], expected: Expected
 ) -> None:
     killed = in_between = 0

@@ -190,6 +190,7 @@ def test_what_was_assumed_is_in_the_log_and_the_report(workspace: Workspace, emp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_models")
 class TestMeasured:
     """Numbers of files without areas or counts."""
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from tasks.base import StageTask
 
+pytestmark = pytest.mark.usefixtures("forked_models")
 SMOKE = Path(__file__).parents[2] / "configs" / "train" / "smoke.yaml"
 TEMPLATES = {"training": ["{category} {keypoints}"], "evaluation": ["{category} {keypoints}"]}
 OF_ONE_METHOD = {"generate", "evaluated_images", "poses", "pose_ap"}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from tasks.train import Train
 
+pytestmark = pytest.mark.usefixtures("forked_models")
 SMOKE = Path(__file__).parents[2] / "configs" / "train" / "smoke.yaml"
 RESULT = {"controlnet/config.json", "controlnet/diffusion_pytorch_model.safetensors", "learned_embeds.bin"}
 

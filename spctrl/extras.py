@@ -33,12 +33,12 @@ def missing_package(name: str) -> MissingPackageError:
     Args:
         name: of the distribution (``segment-anything``) or the module (``segment_anything``).
     """
-    python = shlex.quote(sys.executable)
-    first, *others = [f"'{PROJECT}[{extra}]'" for extra in extras_with(name)] or [name]
-    uses = [f"{other} {PURPOSES[extra]}" for other, extra in zip(others, extras_with(name)[1:], strict=True)]
+    extras = extras_with(name)
+    wanted = f"'{PROJECT}[{extras[0]}]'" if extras else name
+    others = "".join(f", or '{PROJECT}[{extra}]' {PURPOSES[extra]}" for extra in extras[1:])
     return MissingPackageError(
-        f"expected the package {name} in {sys.prefix}, found none. Install it with {python} -m pip install {first}"
-        + (f", or {' or '.join(uses)}" if uses else "")
+        f"expected the package {name} in {sys.prefix}, found none. Install it with "
+        f"{shlex.quote(sys.executable)} -m pip install {wanted}{others}"
     )
 
 
@@ -92,9 +92,8 @@ def _packages(extra: str) -> frozenset[str]:
     for requirement in map(Requirement, importlib.metadata.requires(PROJECT) or []):
         if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue
-        if (
-            requirement.name == PROJECT
-        ):  # an extra that it includes; some build backends replace it by its packages
+        if requirement.name == PROJECT:
+            # An extra that it includes; some build backends write its packages instead.
             found.update(*map(_packages, requirement.extras))
         else:
             found.add(canonicalize_name(requirement.name))

@@ -69,7 +69,7 @@ def test_the_message_has_the_command_for_each_purpose() -> None:
         f"expected the package accelerate in {sys.prefix}, found none. {pip} 'spctrl[train]'"
     )
     assert str(missing_package("torch")).endswith(
-        f"{pip} 'spctrl[models]', or 'spctrl[train]' to train or 'spctrl[eval]' to evaluate"
+        f"{pip} 'spctrl[models]', or 'spctrl[train]' to train, or 'spctrl[eval]' to evaluate"
     )
     assert str(missing_package("bitsandbytes")).endswith(f"{pip} bitsandbytes")
 

@@ -13,7 +13,6 @@ from types import TracebackType
 from pipelines import settings_files
 from spctrl import secrets
 from spctrl.errors import ExpectedError
-from spctrl.extras import import_explained
 from spctrl.printable import printable
 from spctrl.terminal import say, say_message
 
@@ -26,8 +25,6 @@ def _show_error(kind: type[BaseException], error: BaseException, trace: Tracebac
     """Show Ctrl-C, and errors that explain themselves, without a traceback."""
     if issubclass(kind, KeyboardInterrupt):
         say(STOPPED, err=True)
-    elif (explained := import_explained(error)) is not None:
-        say_message(f"ERROR: {explained}")
     elif issubclass(kind, ExpectedError) or kind.__module__ == "luigi.task_register":  # no such target
         say_message(f"ERROR: {error}")
     elif _show_uncaught is sys.__excepthook__:

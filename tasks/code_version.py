@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,12 @@ ON_IMPORT = "<import>"
 
 Alias = tuple[str, str | None]
 """A module and a name in it; the name is None where the module itself is bound."""
+
+
+def copy_code(folder: Path) -> None:
+    """Copy this project's packages, and nothing else, into a folder."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def code_components(function: str, root: Path = ROOT) -> dict[str, str]:

@@ -144,6 +144,7 @@ class Samples(MethodStage, OnDevice, FromArtifacts):
     stage = "samples"
     function = "spctrl.inference.generator:load_generator"
     libraries = ("diffusers",)
+    packages = ("torch", "transformers", "safetensors")
     section = settings.generate
     suffix = ".jpg"
 

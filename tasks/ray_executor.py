@@ -12,7 +12,6 @@ import importlib.metadata
 import itertools
 import logging
 import os
-import shutil
 import socket
 import uuid
 from collections import deque
@@ -27,7 +26,7 @@ from spctrl.errors import ExpectedError
 from spctrl.extras import missing_package
 from spctrl.secrets import masked
 from tasks import logs, ray_probe
-from tasks.code_version import PACKAGES, ROOT
+from tasks.code_version import copy_code
 from tasks.executor import collect
 from tasks.files import TEMPORARY, StoreError
 from tasks.worker_pool import JOBS_WAITING_PER_WORKER, WorkerError
@@ -134,10 +133,8 @@ def connect(address: str) -> None:
 def _copy_of_the_code() -> Iterator[Path]:
     """A folder of this project's code and nothing else, as Ray sends whole folders."""
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        for each in PACKAGES:
-            shutil.copytree(ROOT / each, folder / each, ignore=shutil.ignore_patterns("__pycache__"))
-        yield folder
+        copy_code(Path(name))
+        yield Path(name)
 
 
 def _knock(address: str) -> None:

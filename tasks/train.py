@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -469,7 +468,7 @@ def python_path() -> str:
 
     Those would hide modules of Python's own.
     """
-    code = [] if str(ROOT) in sysconfig.get_paths().values() else [str(ROOT)]
+    code = [] if ROOT.name in ("site-packages", "dist-packages") else [str(ROOT)]
     return os.pathsep.join([*code, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 

@@ -24,7 +24,7 @@ import pytest
 from processes import HANG_S
 
 from tasks import fork_server
-from tasks.code_version import PACKAGES
+from tasks.code_version import copy_code
 from tasks.worker_pool import WorkerPool
 
 # Networks of tests are tiny: threads of torch that share their work take longer than one, and on a busy machine, where
@@ -421,12 +421,6 @@ def _luigi_events(started: list[str], errors: list[str]) -> Iterator[None]:
             luigi.Task.remove_event_handler(event, handler)
 
 
-def copy_code(folder: Path) -> None:
-    """The project's packages as they are now, so that an edit while tests run does not come between two builds."""
-    for package in PACKAGES:
-        shutil.copytree(REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-
-
 def only(ids: set[int], content: dict[str, Any]) -> None:
     """Keep some images of an annotation file's content."""
     content["images"] = [image for image in content["images"] if image["id"] in ids]
@@ -445,7 +439,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project's packages, which the builds of all tests run."""
+    """The project's packages as they are now, so that an edit while tests run does not come between two builds."""
     folder = tmp_path_factory.mktemp("code")
     copy_code(folder)
     return folder

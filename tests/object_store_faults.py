@@ -23,10 +23,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import Build, Workspace, copy_code
+from conftest import Build, Workspace
 from object_store import WRITES, BucketWorkspace, Choose, Fault, Seen, Server, impatient, often, running
 from processes import HANG_S
 
+from tasks.code_version import copy_code
 from tasks.store import Run, Store
 from tasks.upkeep import verify
 

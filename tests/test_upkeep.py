@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Workspace, copy_code
+from conftest import Workspace
 from stores import commit, locations
 
+from tasks.code_version import copy_code
 from tasks.store import Store
 from tasks.upkeep import collect, verify
 

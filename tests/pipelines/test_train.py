@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -349,5 +348,5 @@ def test_an_installed_copy_comes_after_pythons_own_modules(
     monkeypatch.setenv("PYTHONPATH", "/theirs")
     monkeypatch.setattr(train_stage, "ROOT", tmp_path)
     assert train_stage.python_path() == f"{tmp_path}:/theirs"
-    monkeypatch.setattr(train_stage, "ROOT", Path(sysconfig.get_paths()["purelib"]))
+    monkeypatch.setattr(train_stage, "ROOT", Path("/somewhere/lib/python3/site-packages"))
     assert train_stage.python_path() == "/theirs"

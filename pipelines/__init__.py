@@ -26,7 +26,7 @@ from tasks import logs, settings
 from tasks.base import MeetsBadRecords
 from tasks.conditions import CONDITIONS
 from tasks.export import FOLDERS, Export
-from tasks.names import NamesParameter
+from tasks.parameters import NamesParameter
 from tasks.report import Report, print_summary
 from tasks.train import Train
 

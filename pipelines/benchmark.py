@@ -13,7 +13,7 @@ from spctrl.terminal import say, say_text
 from tasks.base import MeetsBadRecords
 from tasks.benchmark import PAGE, BenchmarkReport, Tables
 from tasks.evaluate import evaluation_json
-from tasks.paths import PathParameter
+from tasks.parameters import PathParameter
 
 if TYPE_CHECKING:
     from eval.settings import Evaluation

@@ -10,7 +10,7 @@ import luigi
 from spctrl.terminal import say
 from tasks.base import MeetsBadRecords
 from tasks.generate import GeneratedImages, method_json
-from tasks.paths import PathParameter
+from tasks.parameters import PathParameter
 
 if TYPE_CHECKING:
     from spctrl.inference.methods import Generation

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 from spctrl.secrets import without_secrets
-from tasks import settings
+from tasks import logs, settings
 from tasks.base import MANIFEST, digest_cache
 from tasks.code_version import ROOT
 from tasks.evaluate import INSTANCES, METRICS, POSES, EvaluatedImages, MetricStage, OfEvaluation, PoseAp
@@ -88,7 +88,7 @@ class OfMethods(OfEvaluation, ViewStage):
         return RenderedView(Folder(self.folder, LEDGERS), f"{LEDGERS}/{self.stage}.json")
 
     def view_lock(self) -> AbstractContextManager[None]:
-        return exclusive(self.folder / LOCK, f"writing to {self.folder}")
+        return exclusive(self.folder / LOCK, f"writing to {self.folder}", logs.notify)
 
     def has_view(self, run: Run) -> bool:
         return self._view.is_of(run, digest_cache(self.store))

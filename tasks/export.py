@@ -18,7 +18,6 @@ from spctrl.documents import MAX_DOCUMENT_BYTES
 from spctrl.paths import UnsafePathError, is_safe_relative_path
 from tasks import logs, settings
 from tasks.base import MANIFEST, code_of, digest_cache
-from tasks.documents import read_document
 from tasks.files import Files, FileTooLargeError, Folder, StoreError, cannot_write, file_digest
 from tasks.index import AnnotationFile
 from tasks.inputs import InputChangedError
@@ -134,7 +133,7 @@ def _list_name(ledger: str) -> str:
 def fingerprint_at(place: Files, ledger: str) -> str:
     """The fingerprint of a ledger alone, without loading anything heavy."""
     try:
-        return str(read_document(place, ledger)["fingerprint"])
+        return str(place.read_json(ledger)["fingerprint"])
     except (FileNotFoundError, FileTooLargeError, ValueError, KeyError, TypeError):
         return ""
 
@@ -251,7 +250,7 @@ class Export(Manifest):
 
     def run(self) -> None:
         # Another build may be writing the same folder; when it is done, there may be nothing left to do.
-        with self.place.exclusive(LOCK, f"exporting to {self.place.root}"):
+        with self.place.exclusive(LOCK, f"exporting to {self.place.root}", logs.notify):
             super().run()
 
     def make(self, run: Run) -> dict[str, int]:

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from spctrl import locks
+from spctrl.documents import MAX_DOCUMENT_BYTES, parse_document
 from spctrl.errors import ExpectedError
 from spctrl.extras import missing_package
 from spctrl.paths import is_safe_relative_path
@@ -82,6 +83,16 @@ class Files(ABC):
             FileTooLargeError: it has more than ``max_bytes``, or is mostly a hole; nothing was read.
         """
 
+    def read_json(self, name: str) -> Any:
+        """The content of a small JSON file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            StoreError: it cannot be read, or is too large.
+            ValueError: it is not JSON, nested too deep, or has texts that cannot be encoded.
+        """
+        return parse_document(self.read(name, max_bytes=MAX_DOCUMENT_BYTES))
+
     @abstractmethod
     def open(self, name: str) -> AbstractContextManager[BinaryIO]:
         """A file to read piece by piece."""
@@ -129,7 +140,9 @@ class Files(ABC):
         """Files that a killed writer left half written."""
 
     @abstractmethod
-    def exclusive(self, name: str, activity: str) -> AbstractContextManager[None]:
+    def exclusive(
+        self, name: str, activity: str, notify: Callable[[str], object]
+    ) -> AbstractContextManager[None]:
         """A context that only one process at a time is in, where the place has locks; see ``exclusive`` below."""
 
     def exists(self, name: str) -> bool:
@@ -248,8 +261,10 @@ class Folder(Files):
             if _is_temporary(name) and time.time() - info.modified_at_s > older_than_s
         }
 
-    def exclusive(self, name: str, activity: str) -> AbstractContextManager[None]:
-        return exclusive(self.local(name), activity)
+    def exclusive(
+        self, name: str, activity: str, notify: Callable[[str], object]
+    ) -> AbstractContextManager[None]:
+        return exclusive(self.local(name), activity, notify)
 
     def digest(self, name: str) -> str:
         return file_digest(self.local(name))
@@ -504,7 +519,9 @@ class ObjectStore(Files):
             except FileNotFoundError:
                 return {}
 
-    def exclusive(self, name: str, activity: str) -> AbstractContextManager[None]:
+    def exclusive(
+        self, name: str, activity: str, notify: Callable[[str], object]
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
     def digest(self, name: str) -> str:
@@ -606,21 +623,20 @@ def too_large(place: str, size: int, max_bytes: int) -> FileTooLargeError:
 
 
 @contextmanager
-def exclusive(path: Path, activity: str) -> Iterator[None]:
-    """Hold a lock file; a process that waits for it says so in one line.
+def exclusive(path: Path, activity: str, notify: Callable[[str], object]) -> Iterator[None]:
+    """Hold a lock file, as ``spctrl.locks.exclusive`` does.
 
     Args:
         path: of the lock file.
         activity: what a process that holds the lock is doing, such as "exporting to exports/AP-10K_triplet".
+        notify: called once with a message when this process waits for another one.
 
     Raises:
         StoreError: the file cannot be made.
     """
-    from tasks import logs  # which needs settings, and those need this module
-
     with ExitStack() as stack:
         try:
-            stack.enter_context(locks.exclusive(path, activity, logs.notify))
+            stack.enter_context(locks.exclusive(path, activity, notify))
         except OSError as error:
             raise cannot_write(path, error) from error
         yield

@@ -12,7 +12,7 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from spctrl.paths import listed_files
-from tasks import settings
+from tasks import logs, settings
 from tasks.base import MANIFEST, REJECTS, StageTask, digest_cache, reject_examples
 from tasks.conditions import FromArtifacts, condition_class
 from tasks.export import LOCK, UNFINISHED, Entry, Ledger, fingerprint_at
@@ -366,7 +366,7 @@ class GeneratedImages(ViewStage, MethodStage):
     def view_lock(self) -> AbstractContextManager[None]:
         if self.is_external:
             return nullcontext()
-        return self._place.exclusive(LOCK, f"writing to {self.folder}")
+        return self._place.exclusive(LOCK, f"writing to {self.folder}", logs.notify)
 
     def has_view(self, run: Run) -> bool:
         return self.is_external or (

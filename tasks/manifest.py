@@ -15,7 +15,7 @@ from tasks.base import MANIFEST, REJECTS, StageTask, reject_examples
 from tasks.conditions import CONDITIONS, INSTANCES, Segments, condition_class
 from tasks.images import Images
 from tasks.index import DatasetStage
-from tasks.names import NamesParameter
+from tasks.parameters import NamesParameter
 from tasks.progress import progress
 from tasks.record_stage import InOrder, location_of
 from tasks.store import Run, parquet_bytes

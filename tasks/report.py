@@ -18,7 +18,7 @@ from tasks.conditions import CONDITIONS
 from tasks.export import LOCK, Export
 from tasks.index import adjustment_notes
 from tasks.manifest import Manifest
-from tasks.names import NamesParameter
+from tasks.parameters import NamesParameter
 from tasks.progress import progress
 from tasks.record_stage import Artifacts
 from tasks.settings import LEDGERS
@@ -65,7 +65,7 @@ class Report(ViewStage):
         return settings.export_files().place(PAGE)
 
     def view_lock(self) -> AbstractContextManager[None]:
-        return settings.export_files().exclusive(LOCK, "writing the report")
+        return settings.export_files().exclusive(LOCK, "writing the report", logs.notify)
 
     @property
     def _view(self) -> RenderedView:

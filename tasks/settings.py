@@ -14,8 +14,7 @@ import luigi
 from spctrl.errors import ExpectedError
 from spctrl.secrets import without_secrets
 from tasks.files import Files, files_at, is_url
-from tasks.names import NamesParameter
-from tasks.paths import PathParameter
+from tasks.parameters import NamesParameter, PathParameter
 from tasks.store import CACHE, Store, digest
 
 if TYPE_CHECKING:

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spctrl.documents import MAX_DOCUMENT_BYTES
 from spctrl.secrets import without_secrets
-from tasks.documents import read_document
 from tasks.files import (
     Files,
     FileTooLargeError,
@@ -310,7 +309,7 @@ class Store:
 
     def _read_accepted(self) -> dict[str, str]:
         try:
-            found = read_document(self.files, ACCEPTED)
+            found = self.files.read_json(ACCEPTED)
         except FileNotFoundError:
             return {}
         except (FileTooLargeError, ValueError) as error:

@@ -31,7 +31,7 @@ from tasks.files import Folder, StoreError, is_url, open_regular, temporary_name
 from tasks.inputs import MISSING
 from tasks.manifest import Manifest
 from tasks.model_stage import Weights, weights_at, weights_digest
-from tasks.paths import PathParameter
+from tasks.parameters import PathParameter
 from tasks.progress import progress
 from tasks.store import Run, digest, index_name, pack_name, parquet_bytes
 
@@ -216,7 +216,7 @@ class Train(StageTask):
 
     def run(self) -> None:
         # Two processes would train in the same folder. Other stages may be made twice: their packs are apart.
-        with self._home.exclusive(f"{self._folder_name}.lock", f"training {self.part}"):
+        with self._home.exclusive(f"{self._folder_name}.lock", f"training {self.part}", logs.notify):
             super().run()
 
     def commit(self, run: Run, counts: Mapping[str, int], started: float) -> None:
@@ -224,7 +224,7 @@ class Train(StageTask):
         from spctrl.training.checkpoints import LOCK
 
         # No run of the training processes, of a killed build or started by hand, may be in the folder now.
-        with self._home.exclusive(f"{self._folder_name}/{LOCK}", f"training in {self.folder}"):
+        with self._home.exclusive(f"{self._folder_name}/{LOCK}", f"training in {self.folder}", logs.notify):
             run.forget()
             if not self.is_up_to_date():
                 self._take_result(run)

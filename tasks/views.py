@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from tasks import logs
 from tasks.base import StageTask
 from tasks.export import UNFINISHED, Entry, Ledger, fingerprint_at
 from tasks.files import Files
@@ -82,7 +83,8 @@ class ViewStage(StageTask):
                 return
             if not self._is_ready(run):
                 # Builds with other views make the same run, whose files must all be of one of them.
-                with self.store.files.exclusive(f"{run.prefix}.lock", f"making {self.stage} for {self.part}"):
+                lock, activity = f"{run.prefix}.lock", f"making {self.stage} for {self.part}"
+                with self.store.files.exclusive(lock, activity, logs.notify):
                     run.forget()
                     if not self._is_ready(run):
                         self.build(run)

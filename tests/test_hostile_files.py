@@ -517,5 +517,5 @@ def test_what_is_no_file_is_neither_read_nor_locked(tmp_path: Path, kind: str) -
     for read in (files.read, files.digest, lambda name: files.read(name, max_bytes=10)):
         with pytest.raises((StoreError, OSError)):
             read("x")
-    with pytest.raises(StoreError), files.exclusive("x", "reading"):
+    with pytest.raises(StoreError), files.exclusive("x", "reading", pytest.fail):
         pytest.fail("locked")

@@ -146,7 +146,7 @@ def test_a_lock_that_cannot_be_made_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(StoreError, match=r"cannot write .*file/lock"),
-        files.exclusive(tmp_path / "file/lock", ""),
+        files.exclusive(tmp_path / "file/lock", "", pytest.fail),
     ):
         pass
 

@@ -17,7 +17,7 @@ from spctrl.console import PlainConsole
 from spctrl.secrets import mask_record, masked, masked_values, remember, remember_environment, without_secrets
 from tasks.files import StoreError, files_at
 from tasks.logs import JsonLines
-from tasks.paths import PathParameter
+from tasks.parameters import PathParameter
 
 
 @pytest.fixture(autouse=True)

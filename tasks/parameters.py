@@ -1,4 +1,4 @@
-"""A Luigi parameter for lists of names, as people type them: ``train,val``."""
+"""Luigi parameters for lists of names (``train,val``) and for paths."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import luigi
 
 from spctrl.errors import ExpectedError
+from spctrl.paths import expand_path
+from spctrl.secrets import remember
 
 
 class NamesParameter(luigi.Parameter[tuple[str, ...]]):
@@ -39,3 +41,13 @@ class NamesParameter(luigi.Parameter[tuple[str, ...]]):
 
     def normalize(self, x: Sequence[str]) -> tuple[str, ...]:
         return tuple(x)
+
+
+class PathParameter(luigi.Parameter):
+    """A path or URL, in which ``~`` and environment variables are expanded when it is read."""
+
+    def parse(self, x: str) -> str:
+        """The path that a settings file or the command line gives."""
+        path = expand_path(x)
+        remember(path)  # a variable may hold the password of a URL
+        return path

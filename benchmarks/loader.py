@@ -28,7 +28,7 @@ from spctrl.layout import Layout
 from spctrl.manifest import ConditionFacts, ImageFacts, manifest_batch
 from spctrl.records import Record, records_from_table
 from spctrl.rendering.spatext import render_spatext
-from tasks.store import Store
+from spctrl.store.store import Store
 
 if TYPE_CHECKING:
     from spctrl.training.dataset import SpCtrlDataset

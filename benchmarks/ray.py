@@ -28,13 +28,13 @@ from benchmarks.inputs import SPLITS, ap10k_root
 from spctrl.datasets import AP10K
 from spctrl.index import write_index
 from spctrl.records import COLUMNS_OF_RECORD
-from tasks.executor import run_jobs
-from tasks.ray_executor import Cluster, run_batches
-from tasks.store import Store, digest
-from tasks.work import ArtifactSource, Batch, Source, make_pack
+from spctrl.store.store import Store, digest
+from tasks.execution.executor import run_jobs
+from tasks.execution.ray_executor import Cluster, run_batches
+from tasks.execution.worker import ArtifactSource, Batch, Source, make_pack
 
 if TYPE_CHECKING:
-    from tasks.store import Location
+    from spctrl.store.store import Location
 
     Run = Callable[[Iterator[Batch]], Iterator[dict[str, Location]]]
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pipelines  # noqa: F401 - sets return codes and quietens the log, as in a build
-from tasks.record_stage import RecordStage
-from tasks.store import content_digest
+from spctrl.store.store import content_digest
+from tasks.stage.record_stage import RecordStage
 
 if TYPE_CHECKING:
     from spctrl.records import Record
-    from tasks.work import Batch
+    from tasks.execution.worker import Batch
 
 
 def artifact(record: Record, *sources: bytes) -> bytes:

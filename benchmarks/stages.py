@@ -5,8 +5,8 @@ from __future__ import annotations
 import luigi
 
 import pipelines  # noqa: F401 - sets return codes and quietens the log, as in a build
-from tasks.base import StageTask
-from tasks.conditions import Openpose, Spatext
+from tasks.dataset.conditions import Openpose, Spatext
+from tasks.stage.base import StageTask
 
 SPLITS = ("train", "val")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines import startup  # noqa: F401 - before anything imports Luigi
+from pipelines.luigi_setup import startup  # noqa: F401 - before anything imports Luigi
 
 # isort: split
 import logging
@@ -15,20 +15,21 @@ import luigi
 from luigi.task_register import Register
 from luigi.worker import TaskException
 
-from pipelines import options, scheduler, settings_check
 from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
+from pipelines.luigi_setup import options, scheduler, settings_check
 from spctrl import secrets
 from spctrl.disk_errors import access_error
 from spctrl.errors import ExpectedError
 from spctrl.extras import import_explained
-from tasks import logs, settings
-from tasks.base import MeetsBadRecords
-from tasks.conditions import CONDITIONS
-from tasks.export import FOLDERS, Export
+from tasks import settings
+from tasks.dataset.conditions import CONDITIONS
+from tasks.dataset.export import FOLDERS, Export
+from tasks.dataset.report import Report, print_summary
+from tasks.execution import logs
+from tasks.experiment.train import Train
 from tasks.parameters import NamesParameter
-from tasks.report import Report, print_summary
-from tasks.train import Train
+from tasks.stage.base import MeetsBadRecords
 
 __all__ = ["Benchmark", "BuildDataset", "Evaluate", "Generate", "Train"]
 

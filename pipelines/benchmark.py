@@ -10,14 +10,14 @@ import luigi
 
 from spctrl.paths import config_name
 from spctrl.terminal import say, say_text
-from tasks.base import MeetsBadRecords
-from tasks.benchmark import PAGE, BenchmarkReport, Tables
-from tasks.evaluate import evaluation_json
+from tasks.experiment.benchmark import PAGE, BenchmarkReport, Tables
+from tasks.experiment.evaluate import evaluation_json
 from tasks.parameters import PathParameter
+from tasks.stage.base import MeetsBadRecords
 
 if TYPE_CHECKING:
     from eval.settings import Evaluation
-    from tasks.evaluate import MetricStage
+    from tasks.experiment.evaluate import MetricStage
 
 
 class Evaluate(MeetsBadRecords, luigi.WrapperTask):

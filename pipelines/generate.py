@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import luigi
 
 from spctrl.terminal import say
-from tasks.base import MeetsBadRecords
-from tasks.generate import GeneratedImages, method_json
+from tasks.experiment.generate import GeneratedImages, method_json
 from tasks.parameters import PathParameter
+from tasks.stage.base import MeetsBadRecords
 
 if TYPE_CHECKING:
     from spctrl.inference.methods import Generation

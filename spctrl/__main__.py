@@ -1,5 +1,5 @@
 """``python -m spctrl``: the ``spctrl`` command."""
 
-from pipelines.cli import app
+from pipelines.cli.main import app
 
 app(prog_name="spctrl")

@@ -13,9 +13,9 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from spctrl.secrets import without_secrets
-from tasks.files import Files, files_at, is_url
+from spctrl.store.storage import Files, files_at, is_url
+from spctrl.store.store import CACHE, Store, digest
 from tasks.parameters import NamesParameter, PathParameter
-from tasks.store import CACHE, Store, digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,9 +23,9 @@ import luigi.task_register
 import pytest
 from processes import HANG_S
 
-from tasks import fork_server
-from tasks.code_version import copy_code
-from tasks.worker_pool import WorkerPool
+from spctrl.store.code_version import copy_code
+from tasks.execution import fork_server
+from tasks.execution.worker_pool import WorkerPool
 
 # Networks of tests are tiny: threads of torch that share their work take longer than one, and on a busy machine, where
 # they wait for each other, many times as long. Read when torch is imported, here and in the processes of builds.
@@ -305,8 +305,8 @@ class Workspace:
         """What counts as done in the store but is not whole, read back to the byte."""
         from stores import locations
 
-        from tasks.files import StoreError
-        from tasks.store import Store
+        from spctrl.store.storage import StoreError
+        from spctrl.store.store import Store
 
         store, found = Store(self.store), []
         for run in store.runs():
@@ -376,7 +376,8 @@ def _setting(value: Any) -> str:
 @contextlib.contextmanager
 def _luigi_settings(path: Path) -> Iterator[None]:
     """Luigi as a fresh process with one settings file would have it."""
-    from tasks import base, settings
+    from tasks import settings
+    from tasks.stage import base
 
     def forget() -> None:
         luigi.task_register.Register.clear_instance_cache()

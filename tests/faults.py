@@ -39,7 +39,7 @@ RECORDS_PER_PACK = 3
 PRELOADED = [
     "faults",
     "luigi.cmdline",
-    "pipelines.cli",
+    "pipelines.cli.main",
     "pyarrow.parquet",
     "spctrl.audit",
     "spctrl.conditions",
@@ -48,7 +48,7 @@ PRELOADED = [
     "spctrl.rendering.spatext",
     "spctrl.report",
     "spctrl.shards",
-    "tasks.work",
+    "tasks.execution.worker",
 ]
 CHANGES = frozenset({"os.rename", "os.mkdir", "os.link", "os.symlink", "os.remove", "os.rmdir"})
 REMOVALS = frozenset({"os.remove", "os.rmdir"})
@@ -124,7 +124,7 @@ def jump(seconds: float, path: str) -> None:
 
 def clean_up_a_year_ahead(path: str) -> None:
     """``spctrl gc`` of a process whose clock is wrong, in the middle of the build."""
-    from pipelines.cli import app
+    from pipelines.cli.main import app
 
     child = os.fork()
     if child == 0:
@@ -261,7 +261,7 @@ def _run(
     """What a forked process does."""
     import luigi.configuration
 
-    from tasks import record_stage
+    from tasks.stage import record_stage
 
     file = log.open("wb")
     os.dup2(file.fileno(), 1)
@@ -291,7 +291,7 @@ def _luigi(arguments: list[str]) -> None:
 
 
 def _spctrl(arguments: list[str]) -> None:
-    from pipelines.cli import app
+    from pipelines.cli.main import app
 
     app(arguments)
 
@@ -384,8 +384,8 @@ class Trials:
 
     def is_sound(self) -> None:
         """Nothing that counts as done is damaged."""
-        from tasks.store import Store
-        from tasks.upkeep import verify
+        from spctrl.store.store import Store
+        from tasks.maintenance import verify
 
         assert verify(Store(self.workspace.store), self.workspace.exports, repair=False) == []
         assert self.workspace.faults() == []

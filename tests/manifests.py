@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from spctrl.datasets import Dataset
 from spctrl.layout import Layout
 from spctrl.manifest import ConditionFacts, ImageFacts, manifest_batch
-from tasks.store import Store
+from spctrl.store.store import Store
 
 Artifacts = Mapping[str, Mapping[int, bytes]]
 """By stage and image id."""

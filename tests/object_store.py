@@ -28,7 +28,7 @@ from urllib.parse import unquote
 import pytest
 from conftest import Build, Workspace
 
-from tasks.store import Store, forget_what_was_found
+from spctrl.store.store import Store, forget_what_was_found
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession, web
@@ -493,7 +493,7 @@ class BucketWorkspace(Workspace):
         class Recorded(luigi.worker.TracebackWrapper):
             def __init__(self, trace: str) -> None:
                 super().__init__(trace)  # type: ignore[no-untyped-call]
-                unanswered.append(trace.strip().splitlines()[-1].removeprefix("tasks.files."))
+                unanswered.append(trace.strip().splitlines()[-1].removeprefix("spctrl.store.storage."))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(luigi.worker, "TracebackWrapper", Recorded)

@@ -27,9 +27,9 @@ from conftest import Build, Workspace
 from object_store import WRITES, BucketWorkspace, Choose, Fault, Seen, Server, impatient, often, running
 from processes import HANG_S
 
-from tasks.code_version import copy_code
-from tasks.store import Run, Store
-from tasks.upkeep import verify
+from spctrl.store.code_version import copy_code
+from spctrl.store.store import Run, Store
+from tasks.maintenance import verify
 
 SHARD_IMAGES = 3
 IMAGES = 8

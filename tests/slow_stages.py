@@ -16,7 +16,7 @@ from typing import Any
 import luigi
 
 import pipelines  # noqa: F401 - what the command does with signals
-from tasks.executor import run_jobs
+from tasks.execution.executor import run_jobs
 
 if multiprocessing.current_process().name != "MainProcess":
     time.sleep(float(os.environ.get("SLOW_STAGES_IMPORT_S", 0)))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from tasks.store import Location, Run, Store, parquet_bytes
-from tasks.tables import FORMS
+from spctrl.store.store import Location, Run, Store, parquet_bytes
+from tasks.stage.tables import FORMS
 
 FACTS: dict[str, Any] = {
     "stage": "mask",

@@ -108,7 +108,7 @@ def test_every_reader_of_arrays_refuses_a_bomb(tmp_path: Path) -> None:
 
     from eval.fid import FeaturesError, load_statistics
     from eval.scores import SAMPLES, SCORES, SCORES_SCHEMA, read_scores
-    from tasks.evaluate import read_features
+    from tasks.experiment.evaluate import read_features
 
     assert memory_of(lambda: (tmp_path / SAMPLES).write_bytes(BOMBS["deflated"]())) >= 0
     import pyarrow as pa

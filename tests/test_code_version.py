@@ -12,8 +12,8 @@ from textwrap import dedent
 import pytest
 
 import tasks
-from tasks.base import StageTask
-from tasks.code_version import PACKAGES, ROOT, code_components
+from spctrl.store.code_version import PACKAGES, ROOT, code_components
+from tasks.stage.base import StageTask
 
 FUNCTION = "spctrl.stage:work"
 
@@ -464,7 +464,7 @@ def test_packages_of_others_are_not_followed(project: Project) -> None:
 
 
 def stages() -> list[type[StageTask]]:
-    for module in pkgutil.iter_modules(tasks.__path__, "tasks."):
+    for module in pkgutil.walk_packages(tasks.__path__, "tasks."):
         importlib.import_module(module.name)
     found: list[type[StageTask]] = []
     waiting: list[type[StageTask]] = [StageTask]

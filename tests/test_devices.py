@@ -12,8 +12,8 @@ from processes import HANG_S
 pytest.importorskip("torch", reason="the models extra is not installed")
 
 from spctrl.errors import ExpectedError
-from tasks.devices import devices_of_workers, first_device
-from tasks.executor import run_jobs
+from tasks.execution.devices import devices_of_workers, first_device
+from tasks.execution.executor import run_jobs
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ from spctrl.boxes import clip_boxes
 from spctrl.datasets import AP10K, HUMANART
 from spctrl.index import write_index
 from spctrl.inference.methods import Method
-from tasks.evaluate import PoseAp as PoseApTask
-from tasks.evaluate import evaluation_json
-from tasks.generate import method_json
+from tasks.experiment.evaluate import PoseAp as PoseApTask
+from tasks.experiment.evaluate import evaluation_json
+from tasks.experiment.generate import method_json
 
 Json = dict[str, Any]
 

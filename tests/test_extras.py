@@ -16,7 +16,7 @@ from processes import HANG_S
 from spctrl import extras
 from spctrl.errors import ExpectedError
 from spctrl.extras import PURPOSES, extras_with, import_explained, imports_explained, missing_package
-from tasks import base
+from tasks.stage import base
 
 REPOSITORY = Path(__file__).parents[1]
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -25,8 +25,8 @@ from object_store import (
 )
 from stores import commit, locations
 
-from tasks.files import Files, StoreError, files_at
-from tasks.store import Store
+from spctrl.store.storage import Files, StoreError, files_at
+from spctrl.store.store import Store
 
 KINDS = ("folder", "s3", "memory")
 NAMES = {
@@ -379,7 +379,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(StoreError, match=r"cannot read .*runs: Permission denied"):
         files.listing("runs")
-    monkeypatch.setattr("tasks.files.Path.stat", refuse)
+    monkeypatch.setattr("spctrl.store.storage.Path.stat", refuse)
     with pytest.raises(StoreError, match=r"provenance.json: Permission denied"):
         files.sizes(["runs/mask/provenance.json"])
 

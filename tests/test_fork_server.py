@@ -14,7 +14,7 @@ from processes import HANG_S
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
 from multiprocessing import forkserver
-from tasks import fork_server
+from tasks.execution import fork_server
 
 if __name__ == "__main__":
     fork_server.PRELOADED.clear()

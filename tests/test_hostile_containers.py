@@ -20,7 +20,7 @@ from spctrl.conditions import check_depth, check_mask
 from spctrl.errors import ExpectedError
 from spctrl.images import open_rgb, probe_image
 from spctrl.records import Record, RecordError
-from tasks.packs import suffix_in
+from spctrl.store.packs import suffix_in
 
 SIDE = 64
 BOMB_BYTES = 4 * 10**8

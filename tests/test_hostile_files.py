@@ -31,10 +31,10 @@ from spctrl.errors import ExpectedError
 from spctrl.images import MAX_SCANS, open_rgb, probe_image
 from spctrl.index import write_index
 from spctrl.records import Record, RecordError
-from tasks.export import Ledger
-from tasks.files import StoreError, files_at
-from tasks.inputs import DigestCache
-from tasks.store import Store, parquet_bytes
+from spctrl.store.digests import DigestCache
+from spctrl.store.storage import StoreError, files_at
+from spctrl.store.store import Store, parquet_bytes
+from tasks.dataset.export import Ledger
 
 BYTES_PER_PIXEL = 32
 """Most memory that decoding may take; WebP, the hungriest, was measured at 22."""
@@ -482,7 +482,7 @@ def test_a_cache_that_is_another_database_is_refused(tmp_path: Path, change: str
 
 @pytest.mark.parametrize("value", ["5", "[1, 2]", "[" * 200_000, b"5", None, '"' + "x" * 2**24 + '"'])
 def test_facts_of_other_types_are_none(tmp_path: Path, value: object) -> None:
-    from tasks.base import code_of, digest_cache
+    from tasks.stage.base import code_of, digest_cache
 
     store = Store(tmp_path)
     function = ("spctrl.records:rejects_table",)

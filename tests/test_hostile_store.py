@@ -18,10 +18,10 @@ from conftest import Workspace, _luigi_settings
 from memory import MIB, memory_of
 
 from spctrl.errors import ExpectedError
-from tasks.files import FileTooLargeError, StoreError, file_digest, files_at
-from tasks.packs import suffix_in
-from tasks.store import PROVENANCE, Store
-from tasks.upkeep import collect, verify
+from spctrl.store.packs import suffix_in
+from spctrl.store.storage import FileTooLargeError, StoreError, file_digest, files_at
+from spctrl.store.store import PROVENANCE, Store
+from tasks.maintenance import collect, verify
 
 MOST_MEMORY = 600 * MIB
 """Of a whole step; what is not refused took from 10 GB to all that there is."""
@@ -150,7 +150,7 @@ def explained(step: Callable[[], Any]) -> None:
 
 def status(workspace: Workspace) -> None:
     from pipelines import BuildDataset
-    from tasks.status import statuses
+    from tasks.stage.status import statuses
 
     with _luigi_settings(workspace.settings_file()):
         explained(lambda: list(statuses(BuildDataset())))

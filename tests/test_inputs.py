@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import tasks.inputs
-from tasks.base import digest_cache
-from tasks.inputs import MISSING, TOO_LARGE, DigestCache
-from tasks.store import Store
+import spctrl.store.digests
+from spctrl.store.digests import MISSING, TOO_LARGE, DigestCache
+from spctrl.store.store import Store
+from tasks.stage.base import digest_cache
 
 LONG_AGO_NS = time.time_ns() - 3_600_000_000_000
 
@@ -25,13 +25,13 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.paths: list[Path] = []
-        original = tasks.inputs.file_digest
+        original = spctrl.store.digests.file_digest
 
         def counted(path: Path) -> str:
             self.paths.append(path)
             return original(path)
 
-        monkeypatch.setattr(tasks.inputs, "file_digest", counted)
+        monkeypatch.setattr(spctrl.store.digests, "file_digest", counted)
 
     def taken(self) -> list[str]:
         names = sorted(path.name for path in self.paths)
@@ -143,7 +143,7 @@ def test_a_file_is_not_read_again_once_it_has_come_to_rest(
 ) -> None:
     put(folder / "a", "x", time.time_ns())
     cache.file_digest(folder / "a")
-    later_ns = time.time_ns() + tasks.inputs.RACY_NS + 1
+    later_ns = time.time_ns() + spctrl.store.digests.RACY_NS + 1
     monkeypatch.setattr(time, "time_ns", lambda: later_ns)
     cache.file_digest(folder / "a")
     reads.taken()
@@ -223,7 +223,7 @@ def test_a_file_that_can_be_read_only_later_is_read_then(
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(tasks.inputs, "file_digest", unreadable)
+        patched.setattr(spctrl.store.digests, "file_digest", unreadable)
         assert cache.file_digest(folder / "a") == MISSING
         without = cache.list_digest(str(folder), NAMES)
     assert cache.file_digest(folder / "a") == sha256("a")

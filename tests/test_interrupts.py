@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tasks.interrupts import first_interrupt, interrupts_held
+from tasks.execution.interrupts import first_interrupt, interrupts_held
 
 SOON_S = 0.2
 """How long an interrupt may take to arrive; a slow one is held back all the same."""

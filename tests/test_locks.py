@@ -14,8 +14,8 @@ import pytest
 from processes import HANG_S
 
 from spctrl import locks
-from tasks import files
-from tasks.files import StoreError
+from spctrl.store import storage as files
+from spctrl.store.storage import StoreError
 
 HOLD = """
 import sys, time

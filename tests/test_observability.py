@@ -25,7 +25,7 @@ import pytest
 from conftest import Workspace
 from processes import HANG_S
 
-from tasks.logs import JsonLines
+from tasks.execution.logs import JsonLines
 
 STAGES = {"index", "images", "spatext", "openpose", "manifest", "export", "report"}
 
@@ -114,7 +114,7 @@ def test_how_lines_look_is_no_ingredient(workspace: Workspace) -> None:
 
 def test_progress_is_lines_too(workspace: Workspace) -> None:
     script = (
-        "import tasks.progress as p, tasks.logs as l, logging; p.LINE_EVERY_S = 0\n"
+        "import tasks.execution.progress as p, tasks.execution.logs as l, logging; p.LINE_EVERY_S = 0\n"
         "l.LOGGER.addHandler(logging.StreamHandler()); l.LOGGER.setLevel('INFO')\n"
         "with p.progress('spatext ap10k-train', 4, None) as advance:\n"
         "    advance(1); advance(1, 'note')\n"

@@ -171,7 +171,7 @@ def test_paths_of_weights_are_expanded(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_every_path_among_the_options_has_a_parser_that_expands_it() -> None:
-    from pipelines.cli import app
+    from pipelines.cli.main import app
     from spctrl.training.__main__ import app as training
 
     commands = [each.callback for app in (app, training) for each in app.registered_commands]

@@ -13,9 +13,9 @@ from conftest import Workspace, _luigi_settings
 from stores import FACTS, commit
 
 from spctrl.documents import MAX_DOCUMENT_BYTES, parse_document
-from tasks.provenance import ProvenanceError, parse_provenance
-from tasks.store import PROVENANCE, Run, Store
-from tasks.upkeep import collect, verify
+from spctrl.store.provenance import ProvenanceError, parse_provenance
+from spctrl.store.store import PROVENANCE, Run, Store
+from tasks.maintenance import collect, verify
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -186,8 +186,8 @@ def test_gc_leaves_the_artifacts_of_a_run_whose_provenance_is_damaged(tmp_path: 
     """The next build makes the run again from them."""
     import pyarrow as pa
 
-    from tasks.record_stage import artifact_schema
-    from tasks.store import parquet_bytes
+    from spctrl.store.store import parquet_bytes
+    from tasks.stage.record_stage import artifact_schema
 
     store = Store(tmp_path)
     made = store.write_pack("mask", ".png", [("0" * 32, b"days of work"), ("1" * 32, b"dead" * 999)])
@@ -223,7 +223,7 @@ ROUNDS = 3
 def test_runs_with_unsound_provenances_are_made_again(built: Workspace, part: int) -> None:
     """Each run of the store with another fault at once; all faults would take hundreds of builds."""
     from pipelines import BuildDataset
-    from tasks.status import statuses
+    from tasks.stage.status import statuses
 
     names = sorted(CHANGES)[part :: len(CHANGES) // 40]
     exported, store = built.exported(), Store(built.store)

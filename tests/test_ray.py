@@ -24,11 +24,11 @@ from processes import HANG_S
 
 import tasks
 from spctrl.errors import ExpectedError
-from tasks import ray_executor, ray_probe, work
-from tasks.executor import WorkerError
-from tasks.files import StoreError
-from tasks.ray_executor import ClusterError, Site, connect, run_batches
-from tasks.store import Store
+from spctrl.store.storage import StoreError
+from spctrl.store.store import Store
+from tasks.execution import ray_executor, ray_probe, worker
+from tasks.execution.executor import WorkerError
+from tasks.execution.ray_executor import ClusterError, Site, connect, run_batches
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -146,14 +146,14 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def make_pack_when_told(batch: work.Batch) -> dict[str, Any]:
+def make_pack_when_told(batch: worker.Batch) -> dict[str, Any]:
     """Says where it runs, and waits for the go."""
     import ray
 
     node = ray.get_runtime_context().get_node_id()
     (batch.store.home / f"{BEGUN}{node}-{uuid.uuid4().hex}").touch()
     wait_for(batch.store.home / GO)
-    return work.make_pack(batch)
+    return worker.make_pack(batch)
 
 
 @needs_ray
@@ -165,7 +165,7 @@ def test_a_node_lost_while_it_works_costs_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # One record a pack: enough batches for both nodes.
-    monkeypatch.setattr("tasks.record_stage.SMALLEST_PACK", 1)
+    monkeypatch.setattr("tasks.stage.record_stage.SMALLEST_PACK", 1)
     local, ray = make_workspace("local", sample), on_ray(make_workspace("ray", sample))
     for workspace in (local, ray):
         workspace.configure("build", datasets=["ap10k"], splits=["train"], conditions=["spatext"])
@@ -182,7 +182,7 @@ def test_a_node_lost_while_it_works_costs_no_byte(
         cluster.remove_node(second_node, allow_graceful=False)
         (ray.store / GO).touch()
 
-    monkeypatch.setattr("tasks.work.make_pack", make_pack_when_told)
+    monkeypatch.setattr("tasks.execution.worker.make_pack", make_pack_when_told)
     loss = threading.Thread(target=lose_the_node_once_both_work)
     loss.start()
     done = ray.build()
@@ -215,7 +215,7 @@ def test_a_killed_driver_takes_its_batches_along_and_another_build_gives_the_sam
     assert local.build().succeeded
     ray.code = tmp_path / "held"
     shutil.copytree(local.code, ray.code)
-    with (ray.code / "tasks" / "work.py").open("a") as file:
+    with (ray.code / "tasks" / "execution" / "worker.py").open("a") as file:
         file.write(HELD_WORK)
     driver = ray.start()
     deadline = time.monotonic() + HANG_S
@@ -240,13 +240,13 @@ def test_a_killed_driver_takes_its_batches_along_and_another_build_gives_the_sam
 # Models
 
 
-def die_once_then_make_pack(batch: work.ModelBatch) -> dict[str, Any]:
+def die_once_then_make_pack(batch: worker.ModelBatch) -> dict[str, Any]:
     """The first process to come here dies; the others say how many models they have loaded."""
     try:
         (batch.store.home / KILLED).touch(exist_ok=False)
     except FileExistsError:
-        found = work.make_model_pack(batch)
-        loads = work._loaded_model.cache_info().misses
+        found = worker.make_model_pack(batch)
+        loads = worker._loaded_model.cache_info().misses
         (batch.store.home / f"{LOADS}{os.getpid()}").write_text(str(loads))
         return found
     os.kill(os.getpid(), signal.SIGKILL)
@@ -266,14 +266,14 @@ def test_models_are_loaded_once_by_actors_one_of_which_is_killed(
 
     build_tiny(tmp_path / "weights")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many as an actor has: sums are rounded by their number
-    monkeypatch.setattr("tasks.model_stage.RECORDS_PER_PACK", 2)
+    monkeypatch.setattr("tasks.stage.model_stage.RECORDS_PER_PACK", 2)
     local, ray = make_workspace("local", sample), on_ray(make_workspace("ray", sample))
     for workspace in (local, ray):
         workspace.configure("build", datasets=["ap10k"], splits=["train"], conditions=["depth"])
         workspace.configure("depth", backend="zoedepth", weights=tmp_path / "weights")
         workspace.configure("executor", device="cpu")
     assert local.build().succeeded
-    monkeypatch.setattr("tasks.work.make_model_pack", die_once_then_make_pack)
+    monkeypatch.setattr("tasks.execution.worker.make_model_pack", die_once_then_make_pack)
     done = ray.build()
     assert done.succeeded, done.errors
     assert packs(ray) == packs(local)

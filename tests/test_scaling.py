@@ -14,17 +14,17 @@ import luigi
 import pyarrow as pa
 import pytest
 
-from tasks import record_stage
-from tasks.images import Images
-from tasks.inputs import FILES_AT_ONCE, DigestCache
-from tasks.record_stage import Artifacts, InOrder, artifact_schema, artifacts_in_order
-from tasks.store import Store, parquet_bytes
+from spctrl.store.digests import FILES_AT_ONCE, DigestCache
+from spctrl.store.store import Store, parquet_bytes
+from tasks.dataset.images import Images
+from tasks.stage import record_stage
+from tasks.stage.record_stage import Artifacts, InOrder, artifact_schema, artifacts_in_order
 
 if TYPE_CHECKING:
     from conftest import Workspace
 
-    from tasks.record_stage import Prepared
-    from tasks.store import Run
+    from spctrl.store.store import Run
+    from tasks.stage.record_stage import Prepared
 
 STAGE = "spatext"
 FEW_AND_MANY = (1_000, 4_000)
@@ -183,7 +183,7 @@ def _peak_of_rebuild(make_workspace: Callable[..., Workspace], folder: Path, rec
     from conftest import _luigi_settings
 
     from benchmarks.scaling import write_dataset
-    from tasks.conditions import Spatext
+    from tasks.dataset.conditions import Spatext
 
     data = folder / f"data-{records}"
     write_dataset(data, records)

@@ -15,8 +15,8 @@ import pytest
 from spctrl import secrets
 from spctrl.console import PlainConsole
 from spctrl.secrets import mask_record, masked, masked_values, remember, remember_environment, without_secrets
-from tasks.files import StoreError, files_at
-from tasks.logs import JsonLines
+from spctrl.store.storage import StoreError, files_at
+from tasks.execution.logs import JsonLines
 from tasks.parameters import PathParameter
 
 

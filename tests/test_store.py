@@ -17,9 +17,9 @@ import pytest
 from stores import FACTS, commit, locations
 
 from spctrl.errors import ExpectedError
-from tasks.files import TEMPORARY, StoreError, file_digest, files_at, write_atomic
-from tasks.provenance import ProvenanceError
-from tasks.store import (
+from spctrl.store.provenance import ProvenanceError
+from spctrl.store.storage import TEMPORARY, StoreError, file_digest, files_at, write_atomic
+from spctrl.store.store import (
     PROVENANCE,
     Location,
     Run,

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from tampering import correct_provenance, run_folder
 
-from tasks.provenance import FORMS_BY_STAGE
-from tasks.store import Store
-from tasks.tables import FORMS, TableForm
-from tasks.upkeep import verify
+from spctrl.store.provenance import FORMS_BY_STAGE
+from spctrl.store.store import Store
+from tasks.maintenance import verify
+from tasks.stage.tables import FORMS, TableForm
 
 if TYPE_CHECKING:
     from conftest import Workspace

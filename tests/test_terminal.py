@@ -17,7 +17,7 @@ from spctrl.console import FoldedTable, PlainConsole, lines
 from spctrl.printable import indented, one_line, printable
 from spctrl.report.text import visible
 from spctrl.terminal import PrintableLines, say, say_message, say_text
-from tasks import logs
+from tasks.execution import logs
 
 HOSTILE = "a[/x][red]b[link=http://c]\x1b[2J\x1b]0;t\x07\x9b31m\u202e\u2066\u2028\x7f\r\b\nERROR: fake\t\udcff:smile:"
 SHOWN = r"a[/x][red]b[link=http://c]\x1b[2J\x1b]0;t\x07\x9b31m\u202e\u2066\u2028\x7f\r\x08\nERROR: fake\t\udcff:smile:"

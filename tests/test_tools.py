@@ -229,7 +229,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from conftest import _luigi_settings
     from typer.testing import CliRunner
 
-    from pipelines.cli import app
+    from pipelines.cli.main import app
 
     monkeypatch.setenv("COLUMNS", "200")
 

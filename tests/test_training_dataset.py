@@ -700,7 +700,7 @@ def test_an_empty_manifest_is_named(animals: Made, tokenizer: Any) -> None:
 
 
 def test_artifacts_are_found_across_packs(animals: Made) -> None:
-    from tasks.store import Store
+    from spctrl.store.store import Store
 
     Store(animals.store).write_pack("spatext", ".png", [("new", b"later"), ("bad", ("bad_image", "broken"))])
     first = f"{animals.records[0].image_id:032x}"

@@ -13,9 +13,9 @@ import pytest
 from conftest import Workspace
 from stores import commit, locations
 
-from tasks.code_version import copy_code
-from tasks.store import Store
-from tasks.upkeep import collect, verify
+from spctrl.store.code_version import copy_code
+from spctrl.store.store import Store
+from tasks.maintenance import collect, verify
 
 IMAGES = 8
 NO_GRACE = ("--grace-hours", "0")

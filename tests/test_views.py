@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.files import Folder
-from tasks.inputs import DigestCache
-from tasks.store import Store
-from tasks.views import RenderedView
+from spctrl.store.digests import DigestCache
+from spctrl.store.storage import Folder
+from spctrl.store.store import Store
+from tasks.dataset.views import RenderedView
 
 
 def test_a_view_is_of_the_run_that_it_was_written_for_until_it_is_changed(tmp_path: Path) -> None:

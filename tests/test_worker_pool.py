@@ -11,13 +11,13 @@ import pytest
 from conftest import REPOSITORY
 from processes import HANG_S
 
-from tasks.executor import run_jobs
-from tasks.files import StoreError
+from spctrl.store.storage import StoreError
+from tasks.execution.executor import run_jobs
 
 # Jobs are larger than a pipe holds, so that one is being written when the workers, which no longer read, are killed.
 LOST_WHILE_A_JOB_IS_SENT = """
 import itertools, os, signal, sys, threading, time
-from tasks.worker_pool import WorkerError, WorkerPool
+from tasks.execution.worker_pool import WorkerError, WorkerPool
 
 pool = WorkerPool(2, sys.argv[1])
 
@@ -41,7 +41,7 @@ except WorkerError as error:
 LOST_WHILE_A_RESULT_IS_SENT = """
 import sys
 from half_results import result
-from tasks.worker_pool import WorkerError, WorkerPool
+from tasks.execution.worker_pool import WorkerError, WorkerPool
 
 try:
     for outcome in WorkerPool(2, sys.argv[1]).outcomes(result, iter(range(100))):
@@ -53,7 +53,7 @@ except WorkerError as error:
 # Python ends while a thread of the pool is at closing its pipes.
 LOST_BEFORE_PYTHON_ENDS = """
 import concurrent.futures.process, os, sys, threading, time
-from tasks.worker_pool import WorkerError, WorkerPool
+from tasks.execution.worker_pool import WorkerError, WorkerPool
 
 closing = threading.Event()
 
@@ -76,7 +76,7 @@ closing.wait()
 # All workers run, and the thread that hands jobs to them ends: it may start no thread of its own.
 LOST_THREAD = """
 import sys, threading
-from tasks.worker_pool import WorkerError, WorkerPool
+from tasks.execution.worker_pool import WorkerError, WorkerPool
 
 start = threading.Thread.start
 

@@ -1,4 +1,4 @@
-"""What stages made of the records, read from the store's packs (tasks/store.py has their format)."""
+"""What stages made of the records, read from the store's packs (spctrl/store/store.py has their format)."""
 
 from __future__ import annotations
 

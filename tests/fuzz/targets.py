@@ -46,11 +46,11 @@ from spctrl.rendering.spatext import render_spatext
 from spctrl.report.pictures import decode
 from spctrl.resources import packaged
 from spctrl.sample import write_sample
-from tasks.export import Ledger, damaged_files
-from tasks.files import files_at
-from tasks.packs import write_container
-from tasks.store import Store, content_digest, parquet_bytes
-from tasks.upkeep import collect, verify
+from spctrl.store.packs import write_container
+from spctrl.store.storage import files_at
+from spctrl.store.store import Store, content_digest, parquet_bytes
+from tasks.dataset.export import Ledger, damaged_files
+from tasks.maintenance import collect, verify
 
 from .mutators import mutate_bytes, mutate_image, mutate_json, mutate_pickle, mutate_yaml
 

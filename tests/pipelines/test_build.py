@@ -565,7 +565,7 @@ def test_masks_and_depth_maps_are_found_whatever_the_case_of_their_suffix(worksp
 def test_of_two_masks_of_one_image_the_one_in_lower_case_is_taken(workspace: Workspace) -> None:
     from conftest import _luigi_settings
 
-    from tasks.conditions import Mask
+    from tasks.dataset.conditions import Mask
 
     folder = workspace.data / "AP-10K" / "mask"
     (folder / "a").mkdir(parents=True)

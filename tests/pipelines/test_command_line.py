@@ -19,7 +19,7 @@ from luigi.interface import core
 from processes import HANG_S
 
 import pipelines
-from pipelines.scheduler import ANSWER_TIMEOUT_S, fault_at
+from pipelines.luigi_setup.scheduler import ANSWER_TIMEOUT_S, fault_at
 
 TARGETS = tuple(pipelines.__all__)
 
@@ -212,8 +212,8 @@ def test_join_asks_luigid_also_where_nothing_says_where_it_runs(
 ) -> None:
     from typer.testing import CliRunner
 
-    from pipelines import cluster
-    from pipelines.cli import app
+    from pipelines.cli import cluster
+    from pipelines.cli.main import app
     from spctrl.errors import ExpectedError
 
     asked: list[dict[str, Any]] = []
@@ -310,7 +310,7 @@ def test_the_command_and_join_refuse_alike(tmp_path: Path) -> None:
 def test_spctrl_refuses_abbreviations_too(command: list[str]) -> None:
     from typer.testing import CliRunner
 
-    from pipelines.cli import app
+    from pipelines.cli.main import app
 
     result = CliRunner().invoke(app, [*command, "--condition", "spatext"])
     assert result.exit_code == 2

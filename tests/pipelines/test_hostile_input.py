@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tasks.images import READ_AT_ONCE_BYTES
+from tasks.dataset.images import READ_AT_ONCE_BYTES
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -186,7 +186,7 @@ def odd(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     images[4].symlink_to("/proc/self/stat")
     with images[5].open("wb") as file:
         file.truncate(LARGE_BYTES + 1)  # nothing but holes
-    monkeypatch.setattr("tasks.images.MAX_IMAGE_FILE_BYTES", LARGE_BYTES)
+    monkeypatch.setattr("tasks.dataset.images.MAX_IMAGE_FILE_BYTES", LARGE_BYTES)
     (raw / "data/deep").symlink_to(outside)
     images[7].symlink_to("inside.jpg")
     os.link(outside / "8.jpg", images[8])

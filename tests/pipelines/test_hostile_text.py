@@ -32,7 +32,7 @@ def spctrl(workspace: Workspace, *arguments: str) -> Result:
     """Run the ``spctrl`` command in this process."""
     from typer.testing import CliRunner
 
-    from pipelines.cli import app
+    from pipelines.cli.main import app
 
     with _luigi_settings(workspace.settings_file()):
         return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "500"})  # type: ignore[return-value]
@@ -76,7 +76,7 @@ def test_status_names_what_changed(hostile: Workspace) -> None:
 
 
 def test_one_look_of_watch(hostile: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines import cli
+    from pipelines.cli import main as cli
 
     def stop(seconds: float) -> None:
         raise KeyboardInterrupt

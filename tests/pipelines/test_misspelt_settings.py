@@ -11,8 +11,8 @@ from conftest import _luigi_settings
 from typer.testing import CliRunner
 
 import pipelines
-from pipelines.cli import app
-from pipelines.settings_check import refuse_unknown_settings
+from pipelines.cli.main import app
+from pipelines.luigi_setup.settings_check import refuse_unknown_settings
 from spctrl.errors import ExpectedError
 from tasks.settings import settings_without_effect
 

@@ -77,8 +77,9 @@ def test_models_fill_the_manifest_and_say_that_their_weights_are_random(modelled
 def test_two_devices_make_the_bytes_of_one(
     modelled: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks import executor, model_stage
-    from tasks.devices import WorkerDevices
+    from tasks.execution import executor
+    from tasks.execution.devices import WorkerDevices
+    from tasks.stage import model_stage
 
     workers = []
 
@@ -194,7 +195,7 @@ def test_missing_weights_are_named_with_what_to_get(modelled: Workspace, tmp_pat
 def test_a_file_that_is_not_its_publishers_is_not_used(
     modelled: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tasks import model_stage
+    from tasks.stage import model_stage
 
     path = tmp_path / "weights" / "sam_hq_vit_b.pth"
     path.with_name(f"{path.name}.json").unlink()  # it no longer says that it is random

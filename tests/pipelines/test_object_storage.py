@@ -28,8 +28,8 @@ from object_store_faults import (
 )
 from processes import HANG_S
 
-from tasks.store import Store, forget_what_was_found
-from tasks.upkeep import collect, verify
+from spctrl.store.store import Store, forget_what_was_found
+from tasks.maintenance import collect, verify
 
 pytestmark = pytest.mark.slow
 

@@ -41,11 +41,11 @@ HELD = "spatext"
 # one of a stage while a file is there: a stage that takes as long as a test likes, in a worker that is alive.
 WORKER = f"""
 import os, pathlib, time
-import tasks.record_stage
-from pipelines.cli import app
-from tasks.store import Store
+import tasks.stage.record_stage
+from pipelines.cli.main import app
+from spctrl.store.store import Store
 
-tasks.record_stage.SMALLEST_PACK = {RECORDS_PER_PACK}
+tasks.stage.record_stage.SMALLEST_PACK = {RECORDS_PER_PACK}
 write_pack, written, gate = Store.write_pack, [], os.environ.get("GATE")
 
 def write_and_hold(self, stage, *arguments):
@@ -234,12 +234,12 @@ class Expected:
 def expected(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
     from conftest import Workspace
 
-    import tasks.record_stage
+    import tasks.stage.record_stage
 
     workspace = Workspace(tmp_path_factory.mktemp("single"), sample)
     workspace.configure("build", datasets=["ap10k", "humanart"], splits=["train"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks.record_stage, "SMALLEST_PACK", RECORDS_PER_PACK)
+        patch.setattr(tasks.stage.record_stage, "SMALLEST_PACK", RECORDS_PER_PACK)
         build = workspace.build()
     assert build.succeeded, build.errors
     return Expected(workspace.exported(), workspace.packs("images", "spatext", "openpose"))
@@ -488,7 +488,7 @@ def test_join_without_luigid_says_so(workspace: Workspace) -> None:
 def test_join_refuses_what_is_no_target() -> None:
     from typer.testing import CliRunner
 
-    from pipelines.cli import app
+    from pipelines.cli.main import app
 
     for arguments in (["NoSuch"], ["BuildDataset", "--dataset", "no-such"]):
         result = CliRunner().invoke(app, ["join", *arguments])
@@ -497,7 +497,7 @@ def test_join_refuses_what_is_no_target() -> None:
 
 
 def test_a_scheduler_that_is_away_neither_holds_up_nor_fails_a_stage() -> None:
-    from tasks.progress import progress
+    from tasks.execution.progress import progress
 
     back = threading.Event()
     told: list[int] = []

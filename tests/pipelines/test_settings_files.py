@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from luigi.configuration import LuigiConfigParser
 
-from pipelines.settings_check import refuse_unreadable_values
-from pipelines.settings_files import check_settings_files
+from pipelines.luigi_setup.settings_check import refuse_unreadable_values
+from pipelines.luigi_setup.settings_files import check_settings_files
 from spctrl.errors import ExpectedError
 
 if TYPE_CHECKING:

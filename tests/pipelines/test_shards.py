@@ -316,8 +316,8 @@ def test_the_order_of_formats_is_no_setting(workspace: Workspace) -> None:
 def test_verify_names_a_harmed_shard_and_the_next_build_writes_it(
     workspace: Workspace, harm: Callable[[Path], object]
 ) -> None:
-    from tasks.store import Store
-    from tasks.upkeep import verify
+    from spctrl.store.store import Store
+    from tasks.maintenance import verify
 
     folder = sharded(workspace, "webdataset", "parquet")
     built(workspace)
@@ -375,7 +375,7 @@ def test_tars_of_an_earlier_layout_are_written_again_and_no_other_files(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Luigi's, of config_path
 def test_status_says_that_the_format_changed(workspace: Workspace) -> None:
-    from tasks.status import statuses
+    from tasks.stage.status import statuses
 
     sharded(workspace, "folders")
     built(workspace)

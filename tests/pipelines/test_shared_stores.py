@@ -22,7 +22,7 @@ for _package in ("torch", "transformers", "diffusers", "accelerate", "matplotlib
 if TYPE_CHECKING:
     from conftest import Build
 
-    from tasks.base import StageTask
+    from tasks.stage.base import StageTask
 
 pytestmark = pytest.mark.usefixtures("forked_models")
 SMOKE = Path(__file__).parents[2] / "configs" / "train" / "smoke.yaml"
@@ -145,7 +145,7 @@ def fingerprint(workspace: Workspace, method: dict[str, Any]) -> str:
 
 def reasons(workspace: Workspace, goal: str, **parameters: str) -> dict[str, tuple[str, ...]]:
     """Why stages would run, by stage."""
-    from tasks.status import statuses
+    from tasks.stage.status import statuses
 
     with _luigi_settings(workspace.settings_file()):
         import pipelines
@@ -312,7 +312,7 @@ def test_paths_in_methods_count_by_content(first: Workspace, monkeypatch: pytest
 def test_paths_of_a_training_count_by_content(
     first: Workspace, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks.train import Train
+    from tasks.experiment.train import Train
 
     monkeypatch.chdir(first.folder)
     monkeypatch.setenv("HOME", str(first.folder))
@@ -321,7 +321,7 @@ def test_paths_of_a_training_count_by_content(
 
     def planned(**settings: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Parameters, and digests of the files that count."""
-        from tasks.model_stage import weights_digest
+        from tasks.stage.model_stage import weights_digest
 
         plain = {**msgspec.yaml.decode(SMOKE.read_bytes()), "use_cached_latents": False, **settings}
         Path("training.yaml").write_bytes(msgspec.yaml.encode(plain))

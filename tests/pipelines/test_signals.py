@@ -251,7 +251,7 @@ def test_sigusr1_to_the_whole_group_at_any_time_ends_the_command_after_its_stage
 
 
 def test_importing_the_package_leaves_a_users_signals_alone() -> None:
-    code = "import pipelines.cli, signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    code = "import pipelines.cli.main, signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )

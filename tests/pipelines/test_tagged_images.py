@@ -90,8 +90,8 @@ def seen(data: bytes) -> Iterator[Pixels]:
 def test_folders_hold_copies_that_look_the_same_to_all(
     workspace: Workspace, expected: dict[int, Pixels], link: str
 ) -> None:
-    from tasks.store import Store
-    from tasks.upkeep import verify
+    from spctrl.store.store import Store
+    from tasks.maintenance import verify
 
     workspace.configure("export", link=link)
     raw = {image_id: raw_path(workspace, image_id) for image_id in expected}

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 from tampering import correct_provenance, run_folder, tamper
 
-from tasks.files import StoreError, file_digest
-from tasks.store import Store
-from tasks.upkeep import collect
+from spctrl.store.storage import StoreError, file_digest
+from spctrl.store.store import Store
+from tasks.maintenance import collect
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -113,7 +113,7 @@ def test_no_name_of_the_index_is_opened_outside_the_dataset(
     workspace.configure("build", conditions=["spatext", "mask"])
     digested: list[str] = []
     monkeypatch.setattr(
-        "tasks.inputs.file_digest", lambda path: digested.append(str(path)) or file_digest(path)
+        "spctrl.store.digests.file_digest", lambda path: digested.append(str(path)) or file_digest(path)
     )
     done = workspace.build()
     assert not done.succeeded

@@ -18,13 +18,13 @@ from processes import HANG_S
 from stores import commit
 
 from spctrl import locks
-from tasks.base import Ingredients
-from tasks.files import StoreError
+from spctrl.store.storage import StoreError
+from tasks.stage.base import Ingredients
 
 if TYPE_CHECKING:
     from conftest import Workspace
 
-    from tasks.train import Train
+    from tasks.experiment.train import Train
 
 MADE_FROM = Ingredients(code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m"})
 
@@ -102,7 +102,7 @@ def planned_training(workspace: Workspace) -> Iterator[Train]:
     """A training whose inputs are known, and whose run is over: a checkpoint is there."""
     from conftest import _luigi_settings
 
-    from tasks.train import Train
+    from tasks.experiment.train import Train
 
     with _luigi_settings(workspace.settings_file()):
         task = Train(config=str(workspace.folder / "train.yaml"))

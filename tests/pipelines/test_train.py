@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from spctrl.errors import ExpectedError
-from tasks import train as train_stage
+from tasks.experiment import train as train_stage
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 pytest.importorskip("accelerate", reason="the train extra is not installed")
@@ -25,7 +25,7 @@ pytest.importorskip("accelerate", reason="the train extra is not installed")
 if TYPE_CHECKING:
     from conftest import Workspace
 
-    from tasks.train import Train
+    from tasks.experiment.train import Train
 
 pytestmark = pytest.mark.usefixtures("forked_models")
 SMOKE = Path(__file__).parents[2] / "configs" / "train" / "smoke.yaml"
@@ -62,7 +62,7 @@ def task(workspace: Workspace) -> Iterator[Train]:
     """The task as a build in this workspace has it."""
     from conftest import _luigi_settings
 
-    from tasks.train import Train
+    from tasks.experiment.train import Train
 
     with _luigi_settings(workspace.settings_file()):
         yield Train(config=str(workspace.folder / "train.yaml"))
@@ -229,7 +229,7 @@ def test_a_training_process_on_a_full_store_is_one_sentence(
     """What it writes to its log is lost there. It tells through its standard output, or its launcher not at all."""
     report = json.dumps({"error": "cannot write x: No space left on device. Make room"}) if is_told else ""
     script = f"import os; print({report!r}, flush=True); os.write(2, bytes(10**6)); os._exit(1)"
-    from tasks.base import Ingredients
+    from tasks.stage.base import Ingredients
 
     ingredients = Ingredients(
         code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m", "unet": "u"}
@@ -247,7 +247,7 @@ def test_a_training_process_on_a_full_store_is_one_sentence(
 
 def test_only_trainings_of_the_same_computation_are_continued(trainable: Workspace, tmp_path: Path) -> None:
     """Other data, weights, code and settings give other folders; length and learning rates do not."""
-    from tasks.base import Ingredients
+    from tasks.stage.base import Ingredients
 
     ingredients = Ingredients(
         code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m", "unet": "u"}
@@ -313,8 +313,8 @@ def test_what_starts_the_processes(
         def path(self, name: str) -> Path:
             return Path("runs") / name
 
-    monkeypatch.setattr("tasks.manifest.Manifest.finished_run", lambda self: Finished())
-    monkeypatch.setattr("tasks.train.Train.folder", Path("work"))
+    monkeypatch.setattr("tasks.dataset.manifest.Manifest.finished_run", lambda self: Finished())
+    monkeypatch.setattr("tasks.experiment.train.Train.folder", Path("work"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
     trainable.configure("train", num_processes=processes)
     trainable.configure("executor", device=device)

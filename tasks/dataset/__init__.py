@@ -1,0 +1,1 @@
+"""Stages from raw annotations to the manifest, its export and its report."""

@@ -1,0 +1,1 @@
+"""Stages that train, generate, evaluate and make the benchmark's tables and report."""

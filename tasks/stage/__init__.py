@@ -1,0 +1,1 @@
+"""What all stages share: fingerprints, records, models, the form of their tables, their status."""

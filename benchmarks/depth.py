@@ -19,8 +19,8 @@ from PIL import Image
 
 from benchmarks.common import Report, interleaved
 from benchmarks.inputs import ap10k_documents, jpeg_of_size
-from spctrl.conditions import encode_png
-from spctrl.records import Record
+from spctrl.conditions.masks import encode_png
+from spctrl.data.records import Record
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

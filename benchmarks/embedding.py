@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.common import Report, interleaved, ms
 from benchmarks.inputs import ap10k_documents, by_image
-from spctrl.rendering.spatext import FIRST_KEYPOINT, FIRST_LINK, draw_index_map
-from spctrl.skeletons import AP10K
+from spctrl.conditions.spatext import FIRST_KEYPOINT, FIRST_LINK, draw_index_map
+from spctrl.data.skeletons import AP10K
 
 if TYPE_CHECKING:
     from torch import Tensor

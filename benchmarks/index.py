@@ -19,7 +19,8 @@ def run(report: Report) -> None:
     destination = BUILD / "index.parquet"
     works = {
         OURS: (
-            "from pathlib import Path\nfrom spctrl.datasets import HUMANART\nfrom spctrl.index import write_index\n"
+            "from pathlib import Path\nfrom spctrl.data.datasets import HUMANART\n"
+            "from spctrl.data.index import write_index\n"
             "import pyarrow\npyarrow.array([0])",  # with the first array it imports pandas, where that is installed
             f"index = write_index(Path({str(source)!r}), HUMANART, 'train', Path({str(destination)!r}), "
             f"max_pixels={MAX_PIXELS})\nresult = [len(index.image_paths), len(index.rejects)]",

@@ -84,7 +84,7 @@ def half(document: Json, count: int) -> Json:
 
 def _write_stand_in(root: Path) -> None:
     """The drawn sample's animals, enlarged to AP-10K's usual 1024 pixels and repeated to its number of images."""
-    from spctrl.sample import write_sample
+    from spctrl.demo_data import write_sample
 
     drawn = BUILD / "sample"
     write_sample(drawn, images_per_split=24, datasets=("ap10k",))

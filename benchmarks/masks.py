@@ -21,9 +21,9 @@ from PIL import Image
 
 from benchmarks.common import BUILD, Report, interleaved, ms
 from benchmarks.inputs import SPLITS, ap10k_file, ap10k_root, jpeg_of_size
-from spctrl.datasets import AP10K
-from spctrl.index import write_index
-from spctrl.records import Record, records_from_table
+from spctrl.data.datasets import AP10K
+from spctrl.data.index import write_index
+from spctrl.data.records import Record, records_from_table
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,7 @@ def _work(count: int) -> Work:
 
 def ours(segmenter: Segmenter, work: Work, batch_size: int) -> list[bytes]:
     """PNG masks of all images."""
-    from spctrl.conditions import union_mask
+    from spctrl.conditions.masks import union_mask
     from spctrl.image_models.base import run_model
 
     masks = []
@@ -166,7 +166,7 @@ def ours(segmenter: Segmenter, work: Work, batch_size: int) -> list[bytes]:
 
 def released(predictor: Any, record: Record, data: bytes) -> bytes:
     """The PNG mask of an image, which is encoded once for each of its instances."""
-    from spctrl.conditions import encode_png
+    from spctrl.conditions.masks import encode_png
 
     rgb = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     union = np.zeros(rgb.shape[:2], np.bool_)

@@ -18,7 +18,7 @@ from benchmarks.inputs import ap10k_documents, half, merged
 from benchmarks.plain import Json
 from eval.bootstrap import bootstrap
 from eval.pose_ap import METRICS, evaluate, oks_sigmas
-from spctrl.datasets import AP10K
+from spctrl.data.datasets import AP10K
 
 REPEATS, QUICK_REPEATS = 5, 1
 QUICK_IMAGES = 1000

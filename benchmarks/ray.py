@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.common import BUILD, CONSOLE, Report, run_process, turns, wait_for_calm
 from benchmarks.inputs import SPLITS, ap10k_root
-from spctrl.datasets import AP10K
-from spctrl.index import write_index
-from spctrl.records import COLUMNS_OF_RECORD
+from spctrl.data.datasets import AP10K
+from spctrl.data.index import write_index
+from spctrl.data.records import COLUMNS_OF_RECORD
 from spctrl.store.store import Store, digest
 from tasks.execution.executor import run_jobs
 from tasks.execution.ray_executor import Cluster, run_batches

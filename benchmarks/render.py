@@ -47,12 +47,12 @@ from benchmarks.inputs import (
     write_document,
 )
 from benchmarks.plain import Json
-from spctrl.datasets import AP10K
-from spctrl.index import write_index
-from spctrl.records import Record, records_from_table
-from spctrl.rendering import png
-from spctrl.rendering.openpose import render_openpose
-from spctrl.rendering.spatext import render_spatext
+from spctrl.conditions import png
+from spctrl.conditions.openpose import render_openpose
+from spctrl.conditions.spatext import render_spatext
+from spctrl.data.datasets import AP10K
+from spctrl.data.index import write_index
+from spctrl.data.records import Record, records_from_table
 
 MAX_PIXELS = 100_000_000
 DRAWN, QUICK_DRAWN = 120, 40

@@ -14,7 +14,7 @@ from spctrl.store.store import content_digest
 from tasks.stage.record_stage import RecordStage
 
 if TYPE_CHECKING:
-    from spctrl.records import Record
+    from spctrl.data.records import Record
     from tasks.execution.worker import Batch
 
 

@@ -20,8 +20,8 @@ from eval.images import Images, Pixels, in_batches, listed, read_rgb
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device
 from spctrl.image_models.loading import WeightsFolder, load_strictly
-from spctrl.network_size import MAX_SIDE, check_tokenizer, read_config
-from spctrl.reading_faults import faults_of
+from spctrl.io.network_size import MAX_SIDE, check_tokenizer, read_config
+from spctrl.io.reading_faults import faults_of
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from eval.images import read_rgb
-from spctrl.datasets import DATASETS
+from spctrl.data.datasets import DATASETS
 from spctrl.inference.folders import generated_path
-from spctrl.terminal import say
+from spctrl.output.terminal import say
 
 CONTROLS = ("ground-truth", "noise", "shuffled")
 NOISE_LEVELS = 96.0

@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from eval.images import Images
 from eval.inception import BATCH_SIZE, REMEDY, Crop, Inception, Resize, load_inception
-from spctrl.arrays import read_arrays
 from spctrl.errors import ExpectedError
+from spctrl.io.arrays import read_arrays
 
 Floats = NDArray[np.float64]
 

@@ -12,10 +12,10 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spctrl.documents import MAX_CONTAINERS
-from spctrl.parquet import BYTES_PER_BYTE, BYTES_PER_VALUE, FREE_BYTES
-from spctrl.real_size import real_size
-from spctrl.utf8 import utf8_fault
+from spctrl.io.documents import MAX_CONTAINERS
+from spctrl.io.parquet import BYTES_PER_BYTE, BYTES_PER_VALUE, FREE_BYTES
+from spctrl.io.real_size import real_size
+from spctrl.io.utf8 import utf8_fault
 
 MAX_JSON_BYTES = 2**31
 """COCO's own annotations of 118,000 images take a tenth."""
@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
 def read_numbers(path: Path, names: Sequence[str]) -> pa.Table:
     """Those of the named columns of a Parquet file that it has, with numbers or lists of numbers.
 
-    ``spctrl.parquet`` reads only what this project writes. Here the footer's own counts are the bound.
+    ``spctrl.io.parquet`` reads only what this project writes. Here the footer's own counts are the bound.
 
     Raises:
         OSError, pa.ArrowException: it cannot be read.

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from spctrl.data.images import opened_image, read_image_file
+from spctrl.data.orientation import without_orientation
+from spctrl.data.records import RecordError
 from spctrl.errors import ExpectedError
-from spctrl.images import opened_image, read_image_file
-from spctrl.orientation import without_orientation
-from spctrl.records import RecordError
 
 Pixels = NDArray[np.uint8]
 Images = Path | str | Sequence[Path | str | Pixels | Image.Image] | Pixels

@@ -17,7 +17,7 @@ from PIL import Image
 from eval.images import Images, Pixels, in_batches, listed, read_rgb
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device
-from spctrl.reading_faults import faults_of
+from spctrl.io.reading_faults import faults_of
 from spctrl.weights import read_torch_file
 
 if TYPE_CHECKING:

@@ -19,15 +19,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eval.files import read_json, read_numbers
-from spctrl.areas import box_areas, segmentation_area
-from spctrl.boxes import clip_boxes, keypoint_boxes
-from spctrl.entry_decoder import whole_number
+from spctrl.data.annotations.areas import box_areas, segmentation_area
+from spctrl.data.annotations.entry_decoder import whole_number
+from spctrl.data.annotations.keypoint_order import KeypointOrderError, keypoint_order
+from spctrl.data.boxes import clip_boxes, keypoint_boxes
+from spctrl.data.records import KEYPOINTS_TYPE, NUM_KEYPOINTS
 from spctrl.errors import ExpectedError
-from spctrl.keypoint_order import KeypointOrderError, keypoint_order
-from spctrl.records import KEYPOINTS_TYPE, NUM_KEYPOINTS
 
 if TYPE_CHECKING:
-    from spctrl.datasets import Dataset
+    from spctrl.data.datasets import Dataset
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]

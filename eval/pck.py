@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.instances import Booleans, Floats, GroundTruth, InstancesError, Integers, Poses
-from spctrl.datasets import DATASETS, Dataset
+from spctrl.data.datasets import DATASETS, Dataset
 
 THRESHOLD = 0.05
 """Of the longer side of the annotated box; mmpose's default."""

@@ -43,8 +43,8 @@ from eval.instances import (
     read_results,
 )
 from eval.settings import DetectionArea
-from spctrl.boxes import clip_boxes
-from spctrl.datasets import DATASETS, Dataset
+from spctrl.data.boxes import clip_boxes
+from spctrl.data.datasets import DATASETS, Dataset
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """OKS that a match needs."""

@@ -26,11 +26,11 @@ from eval.vitpose.crops import (
     crop,
     scale_boxes,
 )
-from spctrl.boxes import clip_boxes
+from spctrl.data.boxes import clip_boxes
+from spctrl.data.records import NUM_KEYPOINTS
+from spctrl.data.skeletons import AP10K, HUMANART, Skeleton
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device, infer_halving
-from spctrl.records import NUM_KEYPOINTS
-from spctrl.skeletons import AP10K, HUMANART, Skeleton
 
 if TYPE_CHECKING:
     import torch

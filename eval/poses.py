@@ -16,7 +16,7 @@ from eval.images import size_of
 from eval.instances import NO_ANNOTATION, Floats, GroundTruth, Integers, Poses
 from eval.settings import PoseSettings
 from eval.vitpose.crops import scale_boxes
-from spctrl.records import NUM_KEYPOINTS
+from spctrl.data.records import NUM_KEYPOINTS
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -46,9 +46,9 @@ from eval.pck import Pck, pck
 from eval.pose_ap import AREA_RANGES, THRESHOLDS, PoseAp, evaluate, scenario_weights
 from eval.pose_ap import METRICS as AP_METRICS
 from eval.settings import Intervals, KidSettings, PoseApSettings
-from spctrl.arrays import read_arrays
 from spctrl.errors import ExpectedError
-from spctrl.parquet import read_table
+from spctrl.io.arrays import read_arrays
+from spctrl.io.parquet import read_table
 
 Floats = NDArray[np.float64]
 SCORES, SAMPLES = "scores.parquet", "samples.npz"

@@ -18,10 +18,10 @@ from luigi.worker import TaskException
 from pipelines.benchmark import Benchmark, Evaluate
 from pipelines.generate import Generate
 from pipelines.luigi_setup import options, scheduler, settings_check
-from spctrl import secrets
-from spctrl.disk_errors import access_error
 from spctrl.errors import ExpectedError
 from spctrl.extras import import_explained
+from spctrl.io.disk_errors import access_error
+from spctrl.output import secrets
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS
 from tasks.dataset.export import FOLDERS, Export

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
+from spctrl.output.terminal import say, say_text
 from spctrl.paths import config_name
-from spctrl.terminal import say, say_text
 from tasks.experiment.benchmark import PAGE, BenchmarkReport, Tables
 from tasks.experiment.evaluate import evaluation_json
 from tasks.parameters import PathParameter
@@ -49,7 +49,7 @@ class Evaluate(MeetsBadRecords, luigi.WrapperTask):
     def run(self) -> None:
         from eval.scores import SCORES
         from eval.tables import METRIC, printed
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         for task in self.metric_tasks():
             for row in read_table(task.finished_run().path(SCORES)).to_pylist():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
-from spctrl.terminal import say
+from spctrl.output.terminal import say
 from tasks.experiment.generate import GeneratedImages, method_json
 from tasks.parameters import PathParameter
 from tasks.stage.base import MeetsBadRecords

@@ -11,8 +11,8 @@ import yaml
 
 from spctrl.duplicate_keys import DuplicateKeyError, YamlLoader
 from spctrl.errors import ExpectedError
+from spctrl.io.utf8 import utf8_fault
 from spctrl.paths import expand_path
-from spctrl.utf8 import utf8_fault
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 PathText = Annotated[str, msgspec.Meta(description="a path; ~ and environment variables are expanded")]

@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 
 from spctrl.configuration import ConfigurationError, read_config
-from spctrl.datasets import DATASETS
+from spctrl.data.datasets import DATASETS
+from spctrl.data.records import instance_categories, records_from_table
 from spctrl.errors import ExpectedError
-from spctrl.records import instance_categories, records_from_table
 from spctrl.resources import resource
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from spctrl.records import Record
+    from spctrl.data.records import Record
 
 CONTEXT_TOKENS = 77
 _ROWS_AT_ONCE = 4096

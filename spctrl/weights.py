@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from spctrl.configuration import ConfigurationError, PathText, read_yaml, with_expanded_paths
-from spctrl.disk_errors import writing
-from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
+from spctrl.io.disk_errors import writing
+from spctrl.io.documents import read_document_file
+from spctrl.io.torch_pickles import check_torch_file, is_zip
 from spctrl.resources import override, packaged
-from spctrl.torch_pickles import check_torch_file, is_zip
 
 if TYPE_CHECKING:
     import torch

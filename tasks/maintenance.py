@@ -199,7 +199,7 @@ def _keys(run: Run) -> set[str]:
     """
     import pyarrow as pa
 
-    from spctrl.parquet import TableError, open_table
+    from spctrl.io.parquet import TableError, open_table
 
     found: set[str] = set()
     for name in {MANIFEST, REJECTS} & run.files().keys():
@@ -366,7 +366,7 @@ def _follow(run: Run, moved: dict[tuple[str, str], Location]) -> None:
     """Let a run name the new places of its artifacts."""
     import pyarrow as pa
 
-    from spctrl.parquet import read_table
+    from spctrl.io.parquet import read_table
 
     rows = read_table(run.path(MANIFEST)).to_pylist()
     if not any((row.get("pack"), row.get("key")) in moved for row in rows):

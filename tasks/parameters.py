@@ -9,8 +9,8 @@ from typing import Any
 import luigi
 
 from spctrl.errors import ExpectedError
+from spctrl.output.secrets import remember
 from spctrl.paths import expand_path
-from spctrl.secrets import remember
 
 
 class NamesParameter(luigi.Parameter[tuple[str, ...]]):

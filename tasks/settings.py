@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import luigi
 
 from spctrl.errors import ExpectedError
-from spctrl.secrets import without_secrets
+from spctrl.output.secrets import without_secrets
 from spctrl.store.storage import Files, files_at, is_url
 from spctrl.store.store import CACHE, Store, digest
 from tasks.parameters import NamesParameter, PathParameter
@@ -20,7 +20,7 @@ from tasks.parameters import NamesParameter, PathParameter
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from spctrl.datasets import Dataset
+    from spctrl.data.datasets import Dataset
 
 
 class SaysWhatIsWrong(luigi.Task):
@@ -310,7 +310,7 @@ def dataset_of(name: str) -> Dataset:
     Raises:
         ValueError: there is none; names those there are.
     """
-    from spctrl.datasets import DATASETS
+    from spctrl.data.datasets import DATASETS
 
     if name not in DATASETS:
         raise ValueError(f"expected a dataset among {', '.join(DATASETS)}, found {name!r} ([build] datasets)")

@@ -431,7 +431,7 @@ def only(ids: set[int], content: dict[str, Any]) -> None:
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawn sample, some images a split, of both datasets; not to be changed."""
-    from spctrl.sample import write_sample
+    from spctrl.demo_data import write_sample
 
     folder = tmp_path_factory.mktemp("sample")
     write_sample(folder, images_per_split=SAMPLE_IMAGES)

@@ -42,12 +42,12 @@ PRELOADED = [
     "pipelines.cli.main",
     "pyarrow.parquet",
     "spctrl.audit",
-    "spctrl.conditions",
-    "spctrl.images",
-    "spctrl.rendering.openpose",
-    "spctrl.rendering.spatext",
+    "spctrl.conditions.masks",
+    "spctrl.data.images",
+    "spctrl.conditions.openpose",
+    "spctrl.conditions.spatext",
     "spctrl.report",
-    "spctrl.shards",
+    "spctrl.data.export.shards",
     "tasks.execution.worker",
 ]
 CHANGES = frozenset({"os.rename", "os.mkdir", "os.link", "os.symlink", "os.remove", "os.rmdir"})

@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spctrl.datasets import Dataset
-from spctrl.layout import Layout
-from spctrl.manifest import ConditionFacts, ImageFacts, manifest_batch
+from spctrl.data.datasets import Dataset
+from spctrl.data.export.layout import Layout
+from spctrl.data.manifest import ConditionFacts, ImageFacts, manifest_batch
 from spctrl.store.store import Store
 
 Artifacts = Mapping[str, Mapping[int, bytes]]

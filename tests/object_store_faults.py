@@ -141,7 +141,7 @@ def _killing(build: subprocess.Popen[str], at_write: int) -> Choose:
 
 def count_builds(server: Server, folder: Path, minutes: float, first_seed: int) -> Counter[str]:
     """Build through faults until the time is over; gives what happened how often."""
-    from spctrl.sample import write_sample
+    from spctrl.demo_data import write_sample
 
     data, code = folder / "data", folder / "code"
     write_sample(data, images_per_split=IMAGES, datasets=["ap10k"])

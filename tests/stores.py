@@ -13,7 +13,7 @@ from tasks.stage.tables import FORMS
 FACTS: dict[str, Any] = {
     "stage": "mask",
     "part": "ap10k-train",
-    "code": {"spctrl.conditions:mask": "0" * 32},
+    "code": {"spctrl.conditions.masks:mask": "0" * 32},
     "libraries": {"pillow": "12.0"},
     "code_version": "1" * 32,
     "parameters": {"dataset": "ap10k", "size": [64, 64], "factor": 0.5, "scale": None},

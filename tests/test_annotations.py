@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spctrl.annotations import AnnotationFileError, _decode_whole, read_document, unsafe_path
-from spctrl.datasets import AP10K, HUMANART, Dataset
-from spctrl.index import Index, write_index
+from spctrl.data.annotations.decode import AnnotationFileError, _decode_whole, read_document, unsafe_path
+from spctrl.data.datasets import AP10K, HUMANART, Dataset
+from spctrl.data.index import Index, write_index
 
 MAX_PIXELS = 1_000_000
 HUGE = 10**30
@@ -739,7 +739,7 @@ def both_ways(folder: Path, content: Json | str | bytes, dataset: Dataset = AP10
     """What the index makes of a file, or its error: with the one pass, and the same without it."""
     found = [_outcome_or_error(folder, content, dataset)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spctrl.annotations._decode_whole", lambda data, dataset: None)
+        patch.setattr("spctrl.data.annotations.decode._decode_whole", lambda data, dataset: None)
         found.append(_outcome_or_error(folder, content, dataset))
     whole, by_entry = found
     if isinstance(whole, Outcome) and isinstance(by_entry, Outcome):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import REAL_DATA
 
-from spctrl.areas import box_areas, segmentation_area
+from spctrl.data.annotations.areas import box_areas, segmentation_area
 
 UNKNOWN_WH = (math.nan, math.nan)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from memory import MIB, memory_of
 
-from spctrl.arrays import ArraysError, read_arrays
+from spctrl.io.arrays import ArraysError, read_arrays
 
 
 class Harmful:

@@ -13,7 +13,7 @@ import pytest
 from spctrl.audit import SplitTables, audit_split, find_leakage, leakage
 from spctrl.audit.counts import histogram
 from spctrl.audit.leakage import NEAR_DISTANCE, near_hash_pairs, parse_hash
-from spctrl.records import RECORD_SCHEMA
+from spctrl.data.records import RECORD_SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -502,21 +502,21 @@ def test_every_real_stages_code_is_found(stage: type[StageTask]) -> None:
 
 def test_every_real_stages_code_is_found_quickly() -> None:
     started = time.perf_counter()
-    code_components("spctrl.index:write_index")
+    code_components("spctrl.data.index:write_index")
     assert time.perf_counter() - started < 2
 
 
 def test_a_real_render_reaches_what_it_draws_with_and_no_more() -> None:
-    components = code_components("spctrl.rendering.openpose:render_openpose")
+    components = code_components("spctrl.conditions.openpose:render_openpose")
     assert {
-        "spctrl.rendering.spatext:link_polygon",
-        "spctrl.rendering.png:Canvas",
-        "spctrl.rendering.openpose:WHEEL",
+        "spctrl.conditions.spatext:link_polygon",
+        "spctrl.conditions.png:Canvas",
+        "spctrl.conditions.openpose:WHEEL",
     } <= components.keys()
     assert {name.split(":")[0] for name in components} == {
-        "spctrl.rendering.openpose",
-        "spctrl.rendering.png",
-        "spctrl.rendering.spatext",
+        "spctrl.conditions.openpose",
+        "spctrl.conditions.png",
+        "spctrl.conditions.spatext",
     }
 
 

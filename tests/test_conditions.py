@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from spctrl.conditions import check_depth, check_mask, mask_depth, mask_iou, union_mask
-from spctrl.records import Record, RecordError
+from spctrl.conditions.masks import check_depth, check_mask, mask_depth, mask_iou, union_mask
+from spctrl.data.records import Record, RecordError
 
 WIDTH, HEIGHT = 37, 23
 Pixels = NDArray[np.uint8]

@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from spctrl.data.records import Record, RecordError
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import run_model
-from spctrl.records import Record, RecordError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,8 @@ from pathlib import Path
 import faults
 import pytest
 
-from spctrl.disk_errors import (
+from spctrl.errors import ExpectedError
+from spctrl.io.disk_errors import (
     DISK_ERRORS,
     DiskError,
     access_error,
@@ -21,7 +22,6 @@ from spctrl.disk_errors import (
     working,
     writing,
 )
-from spctrl.errors import ExpectedError
 
 
 @pytest.mark.parametrize("number", sorted(DISK_ERRORS))

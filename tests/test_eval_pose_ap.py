@@ -29,9 +29,9 @@ from eval.instances import (
 from eval.pck import pck
 from eval.pose_ap import METRICS, RECALLS, _recalls_reached, evaluate, oks_sigmas, score_poses
 from eval.settings import Evaluation, PoseApSettings
-from spctrl.boxes import clip_boxes
-from spctrl.datasets import AP10K, HUMANART
-from spctrl.index import write_index
+from spctrl.data.boxes import clip_boxes
+from spctrl.data.datasets import AP10K, HUMANART
+from spctrl.data.index import write_index
 from spctrl.inference.methods import Method
 from tasks.experiment.evaluate import PoseAp as PoseApTask
 from tasks.experiment.evaluate import evaluation_json

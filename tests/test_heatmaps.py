@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spctrl.export import heatmaps_npy
-from spctrl.records import Record
-from spctrl.rendering.heatmaps import keypoint_heatmaps
+from spctrl.conditions.heatmaps import keypoint_heatmaps
+from spctrl.data.export.text_files import heatmaps_npy
+from spctrl.data.records import Record
 
 Heatmaps = NDArray[np.float64]
 Points = NDArray[np.float64]

@@ -16,10 +16,10 @@ import pytest
 from memory import MIB, memory_of
 
 from eval.images import read_rgb
-from spctrl.conditions import check_depth, check_mask
+from spctrl.conditions.masks import check_depth, check_mask
+from spctrl.data.images import open_rgb, probe_image
+from spctrl.data.records import Record, RecordError
 from spctrl.errors import ExpectedError
-from spctrl.images import open_rgb, probe_image
-from spctrl.records import Record, RecordError
 from spctrl.store.packs import suffix_in
 
 SIDE = 64

@@ -24,13 +24,13 @@ from memory import MIB, memory_of
 from PIL import Image
 
 from eval.images import ImageError, read_rgb, size_of
-from spctrl.annotations import MAX_REJECT_CHARACTERS, AnnotationFileError, unsafe_path
-from spctrl.conditions import check_depth, check_mask
-from spctrl.datasets import AP10K
+from spctrl.conditions.masks import check_depth, check_mask
+from spctrl.data.annotations.decode import MAX_REJECT_CHARACTERS, AnnotationFileError, unsafe_path
+from spctrl.data.datasets import AP10K
+from spctrl.data.images import MAX_SCANS, open_rgb, probe_image
+from spctrl.data.index import write_index
+from spctrl.data.records import Record, RecordError
 from spctrl.errors import ExpectedError
-from spctrl.images import MAX_SCANS, open_rgb, probe_image
-from spctrl.index import write_index
-from spctrl.records import Record, RecordError
 from spctrl.store.digests import DigestCache
 from spctrl.store.storage import StoreError, files_at
 from spctrl.store.store import Store, parquet_bytes
@@ -94,7 +94,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
 
 
 def test_a_file_of_any_size_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spctrl.images.MAX_IMAGE_FILE_BYTES", 1000)
+    monkeypatch.setattr("spctrl.data.images.MAX_IMAGE_FILE_BYTES", 1000)
     with pytest.raises(RecordError, match="expected at most 1,000 bytes, found 1,001"):
         probe_image(record(), bytes(1001))
 
@@ -177,7 +177,7 @@ def test_an_annotation_file_takes_a_stated_amount_of_memory(make: Callable[[], s
 
 
 def test_faults_without_number_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spctrl.annotations.MAX_REJECTS", 10)
+    monkeypatch.setattr("spctrl.data.annotations.decode.MAX_REJECTS", 10)
     source = tmp_path / "annotations.json"
     source.write_text(document(f"{annotation(1)}{',1' * 10}"))
     assert write_index(source, AP10K, "train", tmp_path / "i", max_pixels=10**8).rejects.num_rows == 10
@@ -485,7 +485,7 @@ def test_facts_of_other_types_are_none(tmp_path: Path, value: object) -> None:
     from tasks.stage.base import code_of, digest_cache
 
     store = Store(tmp_path)
-    function = ("spctrl.records:rejects_table",)
+    function = ("spctrl.data.records:rejects_table",)
     expected = code_of(function, store)
     with sqlite3.connect(tmp_path / "cache.sqlite") as database:
         database.execute("UPDATE facts SET value = ?", (value,))

@@ -9,13 +9,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the models extra is not installed")
 
+from spctrl.data.records import Record, RecordError  # noqa: E402
 from spctrl.image_models.base import (  # noqa: E402
     choose_device,
     choose_devices,
     infer_halving,
     run_model,
 )
-from spctrl.records import Record, RecordError  # noqa: E402
 
 
 class Doubling:

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from spctrl.datasets import MAX_IMAGE_FILE_BYTES
-from spctrl.images import perceptual_hash, probe_image, read_image_file
-from spctrl.records import Record, RecordError
-from spctrl.sample.scenes import draw_animal_scene, draw_people_scene
+from spctrl.data.datasets import MAX_IMAGE_FILE_BYTES
+from spctrl.data.images import perceptual_hash, probe_image, read_image_file
+from spctrl.data.records import Record, RecordError
+from spctrl.demo_data.scenes import draw_animal_scene, draw_people_scene
 
 SIZE_WH = (160, 120)
 FORMATS = {

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spctrl.annotations import read_annotations
-from spctrl.datasets import AP10K, HUMANART, Dataset
-from spctrl.index import INDEX_SCHEMA, index_batches, write_index
-from spctrl.records import RECORD_SCHEMA, REJECT_SCHEMA, Record, records_from_table
+from spctrl.data.annotations.decode import read_annotations
+from spctrl.data.datasets import AP10K, HUMANART, Dataset
+from spctrl.data.index import INDEX_SCHEMA, index_batches, write_index
+from spctrl.data.records import RECORD_SCHEMA, REJECT_SCHEMA, Record, records_from_table
 
 Json = dict[str, Any]
 MAX_PIXELS = 10**8

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tagged_images import exif, saved
 
-from spctrl.images import equal_channels
-from spctrl.index_maps import index_map_of_image, read_index_map, resize_index_map
+from spctrl.conditions.index_maps import index_map_of_image, read_index_map, resize_index_map
+from spctrl.data.images import equal_channels
+from spctrl.data.records import RecordError
 from spctrl.inference.methods import MapResize
-from spctrl.records import RecordError
 
 SIZE_WH = (40, 24)
 

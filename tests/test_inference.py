@@ -17,6 +17,7 @@ pytest.importorskip("diffusers", reason="the models extra is not installed")
 
 import torch
 
+from spctrl.data.records import Record, RecordError
 from spctrl.errors import ExpectedError
 from spctrl.inference import SpCtrlPipeline
 from spctrl.inference.generator import (
@@ -30,7 +31,6 @@ from spctrl.inference.methods import Kind, Sampler
 from spctrl.inference.pipeline import index_maps, initial_noise, load_network, unipc
 from spctrl.models import tiny
 from spctrl.models.tokens import PLACEHOLDERS, load_learned_embeds
-from spctrl.records import Record, RecordError
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "golden" / "controlnet_tiny" / "controlnet"
 RESOLUTION = 64

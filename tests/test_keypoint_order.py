@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spctrl.keypoint_order import KeypointOrderError, keypoint_order
-from spctrl.skeletons import AP10K, HUMANART, Skeleton
+from spctrl.data.annotations.keypoint_order import KeypointOrderError, keypoint_order
+from spctrl.data.skeletons import AP10K, HUMANART, Skeleton
 
 UNCHANGED = tuple(range(17))
 FINGERS_AND_TOES = ("left_finger", "right_finger", "left_toe", "right_toe")

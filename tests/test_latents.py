@@ -17,10 +17,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from spctrl.crops import training_crop
+from spctrl.data.crops import training_crop
+from spctrl.data.records import Record, RecordError
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import run_model
-from spctrl.records import Record, RecordError
 
 torch = pytest.importorskip("torch")
 transforms = pytest.importorskip("torchvision.transforms")
@@ -28,13 +28,13 @@ diffusers = pytest.importorskip("diffusers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from spctrl.data.images import open_rgb  # noqa: E402
 from spctrl.image_models.latents import (  # noqa: E402
     LatentEncoder,
     build_tiny,
     latent_shape,
     load_latent_encoder,
 )
-from spctrl.images import open_rgb  # noqa: E402
 
 Pixels = NDArray[np.uint8]
 RESOLUTION = 64

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from processes import HANG_S
 
-from spctrl import locks
+from spctrl.io import locks
 from spctrl.store import storage as files
 from spctrl.store.storage import StoreError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from spctrl.locks import exclusive
+from spctrl.io.locks import exclusive
 with exclusive(Path(sys.argv[1]), "at work", lambda line: print(line, flush=True)):
     print("held", flush=True)
     time.sleep(600)
@@ -31,7 +31,7 @@ def holder(path: Path) -> subprocess.Popen[str]:
     """A process that takes a lock and keeps it."""
     return subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)],
-        env={**os.environ, "PYTHONPATH": str(Path(locks.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(locks.__file__).parents[2])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from spctrl.data.skeletons import AP10K, HUMANART
 from spctrl.errors import ExpectedError
-from spctrl.skeletons import AP10K, HUMANART
 
 torch = pytest.importorskip("torch")
 

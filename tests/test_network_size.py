@@ -17,8 +17,7 @@ torch = pytest.importorskip("torch", reason="the models extra is not installed")
 
 from spctrl.errors import ExpectedError  # noqa: E402
 from spctrl.image_models import depth, sam_networks  # noqa: E402
-from spctrl.models import stable_diffusion, tiny  # noqa: E402
-from spctrl.network_size import (  # noqa: E402
+from spctrl.io.network_size import (  # noqa: E402
     MAX_NUMBER,
     NetworkSizeError,
     check_numbers,
@@ -26,6 +25,7 @@ from spctrl.network_size import (  # noqa: E402
     parameters_within,
     tensor_shapes,
 )
+from spctrl.models import stable_diffusion, tiny  # noqa: E402
 from spctrl.weights import TorchFileError, read_torch_file  # noqa: E402
 
 MOST_MEMORY = 128 * MIB

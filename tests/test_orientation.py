@@ -30,11 +30,11 @@ from tagged_images import (
 )
 
 from eval.images import ImageError, file_without_orientation, read_rgb, size_of
-from spctrl.conditions import check_depth
-from spctrl.images import open_rgb, probe_image
+from spctrl.conditions.masks import check_depth
+from spctrl.data.images import open_rgb, probe_image
+from spctrl.data.orientation import orientation_of, without_orientation
+from spctrl.data.records import Record, RecordError
 from spctrl.inference.generator import read_condition
-from spctrl.orientation import orientation_of, without_orientation
-from spctrl.records import Record, RecordError
 from spctrl.report.pictures import decode
 
 SIZE_WH = (48, 32)
@@ -152,7 +152,9 @@ def test_overlapping_blocks_of_xmp_are_read_once(monkeypatch: pytest.MonkeyPatch
     data = saved(scene(), "PNG")
     data = data[:33] + png_chunk(b"eXIf", block) + data[33:]
     blocks = []
-    monkeypatch.setattr("spctrl.orientation._rewrite_xmp", lambda data, block: blocks.append(block) or [])
+    monkeypatch.setattr(
+        "spctrl.data.orientation._rewrite_xmp", lambda data, block: blocks.append(block) or []
+    )
     with suppress(RecordError):
         without_orientation(data)
     assert len(blocks) == 1

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from memory import MIB, memory_of
 
-from spctrl import parquet
-from spctrl.parquet import TableError, open_table, read_table
+from spctrl.io import parquet
+from spctrl.io.parquet import TableError, open_table, read_table
 
 MOST_MEMORY = 300 * MIB
 """Of reading a small file that means harm; the free bytes of a table are 256 MiB."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eval.vitpose.crops import boxes_to_regions, cells_to_image, crop_matrix, scale_boxes
-from spctrl.boxes import clip_boxes
+from spctrl.data.boxes import clip_boxes
 from spctrl.errors import ExpectedError
 
 torch = pytest.importorskip("torch")

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from spctrl.configuration import ConfigurationError
-from spctrl.datasets import AP10K, DATASETS, HUMANART
+from spctrl.data.datasets import AP10K, DATASETS, HUMANART
+from spctrl.data.records import RECORD_SCHEMA
 from spctrl.errors import ExpectedError
 from spctrl.prompts import (
     Prompt,
@@ -27,7 +28,6 @@ from spctrl.prompts import (
     tokenize,
     usable,
 )
-from spctrl.records import RECORD_SCHEMA
 
 K = 17
 BUILD: dict[str, Any] = {"keypoints": "tokens", "seed": 0, "epoch": 0, "add_keypoint_prompt": 1.0}

@@ -12,7 +12,7 @@ import pytest
 from conftest import Workspace, _luigi_settings
 from stores import FACTS, commit
 
-from spctrl.documents import MAX_DOCUMENT_BYTES, parse_document
+from spctrl.io.documents import MAX_DOCUMENT_BYTES, parse_document
 from spctrl.store.provenance import ProvenanceError, parse_provenance
 from spctrl.store.store import PROVENANCE, Run, Store
 from tasks.maintenance import collect, verify

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spctrl.real_size import is_sparse, real_size
+from spctrl.io.real_size import is_sparse, real_size
 
 HOLE, DATA = 2**30, 2**16
 

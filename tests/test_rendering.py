@@ -17,13 +17,13 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from PIL import Image
 
-from spctrl.datasets import AP10K as AP10K_DATASET
-from spctrl.index import write_index
-from spctrl.records import Record, records_from_table
-from spctrl.rendering.openpose import STYLES, palette, render_openpose
-from spctrl.rendering.png import Canvas
-from spctrl.rendering.spatext import render_spatext
-from spctrl.skeletons import AP10K, HUMANART, Skeleton
+from spctrl.conditions.openpose import STYLES, palette, render_openpose
+from spctrl.conditions.png import Canvas
+from spctrl.conditions.spatext import render_spatext
+from spctrl.data.datasets import AP10K as AP10K_DATASET
+from spctrl.data.index import write_index
+from spctrl.data.records import Record, records_from_table
+from spctrl.data.skeletons import AP10K, HUMANART, Skeleton
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "ap10k"
 Pixels = NDArray[np.uint8]

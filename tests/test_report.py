@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 
 from spctrl.audit import SplitTables, audit_split
+from spctrl.data.records import RECORD_SCHEMA, RecordError
 from spctrl.errors import ExpectedError
-from spctrl.records import RECORD_SCHEMA, RecordError
 from spctrl.report import render_report
 from spctrl.report.gallery import choose_gallery_rows, primary_categories
 from spctrl.report.pictures import (

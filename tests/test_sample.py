@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 import pytest
 
-from spctrl.sample import write_sample
-from spctrl.sample.animals import SPECIES, make_animal
-from spctrl.sample.figures import view
-from spctrl.sample.scenes import MIN_VISIBLE_PIXELS, draw_animal_scene, draw_people_scene
-from spctrl.skeletons import AP10K
+from spctrl.data.skeletons import AP10K
+from spctrl.demo_data import write_sample
+from spctrl.demo_data.animals import SPECIES, make_animal
+from spctrl.demo_data.figures import view
+from spctrl.demo_data.scenes import MIN_VISIBLE_PIXELS, draw_animal_scene, draw_people_scene
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 ANNOTATIONS = {

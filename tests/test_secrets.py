@@ -12,9 +12,16 @@ from typing import Any
 
 import pytest
 
-from spctrl import secrets
-from spctrl.console import PlainConsole
-from spctrl.secrets import mask_record, masked, masked_values, remember, remember_environment, without_secrets
+from spctrl.output import secrets
+from spctrl.output.console import PlainConsole
+from spctrl.output.secrets import (
+    mask_record,
+    masked,
+    masked_values,
+    remember,
+    remember_environment,
+    without_secrets,
+)
 from spctrl.store.storage import StoreError, files_at
 from tasks.execution.logs import JsonLines
 from tasks.parameters import PathParameter

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
 
-from spctrl.conditions import check_mask, union_mask
+from spctrl.conditions.masks import check_mask, union_mask
+from spctrl.data.records import Record
+from spctrl.demo_data.scenes import draw_animal_scene, draw_people_scene
 from spctrl.errors import ExpectedError
 from spctrl.image_models import segments
 from spctrl.image_models.base import Result, run_model
 from spctrl.image_models.sam_networks import PACKAGES, Sizes, build_tiny, load_network, network_of_sizes
 from spctrl.image_models.segments import Segmenter, load_segmenter, run_lengths
-from spctrl.records import Record
-from spctrl.sample.scenes import draw_animal_scene, draw_people_scene
 
 MODELS = [("sam", "vit_b"), ("sam_hq", "vit_b"), ("sam_hq", "vit_tiny")]
 MAX_DIFFERENT = 1e-4

@@ -13,10 +13,10 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from spctrl.console import FoldedTable, PlainConsole, lines
-from spctrl.printable import indented, one_line, printable
+from spctrl.output.console import FoldedTable, PlainConsole, lines
+from spctrl.output.printable import indented, one_line, printable
+from spctrl.output.terminal import PrintableLines, say, say_message, say_text
 from spctrl.report.text import visible
-from spctrl.terminal import PrintableLines, say, say_message, say_text
 from tasks.execution import logs
 
 HOSTILE = "a[/x][red]b[link=http://c]\x1b[2J\x1b]0;t\x07\x9b31m\u202e\u2066\u2028\x7f\r\b\nERROR: fake\t\udcff:smile:"

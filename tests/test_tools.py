@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tagged_images import exif
 
+from spctrl.conditions.openpose import palette
 from spctrl.configuration import ConfigurationError
-from spctrl.datasets import AP10K, HUMANART, Dataset
+from spctrl.data.datasets import AP10K, HUMANART, Dataset
+from spctrl.data.orientation import orientation_of
 from spctrl.errors import ExpectedError
 from spctrl.inference.poses import (
     Pose,
@@ -27,8 +29,6 @@ from spctrl.inference.poses import (
     write_pose,
 )
 from spctrl.inference.sheets import coloured_index_map, heat_over, sheet
-from spctrl.orientation import orientation_of
-from spctrl.rendering.openpose import palette
 
 SIZE_WH = (96, 64)
 FAST = ["--steps", "2", "--resolution", "64", "--device", "cpu"]

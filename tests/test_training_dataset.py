@@ -25,16 +25,16 @@ transformers = pytest.importorskip("transformers")
 
 import torch.nn.functional as F  # noqa: E402
 
-from spctrl.conditions import encode_png  # noqa: E402
-from spctrl.crops import crop_of, nearest_crop, training_crop  # noqa: E402
-from spctrl.datasets import AP10K, DATASETS, HUMANART, Dataset  # noqa: E402
+from spctrl.conditions.heatmaps import keypoint_heatmaps  # noqa: E402
+from spctrl.conditions.masks import encode_png  # noqa: E402
+from spctrl.conditions.openpose import render_openpose  # noqa: E402
+from spctrl.conditions.spatext import render_spatext  # noqa: E402
+from spctrl.data.crops import crop_of, nearest_crop, training_crop  # noqa: E402
+from spctrl.data.datasets import AP10K, DATASETS, HUMANART, Dataset  # noqa: E402
+from spctrl.data.images import open_rgb  # noqa: E402
+from spctrl.data.index import write_index  # noqa: E402
+from spctrl.data.records import Record, RecordError, records_from_table  # noqa: E402
 from spctrl.errors import ExpectedError  # noqa: E402
-from spctrl.images import open_rgb  # noqa: E402
-from spctrl.index import write_index  # noqa: E402
-from spctrl.records import Record, RecordError, records_from_table  # noqa: E402
-from spctrl.rendering.heatmaps import keypoint_heatmaps  # noqa: E402
-from spctrl.rendering.openpose import render_openpose  # noqa: E402
-from spctrl.rendering.spatext import render_spatext  # noqa: E402
 from spctrl.training import SpCtrlDataset  # noqa: E402
 from spctrl.training.artifacts import StoredArtifacts  # noqa: E402
 from spctrl.training.dataset import _decoded, _pixel_crop  # noqa: E402

@@ -16,8 +16,8 @@ from processes import HANG_S
 
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 
-from spctrl import locks  # noqa: E402
 from spctrl.errors import ExpectedError  # noqa: E402
+from spctrl.io import locks  # noqa: E402
 from spctrl.training import __main__ as command  # noqa: E402
 from spctrl.training import checkpoints as stored  # noqa: E402
 from spctrl.training import resumption  # noqa: E402
@@ -69,7 +69,7 @@ def test_a_training_ends_with_the_build_that_reads_its_progress(tmp_path: Path) 
     given = (str(tmp_path / "train.yaml"), f"--manifest={tmp_path / 'none'}", f"--output={tmp_path / 'run'}")
     training = subprocess.Popen(
         [sys.executable, "-m", "spctrl.training", *given, "--json-progress"],
-        env={**os.environ, "PYTHONPATH": str(Path(locks.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(locks.__file__).parents[2])},
         stdout=subprocess.PIPE,
         text=True,
     )

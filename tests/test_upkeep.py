@@ -205,7 +205,7 @@ def test_accept_keeps_outputs_after_a_harmless_change(
     source = code / "spctrl" / "rendering" / "spatext.py"
     source.write_text(source.read_text().replace("half_length_px = int(", "half_length_px = int(0 + "))
 
-    assert "code spctrl.rendering.spatext:link_polygon changed" in " ".join(
+    assert "code spctrl.conditions.spatext:link_polygon changed" in " ".join(
         workspace.spctrl("status").stdout.split()
     )
     done = workspace.spctrl("accept", "spatext", "openpose", "--yes")

@@ -12,8 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the models extra is not installed")
 
+from spctrl.io.network_size import MAX_NUMBER, largest, tensor_shapes  # noqa: E402
 from spctrl.models import stable_diffusion, tiny  # noqa: E402
-from spctrl.network_size import MAX_NUMBER, largest, tensor_shapes  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.inputs import jpeg_of_size
-from spctrl.records import Record
+from spctrl.data.records import Record
 
 SIZES_WH = ((1024, 768), (1024, 683), (768, 1024), (1024, 1024))
 """Usual sizes of AP-10K's images."""

@@ -30,9 +30,9 @@ from eval.vitpose.checkpoints import (
     load_vitpose,
 )
 from eval.vitpose.crops import scale_boxes
-from spctrl.boxes import clip_boxes
+from spctrl.data.boxes import clip_boxes
+from spctrl.data.records import NUM_KEYPOINTS
 from spctrl.errors import ExpectedError
-from spctrl.records import NUM_KEYPOINTS
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

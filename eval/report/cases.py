@@ -14,18 +14,18 @@ import cv2
 import numpy as np
 
 from eval.pose_ap import KEYPOINT_SCORE_THRESHOLD
-from spctrl.datasets import DATASETS
-from spctrl.images import read_image_file
+from spctrl.conditions.spatext import draw_index_map
+from spctrl.data.datasets import DATASETS
+from spctrl.data.images import read_image_file
+from spctrl.data.records import RecordError
 from spctrl.paths import listed_files
-from spctrl.records import RecordError
-from spctrl.rendering.spatext import draw_index_map
 from spctrl.report.pictures import THUMBNAIL_SIDE, colourise_index_map, decode, overlay_index_map
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eval.instances import Poses
-    from spctrl.skeletons import Skeleton
+    from spctrl.data.skeletons import Skeleton
 
 LINE_HALF_WIDTH, DISC_RADIUS = 3, 4
 """Pixels of the small picture."""

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from spctrl.data.records import NUM_KEYPOINTS
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
-from spctrl.network_size import MAX_NUMBER, parameters_within
-from spctrl.reading_faults import faults_of
-from spctrl.records import NUM_KEYPOINTS
+from spctrl.io.network_size import MAX_NUMBER, parameters_within
+from spctrl.io.reading_faults import faults_of
 from spctrl.weights import TorchFileError, read_torch_file
 
 if TYPE_CHECKING:

@@ -35,9 +35,9 @@ from eval.pose_estimator import (
 )
 from eval.vitpose.checkpoints import LAYER_NORM_EPS
 from eval.vitpose.crops import boxes_to_regions, crop
-from spctrl.datasets import DATASETS
-from spctrl.sample import write_sample
-from spctrl.terminal import say
+from spctrl.data.datasets import DATASETS
+from spctrl.demo_data import write_sample
+from spctrl.output.terminal import say
 
 if TYPE_CHECKING:
     import torch

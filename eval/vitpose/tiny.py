@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval.vitpose.checkpoints import LAYER_NORM_EPS, MMPOSE, VITPOSE, attention_heads, from_transformers
+from spctrl.data.records import NUM_KEYPOINTS
 from spctrl.image_models.loading import mark_random
-from spctrl.records import NUM_KEYPOINTS
 from spctrl.weights import random_weights_path, save_torch_file
 
 if TYPE_CHECKING:

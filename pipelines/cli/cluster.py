@@ -24,8 +24,8 @@ from pipelines.luigi_setup import startup
 from pipelines.luigi_setup.scheduler import LOCAL, fault_at, is_given
 from pipelines.luigi_setup.worker import INTERRUPTED, StageWorker
 from spctrl.errors import ExpectedError
+from spctrl.output.terminal import say_message
 from spctrl.store.store import forget_what_was_found
-from spctrl.terminal import say_message
 from tasks.execution import logs
 
 AWAY_TIMES = 10

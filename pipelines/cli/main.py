@@ -23,15 +23,15 @@ import spctrl
 from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train
 from pipelines.cli import cluster, pose
 from spctrl import options
-from spctrl.console import FoldedTable, PlainConsole, lines
-from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
 from spctrl.extras import extras_with, imports_explained
-from spctrl.printable import one_line
+from spctrl.io.disk_errors import writing
+from spctrl.output.console import FoldedTable, PlainConsole, lines
+from spctrl.output.printable import one_line
+from spctrl.output.secrets import masked
+from spctrl.output.terminal import say_message
 from spctrl.resources import overrides
-from spctrl.secrets import masked
 from spctrl.store.storage import TEMPORARY, files_at, is_url
-from spctrl.terminal import say_message
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS, condition_class
 from tasks.dataset.index import AnnotationFile
@@ -294,7 +294,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="another seed draws other scenes")] = 0,
 ) -> None:
     """Draw a small dataset in both raw formats, with exact masks and depth maps beside the images."""
-    from spctrl.sample import write_sample
+    from spctrl.demo_data import write_sample
 
     with writing(folder):
         write_sample(folder, images_per_split=images_per_split, seed=seed)

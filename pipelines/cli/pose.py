@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from spctrl import options
-from spctrl.console import PlainConsole
 from spctrl.errors import ExpectedError
+from spctrl.output.console import PlainConsole
 from tasks import settings
 from tasks.dataset.index import Index
 from tasks.stage.base import MANIFEST
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from spctrl.datasets import Dataset
+    from spctrl.data.datasets import Dataset
     from spctrl.inference.generator import ImageGenerator, Request
     from spctrl.inference.methods import Kind
     from spctrl.inference.poses import Pose
@@ -97,7 +97,7 @@ def _explaining_disk_errors(command: Callable[..., None]) -> Callable[..., None]
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
-        from spctrl.disk_errors import working
+        from spctrl.io.disk_errors import working
 
         # The pose of `prompt` is written, that of the others read.
         with working(options.get("output", options.get("pose"))):
@@ -132,9 +132,9 @@ class Drawing:
         self, condition: bytes, prompt: str, *, seed: int, count: int, path: Path | None = None
     ) -> list[Request]:
         """Requests for some images of one condition, which may be from a file, from different noise."""
+        from spctrl.data.records import RecordError
         from spctrl.inference.generator import Request, read_condition
         from spctrl.inference.methods import image_seed
-        from spctrl.records import RecordError
 
         try:
             sampler = self.generator.sampler
@@ -497,7 +497,7 @@ def _annotated(image_id: int, dataset: str, split: str) -> Pose:
     import pyarrow.compute as pc
 
     from spctrl.inference.poses import pose_of_row
-    from spctrl.parquet import read_table
+    from spctrl.io.parquet import read_table
 
     splits = _dataset(dataset).split_words
     if split not in splits:
@@ -540,8 +540,8 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
 
 def _upright(condition: bytes) -> bytes:
     """The same for readers that apply orientation tags."""
-    from spctrl.orientation import without_orientation
-    from spctrl.records import RecordError
+    from spctrl.data.orientation import without_orientation
+    from spctrl.data.records import RecordError
 
     try:
         return without_orientation(condition)

@@ -10,7 +10,7 @@ import luigi
 from luigi.cmdline_parser import CmdlineParser
 from luigi.task_register import Register
 
-from spctrl.printable import one_line
+from spctrl.output.printable import one_line
 
 
 class _Parser(argparse.ArgumentParser):

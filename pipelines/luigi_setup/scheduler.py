@@ -12,7 +12,7 @@ from luigi.rpc import RemoteScheduler, RPCError
 
 from pipelines.luigi_setup.worker import StageWorker
 from spctrl.errors import ExpectedError
-from spctrl.secrets import masked, remember
+from spctrl.output.secrets import masked, remember
 
 LOCAL = "local_scheduler"
 LUIGID = ("scheduler_host", "scheduler_port", "scheduler_url")

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 
 from pipelines.luigi_setup import settings_files
-from spctrl import secrets
 from spctrl.errors import ExpectedError
-from spctrl.printable import printable
-from spctrl.terminal import say, say_message
+from spctrl.output import secrets
+from spctrl.output.printable import printable
+from spctrl.output.terminal import say, say_message
 
 STOPPED = "stopped. What was finished stays, run again to go on"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from luigi.worker import Worker
 
-from spctrl.secrets import masked
+from spctrl.output.secrets import masked
 from tasks.execution.interrupts import leave_second_interrupt_to_parent
 from tasks.execution.worker_pool import end_with_parent
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spctrl.datasets import DATASETS
+from spctrl.data.datasets import DATASETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from spctrl.datasets import DATASETS
+from spctrl.data.datasets import DATASETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

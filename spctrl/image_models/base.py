@@ -12,12 +12,12 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from spctrl.records import RecordError
+from spctrl.data.records import RecordError
 
 if TYPE_CHECKING:
     import torch
 
-    from spctrl.records import Record
+    from spctrl.data.records import Record
 
 Decoded = TypeVar("Decoded")
 Output = TypeVar("Output")

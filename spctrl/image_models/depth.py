@@ -18,19 +18,19 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from spctrl.conditions import encode_png
+from spctrl.conditions.masks import encode_png
+from spctrl.data.images import open_rgb
+from spctrl.data.records import RecordError
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device, mixed_precision
 from spctrl.image_models.loading import WeightsFolder, load_strictly, mark_random
-from spctrl.images import open_rgb
-from spctrl.network_size import MAX_SIDE, read_config
-from spctrl.records import RecordError
+from spctrl.io.network_size import MAX_SIDE, read_config
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from spctrl.records import Record
+    from spctrl.data.records import Record
 
 SHORT_SIDE, SIDE_MULTIPLE = 512, 64
 LONGEST_SIDE = 2048

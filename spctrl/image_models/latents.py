@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spctrl.crops import training_crop
+from spctrl.data.crops import training_crop
+from spctrl.data.images import open_rgb
+from spctrl.data.records import RecordError
 from spctrl.errors import ExpectedError
 from spctrl.image_models.base import choose_device
 from spctrl.image_models.loading import WeightsFolder, load_strictly, mark_random
-from spctrl.images import open_rgb
-from spctrl.records import RecordError
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from spctrl.records import Record
+    from spctrl.data.records import Record
 
 VAE = WeightsFolder(
     what="the image autoencoder of Stable Diffusion 1.5 in diffusers' format",

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
-from spctrl.network_size import MAX_CONFIG_BYTES, within_weights
-from spctrl.reading_faults import faults_of
+from spctrl.io.documents import read_document_file
+from spctrl.io.network_size import MAX_CONFIG_BYTES, within_weights
+from spctrl.io.reading_faults import faults_of
 
 _KEYS_NAMED = 5
 

@@ -12,8 +12,8 @@ import segment_anything
 import torch
 
 from spctrl.errors import ExpectedError
-from spctrl.network_size import MAX_SIDE, parameters_within, read_config
-from spctrl.reading_faults import faults_of
+from spctrl.io.network_size import MAX_SIDE, parameters_within, read_config
+from spctrl.io.reading_faults import faults_of
 from spctrl.weights import TorchFileError, read_torch_file, save_torch_file
 
 with warnings.catch_warnings():

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 
+from spctrl.data.images import open_rgb
+from spctrl.data.records import RecordError
 from spctrl.image_models.base import choose_device, mixed_precision
 from spctrl.image_models.sam_networks import PACKAGES, PATCH_PX, Backend, ModelType, load_network
-from spctrl.images import open_rgb
-from spctrl.records import RecordError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from spctrl.records import Record
+    from spctrl.data.records import Record
 
 PROMPTS_PER_PASS = 16
 """At the released size a prompt takes about 100 MB in the mask decoder."""

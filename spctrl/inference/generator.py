@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from spctrl.conditions.index_maps import read_index_map, resize_index_map
+from spctrl.data.images import opened_image
+from spctrl.data.records import RecordError
 from spctrl.image_models.base import choose_device
-from spctrl.images import opened_image
-from spctrl.index_maps import read_index_map, resize_index_map
 from spctrl.inference.methods import Kind, MapResize, Sampler
-from spctrl.records import RecordError
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from spctrl.records import Record
+    from spctrl.data.records import Record
 
 JPEG_QUALITY = 95
 
@@ -171,8 +171,8 @@ def read_condition(
 ) -> NDArray[np.float32]:
     """(C, R, R) float32: a condition's file, stretched to a square.
 
-    Index maps, of any mode whose channels are equal, stay whole numbers (``spctrl.index_maps``). Other conditions are
-    resized bilinearly, as in training, and scaled to [0, 1].
+    Index maps, of any mode whose channels are equal, stay whole numbers (``spctrl.conditions.index_maps``). Other
+    conditions are resized bilinearly, as in training, and scaled to [0, 1].
 
     Raises:
         RecordError: ``bad_image``: not an image, or with ``spctrl`` not an index map.

@@ -56,7 +56,8 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             timestep (0.0292 in Stable Diffusion 1.5), at which older versions of diffusers ended, and with them the
             released inference. The latents of the two differ by about 0.1% of their norm.
         map_resize: how index maps are stretched to ``resolution``: ``centre``, as in training, or ``floor``, as in the
-            released inference (``spctrl.index_maps.resize_index_map``). Other conditions are always resized bilinearly.
+            released inference (``spctrl.conditions.index_maps.resize_index_map``). Other conditions are always resized
+            bilinearly.
         steps: of the UniPC multistep scheduler.
         guidance_scale: weight of the prompt against the negative prompt; 1 or less leaves the latter out.
         conditioning_scale: weight of the condition.

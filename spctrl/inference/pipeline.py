@@ -26,9 +26,10 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from spctrl.conditions.index_maps import index_map_of_image, value_fault
+from spctrl.data.records import RecordError
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
-from spctrl.index_maps import index_map_of_image, value_fault
 from spctrl.inference.checkpoints import learned_embeds_file, network_folder
 from spctrl.inference.methods import LATENT_FACTOR, FinalSigmas, Kind, MapResize
 from spctrl.models.controlnet import RELEASED_CLASS, SpCtrlControlNetModel
@@ -41,7 +42,6 @@ from spctrl.models.stable_diffusion import (
     move,
 )
 from spctrl.models.tokens import load_learned_embeds, set_learned_embeds
-from spctrl.records import RecordError
 
 _INTERPOLATION: dict[MapResize, str] = {"centre": "nearest-exact", "floor": "nearest"}
 """Torch's names."""

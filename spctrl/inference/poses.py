@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import numpy as np
 
-from spctrl.annotations import FAR_AWAY_IN_SIZES
+from spctrl.conditions.spatext import draw_index_map
 from spctrl.configuration import ConfigurationError
+from spctrl.data.annotations.decode import FAR_AWAY_IN_SIZES
+from spctrl.data.records import records_from_table
 from spctrl.duplicate_keys import DuplicateKeyError, refuse_duplicate_json_keys
 from spctrl.errors import ExpectedError
+from spctrl.io.utf8 import utf8_fault
 from spctrl.prompts import KeypointWords, Subject, evaluation_prompt, load_templates, subjects_from_table
-from spctrl.records import records_from_table
-from spctrl.rendering.spatext import draw_index_map
-from spctrl.utf8 import utf8_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from spctrl.datasets import Dataset
+    from spctrl.data.datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)

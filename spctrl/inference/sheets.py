@@ -12,13 +12,13 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from spctrl.rendering.openpose import palette
-from spctrl.rendering.spatext import FIRST_LINK
+from spctrl.conditions.openpose import palette
+from spctrl.conditions.spatext import FIRST_LINK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from spctrl.skeletons import Skeleton
+    from spctrl.data.skeletons import Skeleton
 
 LABEL_PX, GAP_PX = 20, 4
 FONT_PX = 12

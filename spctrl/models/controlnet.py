@@ -19,6 +19,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from spctrl.errors import ExpectedError
+from spctrl.io.network_size import within_weights
+from spctrl.io.reading_faults import faults_of
 from spctrl.models.embedding import (
     LayerVersion,
     LinkTable,
@@ -26,8 +28,6 @@ from spctrl.models.embedding import (
     SpatextEmbedding,
     load_keypoint_init,
 )
-from spctrl.network_size import within_weights
-from spctrl.reading_faults import faults_of
 
 RELEASED_CLASS = "SpaTextControlNetModel"
 """What the config.json of a released folder calls this model; folders saved here say the same."""

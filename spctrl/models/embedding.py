@@ -14,9 +14,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from spctrl.conditions.spatext import BACKGROUND, FIRST_KEYPOINT, FIRST_LINK
+from spctrl.data.skeletons import AP10K, HUMANART
 from spctrl.errors import ExpectedError
-from spctrl.rendering.spatext import BACKGROUND, FIRST_KEYPOINT, FIRST_LINK
-from spctrl.skeletons import AP10K, HUMANART
 from spctrl.weights import TorchFileError, read_torch_file
 
 SkeletonType = Literal["one", "zero", "rand", "interp_kpt"]

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
 from spctrl.image_models.loading import WeightsFolder, load_strictly
-from spctrl.network_size import MAX_CONFIG_BYTES, check_tokenizer, read_config
-from spctrl.reading_faults import faults_of
+from spctrl.io.documents import read_document_file
+from spctrl.io.network_size import MAX_CONFIG_BYTES, check_tokenizer, read_config
+from spctrl.io.reading_faults import faults_of
 
 if TYPE_CHECKING:
     import torch

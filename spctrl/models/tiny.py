@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spctrl.datasets import DATASETS
+from spctrl.data.datasets import DATASETS
 from spctrl.image_models import latents
 from spctrl.image_models.loading import mark_random
 

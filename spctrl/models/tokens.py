@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spctrl.datasets import DATASETS
+from spctrl.data.datasets import DATASETS
 from spctrl.errors import ExpectedError
 from spctrl.weights import TorchFileError, read_torch_file, save_torch_file
 

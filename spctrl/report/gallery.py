@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spctrl.records import RecordError
+from spctrl.data.records import RecordError
 from spctrl.report.pictures import colourise_index_map, decode, overlay_index_map, thicken_lines
 from spctrl.report.text import number, shorten, words
 

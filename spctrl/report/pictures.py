@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 import cv2
 import numpy as np
 
-from spctrl.images import opened_image
-from spctrl.records import RecordError
+from spctrl.data.images import opened_image
+from spctrl.data.records import RecordError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spctrl.printable import printable
+from spctrl.output.printable import printable
 
 
 def visible(value: Any) -> Any:

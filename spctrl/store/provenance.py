@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from spctrl.documents import parse_document
+from spctrl.io.documents import parse_document
 from spctrl.paths import is_safe_relative_path
 
 MAX_SHOWN_CHARACTERS = 60

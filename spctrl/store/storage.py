@@ -21,13 +21,13 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from spctrl import locks
-from spctrl.documents import MAX_DOCUMENT_BYTES, parse_document
 from spctrl.errors import ExpectedError
 from spctrl.extras import missing_package
+from spctrl.io import locks
+from spctrl.io.documents import MAX_DOCUMENT_BYTES, parse_document
+from spctrl.io.real_size import is_sparse
+from spctrl.output.secrets import has_unquoted_password, masked, masked_url, remember
 from spctrl.paths import is_safe_relative_path
-from spctrl.real_size import is_sparse
-from spctrl.secrets import has_unquoted_password, masked, masked_url, remember
 
 TEMPORARY = ".tmp-"
 PATTERN_LETTERS = frozenset("*?[")
@@ -624,7 +624,7 @@ def too_large(place: str, size: int, max_bytes: int) -> FileTooLargeError:
 
 @contextmanager
 def exclusive(path: Path, activity: str, notify: Callable[[str], object]) -> Iterator[None]:
-    """Hold a lock file, as ``spctrl.locks.exclusive`` does.
+    """Hold a lock file, as ``spctrl.io.locks.exclusive`` does.
 
     Args:
         path: of the lock file.

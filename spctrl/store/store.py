@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from spctrl.documents import MAX_DOCUMENT_BYTES
-from spctrl.secrets import without_secrets
+from spctrl.io.documents import MAX_DOCUMENT_BYTES
+from spctrl.output.secrets import without_secrets
 from spctrl.store.packs import (
     MAX_ARTIFACT_BYTES,
     SAFETENSORS,
@@ -588,7 +588,7 @@ def _open_index(index: bytes, columns: Sequence[str] | None = None) -> pq.Parque
     Raises:
         OSError, ValueError, pa.ArrowException: it is damaged.
     """
-    from spctrl.parquet import open_table
+    from spctrl.io.parquet import open_table
 
     file = open_table(index, columns, free_bytes=FREE_INDEX_BYTES)
     rows = file.metadata.num_rows

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spctrl import locks, options
-from spctrl.disk_errors import working
+from spctrl import options
 from spctrl.errors import ExpectedError
 from spctrl.extras import imports_explained
+from spctrl.io import locks
+from spctrl.io.disk_errors import working
+from spctrl.output.printable import printable
+from spctrl.output.secrets import mask_output, masked
+from spctrl.output.terminal import PrintableLines, say, say_message
 from spctrl.paths import config_name, name_fault
-from spctrl.printable import printable
-from spctrl.secrets import mask_output, masked
-from spctrl.terminal import PrintableLines, say, say_message
 from spctrl.training.checkpoints import CHECKPOINTS_STAY, LOCK
 from spctrl.training.config import TrainingConfig, read_training_config
 

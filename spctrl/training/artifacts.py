@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spctrl.errors import ExpectedError
-from spctrl.parquet import read_table
+from spctrl.io.parquet import read_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -19,9 +19,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spctrl.disk_errors import disk_error
-from spctrl.documents import read_document_file
 from spctrl.errors import ExpectedError
+from spctrl.io.disk_errors import disk_error
+from spctrl.io.documents import read_document_file
 from spctrl.weights import TorchFileError, read_torch_file
 
 if TYPE_CHECKING:

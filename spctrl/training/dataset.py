@@ -20,12 +20,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from spctrl.crops import LONGEST_SIDES, crop_of, nearest_crop, training_crop
-from spctrl.datasets import DATASETS
+from spctrl.conditions.index_maps import read_index_map
+from spctrl.conditions.openpose import drawn_links, palette
+from spctrl.conditions.spatext import draw_index_map
+from spctrl.data.crops import LONGEST_SIDES, crop_of, nearest_crop, training_crop
+from spctrl.data.datasets import DATASETS
+from spctrl.data.images import equal_channels, open_rgb, opened_image
+from spctrl.data.records import Record, RecordError, records_from_table
 from spctrl.errors import ExpectedError
-from spctrl.images import equal_channels, open_rgb, opened_image
-from spctrl.index_maps import read_index_map
-from spctrl.parquet import TableError, open_table
+from spctrl.io.parquet import TableError, open_table
 from spctrl.paths import refuse_unsafe_paths
 from spctrl.prompts import (
     Subject,
@@ -38,9 +41,6 @@ from spctrl.prompts import (
     templates_path,
     tokenize,
 )
-from spctrl.records import Record, RecordError, records_from_table
-from spctrl.rendering.openpose import drawn_links, palette
-from spctrl.rendering.spatext import draw_index_map
 from spctrl.training.artifacts import REMEDY, StoredArtifacts, missing_artifacts
 from spctrl.training.heatmaps import HeatmapType, heatmap_targets
 

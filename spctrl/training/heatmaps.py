@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from spctrl.crops import crop_of, nearest_places
-from spctrl.rendering.heatmaps import CELLS, keypoint_heatmaps
+from spctrl.conditions.heatmaps import CELLS, keypoint_heatmaps
+from spctrl.data.crops import crop_of, nearest_places
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from spctrl.disk_errors import is_shared_memory
 from spctrl.errors import ExpectedError
 from spctrl.extras import missing_package
+from spctrl.io.disk_errors import is_shared_memory
 from spctrl.models.stable_diffusion import move
 from spctrl.training.checkpoints import (
     RUN,

@@ -13,12 +13,12 @@ import msgspec
 import numpy as np
 import torch
 
-from spctrl.disk_errors import writing
 from spctrl.errors import ExpectedError
 from spctrl.extras import missing_package
 from spctrl.inference.generator import ImageGenerator, Request, jpeg_bytes
 from spctrl.inference.methods import Sampler, image_seed
-from spctrl.parquet import read_table
+from spctrl.io.disk_errors import writing
+from spctrl.io.parquet import read_table
 from spctrl.prompts import load_templates, rows_without_prompt
 from spctrl.training.checkpoints import CHECKPOINTS_STAY
 from spctrl.training.loop import training_dataset

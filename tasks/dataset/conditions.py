@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
+from spctrl.conditions.png_folder import PngFolder
 from spctrl.errors import ExpectedError
 from spctrl.fingerprints import without_neutral
-from spctrl.png_folder import PngFolder
 from spctrl.store.packs import SAFETENSORS
 from spctrl.store.storage import StoreError
 from spctrl.store.store import digest, parquet_bytes
@@ -25,7 +25,7 @@ from tasks.stage.record_stage import NOTHING, Artifacts, Prepared, RecordStage, 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from spctrl.records import Record
+    from spctrl.data.records import Record
     from spctrl.store.store import Run
 
 OPENPOSE_COLOURS = 18
@@ -40,7 +40,7 @@ class Spatext(DatasetStage, RecordStage):
 
     stage = "spatext"
     priority = 1  # before the renders, which may colour its maps instead of drawing again
-    function = "spctrl.rendering.spatext:render_spatext"
+    function = "spctrl.conditions.spatext:render_spatext"
     libraries = ("opencv-python-headless",)
 
     def requires(self) -> list[StageTask]:
@@ -62,7 +62,7 @@ class Openpose(Spatext):
     """Colour renders of the skeletons."""
 
     stage = "openpose"
-    function = "spctrl.rendering.openpose:render_openpose"
+    function = "spctrl.conditions.openpose:render_openpose"
     priority = 0
 
     def parameters(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Mask(Precomputed):
     """Foreground masks."""
 
     stage = "mask"
-    function = "spctrl.conditions:check_mask"
+    function = "spctrl.conditions.masks:check_mask"
     section = settings.mask
 
     def parameters(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Depth(Precomputed):
     """Depth maps."""
 
     stage = "depth"
-    function = "spctrl.conditions:check_depth"
+    function = "spctrl.conditions.masks:check_depth"
     section = settings.depth
 
 
@@ -173,7 +173,7 @@ class Segments(ModelStage):
         }
 
     def prepare(self, rows: pa.RecordBatch) -> list[Prepared]:
-        from spctrl.records import records_from_table
+        from spctrl.data.records import records_from_table
 
         return [
             prepared._replace(identity=f"{prepared.identity} {digest(*_prompts(record))}")
@@ -191,7 +191,7 @@ class Segments(ModelStage):
         ]
         import pyarrow as pa
 
-        from spctrl.manifest import INSTANCE_MASK_TYPE
+        from spctrl.data.manifest import INSTANCE_MASK_TYPE
 
         schema = pa.schema([("image_id", pa.int64()), *INSTANCE_MASK_TYPE])
         run.write(INSTANCES, parquet_bytes(pa.Table.from_pylist(rows, schema=schema)))
@@ -199,7 +199,7 @@ class Segments(ModelStage):
 
     @staticmethod
     def _instances(stage: str, image_id: int, data: bytes) -> list[dict[str, Any]]:
-        from spctrl.segments import parse_segments
+        from spctrl.conditions.segments import parse_segments
 
         try:
             return parse_segments(data)
@@ -250,7 +250,7 @@ class SegmentedMask(FromArtifacts):
     """Foreground masks: the union of the instances' masks."""
 
     stage = "mask"
-    function = "spctrl.conditions:union_mask"
+    function = "spctrl.conditions.masks:union_mask"
     libraries = ("opencv-python-headless", "pycocotools")
 
     def sources(self) -> list[StageTask]:
@@ -276,7 +276,7 @@ class MaskedDepth(FromArtifacts):
     """Depth within the mask."""
 
     stage = "masked_depth"
-    function = "spctrl.conditions:mask_depth"
+    function = "spctrl.conditions.masks:mask_depth"
     libraries = ("opencv-python-headless",)
 
     def sources(self) -> list[StageTask]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from spctrl.documents import MAX_DOCUMENT_BYTES
+from spctrl.io.documents import MAX_DOCUMENT_BYTES
 from spctrl.paths import UnsafePathError, is_safe_relative_path
 from spctrl.store.digests import InputChangedError
 from spctrl.store.storage import Files, FileTooLargeError, Folder, StoreError, cannot_write, file_digest
@@ -32,7 +32,7 @@ from tasks.stage.tables import struck_out
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from spctrl.shards import ReadFiles
+    from spctrl.data.export.shards import ReadFiles
     from tasks.execution.progress import Advance
     from tasks.execution.worker import Source
     from tasks.stage.base import StageTask
@@ -90,7 +90,7 @@ class Ledger:
         """
         import pyarrow as pa
 
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         try:
             listed = (
@@ -162,18 +162,18 @@ class Export(Manifest):
     """The split in the formats that are asked for: triplet folders, WebDataset tars, Parquet files with images."""
 
     stage = "export"
-    function = "spctrl.export:record_lines"
+    function = "spctrl.data.export.text_files:record_lines"
     also_reaches: ClassVar[Sequence[str]] = (
-        "spctrl.export:categories_json",
-        "spctrl.export:merged_categories",
-        "spctrl.export:heatmaps_npy",
-        "spctrl.links:Linker",
-        "spctrl.orientation:without_orientation",
-        "spctrl.shards:SHARD_WRITERS",
-        "spctrl.shards:shard_columns",
-        "spctrl.shards:shard_rows",
-        "spctrl.layout:Layout",
-        "spctrl.datasets:DATASETS",
+        "spctrl.data.export.text_files:categories_json",
+        "spctrl.data.export.text_files:merged_categories",
+        "spctrl.data.export.text_files:heatmaps_npy",
+        "spctrl.data.export.links:Linker",
+        "spctrl.data.orientation:without_orientation",
+        "spctrl.data.export.shards:SHARD_WRITERS",
+        "spctrl.data.export.shards:shard_columns",
+        "spctrl.data.export.shards:shard_rows",
+        "spctrl.data.export.layout:Layout",
+        "spctrl.data.datasets:DATASETS",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -334,7 +334,7 @@ class Export(Manifest):
 
     def _wanted(self, source: Run) -> Iterator[Wanted]:
         """Every file that belongs to one image."""
-        from spctrl.parquet import open_table
+        from spctrl.io.parquet import open_table
 
         link = settings.export().link
         leads_to = "" if link == "copy" else f" {digest(self._images_at)}"
@@ -365,13 +365,13 @@ class Export(Manifest):
         """Rows of the manifest, each group of which becomes a file."""
         if not self.shard_kinds:
             return
-        from spctrl.parquet import open_table, read_table
-        from spctrl.shards import shard_columns, shard_rows
+        from spctrl.data.export.shards import shard_columns, shard_rows
+        from spctrl.io.parquet import open_table, read_table
 
         path, size = source.path(MANIFEST), settings.export().shard_images
         table = read_table(path, columns=shard_columns(open_table(path, []).schema_arrow))
         for kind in self.shard_kinds:
-            code = digest(json.dumps(code_of((f"spctrl.shards:write_{kind}",), self.store)))
+            code = digest(json.dumps(code_of((f"spctrl.data.export.shards:write_{kind}",), self.store)))
             for number, rows in enumerate(shard_rows(table, kind, size)):
                 content = content_digest(parquet_bytes(rows))  # the rows name the files by digest
                 if not all(map(_is_upright, rows.select(["image_orientation"]).to_pylist())):
@@ -380,17 +380,17 @@ class Export(Manifest):
 
     def _rewriting_code(self) -> str:
         """A digest of what sets orientation tags."""
-        return digest(json.dumps(code_of(("spctrl.orientation:without_orientation",), self.store)))
+        return digest(json.dumps(code_of(("spctrl.data.orientation:without_orientation",), self.store)))
 
     def _drawing_digests(self) -> dict[int, str]:
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         columns = ["image_id", "drawing_digest"]
         table = read_table(self.index_task().finished_run().path(MANIFEST), columns=columns)
         return dict(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
 
     def _write_changed(self, source: Run, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
-        from spctrl.links import Linker
+        from spctrl.data.export.links import Linker
 
         locations = {name: Artifacts(task.finished_run()) for name, task in self.condition_tasks().items()}
         heatmaps = {each.image_id: each for each in changed if each.kind == HEATMAPS}
@@ -434,7 +434,7 @@ class Export(Manifest):
 
     def _upright_image(self, path: Path, image_digest: str) -> bytes:
         """A source image with its orientation tag set to 1."""
-        from spctrl.orientation import without_orientation
+        from spctrl.data.orientation import without_orientation
         from tasks.execution.worker import FileSource
 
         return without_orientation(self._read(FileSource(str(path), image_digest)))
@@ -452,9 +452,9 @@ class Export(Manifest):
     def _write_heatmaps(self, wanted: dict[int, Wanted], ledger: Ledger) -> None:
         if not wanted:
             return
-        from spctrl.export import heatmaps_npy
-        from spctrl.parquet import open_table
-        from spctrl.records import records_from_table
+        from spctrl.data.export.text_files import heatmaps_npy
+        from spctrl.data.records import records_from_table
+        from spctrl.io.parquet import open_table
 
         index = open_table(self.index_task().finished_run().path(MANIFEST))
         with progress(f"{HEATMAPS} {self.part}", len(wanted), self.set_progress_percentage) as advance:
@@ -469,7 +469,7 @@ class Export(Manifest):
     def _write_shards(self, source: Run, changed: list[WantedShard], ledger: Ledger) -> None:
         if not changed:
             return
-        from spctrl.shards import SHARD_WRITERS
+        from spctrl.data.export.shards import SHARD_WRITERS
 
         names = [IMAGE, *(name for name in self.conditions if name != "latents")]
         locations = {name: Artifacts(self.condition_tasks()[name].finished_run()) for name in names[1:]}
@@ -512,8 +512,8 @@ class Export(Manifest):
         yield self.layout.manifest, source.path(MANIFEST).read_bytes()
         if FOLDERS not in self.formats:
             return
-        from spctrl.export import categories_json, merged_categories, record_lines
-        from spctrl.parquet import read_table
+        from spctrl.data.export.text_files import categories_json, merged_categories, record_lines
+        from spctrl.io.parquet import read_table
 
         layout = self.layout
         annotation_path = AnnotationFile(dataset=self.dataset, split=self.split).path

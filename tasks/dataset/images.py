@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import luigi
 
-from spctrl.datasets import MAX_IMAGE_FILE_BYTES
+from spctrl.data.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.paths import outside_folders, refuse_unsafe_paths
 from spctrl.store.digests import MISSING, TOO_LARGE
 from tasks.dataset.index import DatasetStage
@@ -126,7 +126,7 @@ class Images(ImageFiles):
     """Every image on disk: whether it can be decoded, has the annotated size, and its perceptual hash."""
 
     stage = "images"
-    function = "spctrl.images:probe_image"
+    function = "spctrl.data.images:probe_image"
     libraries = ("pillow", "opencv-python-headless")
     suffix = ".json"
 

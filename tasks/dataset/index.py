@@ -19,8 +19,8 @@ from tasks.execution.progress import progress
 from tasks.stage.base import MANIFEST, REJECTS, OfSettings, StageTask, digest_cache, reject_examples
 
 if TYPE_CHECKING:
-    from spctrl.datasets import Dataset
-    from spctrl.index import Index as WrittenIndex
+    from spctrl.data.datasets import Dataset
+    from spctrl.data.index import Index as WrittenIndex
 
 IMAGE_PATHS = "images.txt"
 """Lists the images of the index, for stages that ask after their files without loading Parquet."""
@@ -102,8 +102,8 @@ class Index(DatasetStage):
     """Validated records of an annotation file (Parquet), and rejects with reasons."""
 
     stage = "index"
-    function = "spctrl.index:write_index"
-    also_reaches: ClassVar[Sequence[str]] = ("spctrl.datasets:DATASETS",)
+    function = "spctrl.data.index:write_index"
+    also_reaches: ClassVar[Sequence[str]] = ("spctrl.data.datasets:DATASETS",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -152,9 +152,9 @@ class Index(DatasetStage):
         }
 
     def _write_index(self, run: Run, path: Path, destination: Path) -> WrittenIndex:
-        from spctrl.annotations import AnnotationFileError
-        from spctrl.index import write_index
-        from spctrl.records import rejects_table
+        from spctrl.data.annotations.decode import AnnotationFileError
+        from spctrl.data.index import write_index
+        from spctrl.data.records import rejects_table
 
         try:
             return write_index(
@@ -194,7 +194,7 @@ def read_image_paths(run: Run) -> list[str]:
 
 def adjustment_notes(part: str, adjustments: Mapping[str, int]) -> Iterator[str]:
     """Sentences on what was read in another way than an annotation file states it."""
-    from spctrl.annotations import ADJUSTMENTS
+    from spctrl.data.annotations.decode import ADJUSTMENTS
 
     for name, count in adjustments.items():
         if name in ADJUSTMENTS:  # another version may know others

@@ -24,8 +24,8 @@ from tasks.stage.tables import struck_out
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from spctrl.layout import Layout
-    from spctrl.manifest import ImageFacts
+    from spctrl.data.export.layout import Layout
+    from spctrl.data.manifest import ImageFacts
     from spctrl.store.storage import StoreError
 
 
@@ -33,8 +33,11 @@ class Manifest(DatasetStage):
     """One row per image that every stage could use: labels, captions, paths and digests."""
 
     stage = "manifest"
-    function = "spctrl.manifest:manifest_batch"
-    also_reaches: ClassVar[Sequence[str]] = ("spctrl.layout:Layout", "spctrl.datasets:DATASETS")
+    function = "spctrl.data.manifest:manifest_batch"
+    also_reaches: ClassVar[Sequence[str]] = (
+        "spctrl.data.export.layout:Layout",
+        "spctrl.data.datasets:DATASETS",
+    )
 
     images = luigi.ChoiceParameter(default="required", choices=["required", "optional"])
     conditions = NamesParameter(default=("spatext", "openpose"), choices=CONDITIONS)
@@ -51,7 +54,7 @@ class Manifest(DatasetStage):
 
     @functools.cached_property
     def layout(self) -> Layout:
-        from spctrl.layout import Layout
+        from spctrl.data.export.layout import Layout
 
         return Layout(
             dataset=self.spec,
@@ -74,9 +77,9 @@ class Manifest(DatasetStage):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from spctrl.manifest import ConditionFacts, count_instances, manifest_batch, manifest_schema
-        from spctrl.parquet import open_table
-        from spctrl.records import REJECT_SCHEMA
+        from spctrl.data.manifest import ConditionFacts, count_instances, manifest_batch, manifest_schema
+        from spctrl.data.records import REJECT_SCHEMA
+        from spctrl.io.parquet import open_table
 
         tasks = self.condition_tasks()
         weights = {name: task.weights_note() for name, task in tasks.items()}
@@ -139,7 +142,7 @@ class Manifest(DatasetStage):
         """The rejects of all stages before this one, with the stage's name."""
         import pyarrow as pa
 
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         tables = []
         for task in self._stages_before():
@@ -165,7 +168,7 @@ class Manifest(DatasetStage):
         return None
 
     def _image_facts(self, artifact: dict[str, Any]) -> ImageFacts:
-        from spctrl.manifest import ImageFacts
+        from spctrl.data.manifest import ImageFacts
 
         probe = json.loads(self.store.read(Images.stage, location_of(artifact)))
         return ImageFacts(probe["sha256"], probe["phash"], probe["orientation"])

@@ -122,11 +122,11 @@ def truth_notes(task: Manifest) -> Iterator[str]:
 
     Nothing is made from these files, so one that cannot be compared is left out, and said to be.
     """
-    from spctrl.conditions import mask_iou
-    from spctrl.images import read_image_file
-    from spctrl.parquet import read_table
-    from spctrl.png_folder import PngFolder
-    from spctrl.records import RecordError
+    from spctrl.conditions.masks import mask_iou
+    from spctrl.conditions.png_folder import PngFolder
+    from spctrl.data.images import read_image_file
+    from spctrl.data.records import RecordError
+    from spctrl.io.parquet import read_table
 
     if "mask" not in task.conditions:
         return
@@ -164,7 +164,7 @@ def orientation_notes(task: Manifest) -> Iterator[str]:
     """How many images have an EXIF orientation tag that other readers apply."""
     import pyarrow.compute as pc
 
-    from spctrl.parquet import read_table
+    from spctrl.io.parquet import read_table
 
     table = read_table(task.finished_run().path(MANIFEST), columns=["image_orientation"])
     if count := pc.sum(pc.not_equal(table.column(0), 1)).as_py():
@@ -178,8 +178,8 @@ def orientation_notes(task: Manifest) -> Iterator[str]:
 def split_tables(task: Manifest) -> SplitTables:
     """What the audit reads of one split."""
     from spctrl.audit import SplitTables
-    from spctrl.images import read_image_file
-    from spctrl.parquet import read_table
+    from spctrl.data.images import read_image_file
+    from spctrl.io.parquet import read_table
 
     run, store = task.finished_run(), task.store
     manifest = read_table(run.path(MANIFEST))
@@ -219,7 +219,7 @@ def print_summary(exports: Iterable[Export]) -> None:
             counts = task.clone(Manifest).finished_run().provenance()["counts"]
             logs.event("built", dataset=task.dataset, split=task.split, folder=task.place.root, **counts)
         return
-    from spctrl.console import FoldedTable, PlainConsole
+    from spctrl.output.console import FoldedTable, PlainConsole
 
     table = FoldedTable(title="Built", title_justify="left")
     for column in ("dataset", "split"):

@@ -17,9 +17,9 @@ from tasks.execution.interrupts import interrupts_held, signals_held
 PRELOADED = [
     "__main__",
     "tasks.execution.worker",
-    "spctrl.rendering.openpose",
-    "spctrl.images",
-    "spctrl.conditions",
+    "spctrl.conditions.openpose",
+    "spctrl.data.images",
+    "spctrl.conditions.masks",
 ]
 EXPECTED_LEAKS = "ignore:resource_tracker:UserWarning"
 

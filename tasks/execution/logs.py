@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from spctrl.errors import ExpectedError
-from spctrl.secrets import masked, masked_values
-from spctrl.terminal import PrintableLines, say
+from spctrl.output.secrets import masked, masked_values
+from spctrl.output.terminal import PrintableLines, say
 from tasks import settings
 
 LOGGER = logging.getLogger("luigi-interface")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from spctrl.printable import one_line
-from spctrl.terminal import say
+from spctrl.output.printable import one_line
+from spctrl.output.terminal import say
 from tasks.execution import logs
 
 LINE_EVERY_S = 5.0
@@ -92,7 +92,7 @@ def _shown(title: str, total: int) -> Iterator[_Show]:
         TimeRemainingColumn,
     )
 
-    from spctrl.console import PlainConsole
+    from spctrl.output.console import PlainConsole
 
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from spctrl.errors import ExpectedError
 from spctrl.extras import missing_package
-from spctrl.secrets import masked
+from spctrl.output.secrets import masked
 from spctrl.store.code_version import copy_code
 from spctrl.store.storage import TEMPORARY, StoreError
 from tasks.execution import logs, ray_probe

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spctrl.data.records import RecordError, records_from_table
 from spctrl.errors import ExpectedError
-from spctrl.records import RecordError, records_from_table
 from spctrl.store.digests import InputChangedError
 from spctrl.store.store import Location, Store, content_digest
 

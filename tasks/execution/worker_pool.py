@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeVar
 
 from spctrl.errors import ExpectedError
-from spctrl.secrets import mask_output
+from spctrl.output.secrets import mask_output
 from tasks.execution import logs
 from tasks.execution.fork_server import start_fork_server, start_resource_tracker
 from tasks.execution.interrupts import first_interrupt, interrupts_held

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
-from spctrl.secrets import without_secrets
+from spctrl.output.secrets import without_secrets
 from spctrl.store.code_version import ROOT
 from spctrl.store.storage import Folder, exclusive, is_url
 from spctrl.store.store import PROVENANCE, Run, parquet_bytes
@@ -278,7 +278,7 @@ class BenchmarkReport(OfMethods):
 
     def _annotated(self, view: MethodView) -> dict[int, dict[str, Any]]:
         """Rows of the index by image id."""
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         index = self.images_of(view.method).index_task().finished_run()
         rows = read_table(index.path(MANIFEST)).to_pylist()
@@ -287,7 +287,7 @@ class BenchmarkReport(OfMethods):
     def _method_view(self, method: str) -> MethodView:
         from eval.instances import read_poses
         from eval.report import MethodView
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         scored: PoseAp = self._of_method(PoseAp, method)
         images = scored.first_images().to_pylist()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
-from spctrl.datasets import MAX_IMAGE_FILE_BYTES
+from spctrl.data.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
 from spctrl.fingerprints import without_neutral
 from spctrl.store.digests import MISSING
@@ -98,8 +98,8 @@ class EvaluatedImages(OfEvaluation, MethodStage):
         import pyarrow as pa
 
         from eval.checks import IMAGES_SCHEMA, check_images
-        from spctrl.parquet import read_table
-        from spctrl.records import rejects_table
+        from spctrl.data.records import rejects_table
+        from spctrl.io.parquet import read_table
 
         prompts = self.prompts_task().finished_run()
         generated = read_table(self.generated_task().finished_run().path(IMAGES))
@@ -151,7 +151,7 @@ class OfImages(OfEvaluation, MethodStage):
 
     def images(self) -> pa.Table:
         """Rows of ``eval.checks.IMAGES_SCHEMA`` with the file of each image as ``file``."""
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         run, generated = self.images_task().finished_run(), self.images_task().generated_task().finished_run()
         table = read_table(run.path(IMAGES))
@@ -296,7 +296,7 @@ class PredictedPoses(WithNetwork, OfImages):
     def make(self, run: Run) -> dict[str, int]:
         from eval.instances import poses_table, read_ground_truth
         from eval.poses import annotated_boxes, detected_boxes, estimate_poses, make_estimator, sizes_of
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         index_run = self.index_task().finished_run()
         index = read_table(index_run.path(MANIFEST))
@@ -420,7 +420,7 @@ class RealFeatures(InceptionStage):
         return RANDOM if self.random_network() else None
 
     def make(self, run: Run) -> dict[str, int]:
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         table = read_table(
             self.index_task().finished_run().path(MANIFEST),
@@ -541,7 +541,7 @@ class PoseAp(MetricStage):
 
         from eval.instances import read_ground_truth, read_poses
         from eval.scores import pose_scores
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         index = read_table(self.index_task().finished_run().path(MANIFEST))
         truth = read_ground_truth(index)
@@ -664,7 +664,7 @@ class ClipScore(MetricStage):
 
     def make(self, run: Run) -> dict[str, int]:
         from eval.scores import mean_scores
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         found = read_table(self.clone(ClipCosines).finished_run().path(CLIP_SCORES)).to_pydict()
         values = dict(zip(found["image_id"], found["score"], strict=True))
@@ -696,7 +696,7 @@ METRICS: Mapping[str, type[MetricStage]] = {
 
 def read_features(run: Run) -> dict[str, NDArray[Any]]:
     """``image_ids``, ``index`` and ``values`` of a run of an ``InceptionStage``."""
-    from spctrl.arrays import read_arrays
+    from spctrl.io.arrays import read_arrays
 
     return read_arrays(run.path(FEATURES))
 

@@ -78,9 +78,9 @@ class Prompts(DatasetStage):
     def make(self, run: Run) -> dict[str, int]:
         import pyarrow as pa
 
-        from spctrl.parquet import read_table
+        from spctrl.data.records import rejects_table
+        from spctrl.io.parquet import read_table
         from spctrl.prompts import evaluation_prompt, load_templates, subjects_from_table
-        from spctrl.records import rejects_table
 
         words: KeypointWords | None = self.keypoint_words or None  # type: ignore[assignment]
         templates = load_templates(self.templates_path, self.dataset)
@@ -102,7 +102,7 @@ class Prompts(DatasetStage):
 
 def prompts_of(run: Run) -> dict[int, str]:
     """Prompts of a run of ``Prompts``, by image id."""
-    from spctrl.parquet import read_table
+    from spctrl.io.parquet import read_table
 
     columns = read_table(run.path(PROMPTS)).to_pydict()
     return dict(zip(columns["image_id"], columns["prompt"], strict=True))
@@ -287,7 +287,7 @@ class GeneratedImages(ViewStage, MethodStage):
         "spctrl.inference.folders:generated_path",
         "spctrl.inference.folders:find_images",
         "spctrl.inference.methods:image_seed",
-        "spctrl.datasets:DATASETS",
+        "spctrl.data.datasets:DATASETS",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -395,8 +395,8 @@ class GeneratedImages(ViewStage, MethodStage):
         return next((task.weights_note() for task in self.samples_tasks()), None)
 
     def make(self, run: Run) -> dict[str, int]:
+        from spctrl.data.records import rejects_table
         from spctrl.inference.folders import generated_table
-        from spctrl.records import rejects_table
 
         rejects: list[dict[str, object]] = []
         rows = self._external_rows(rejects) if self.is_external else self._rows()
@@ -416,7 +416,7 @@ class GeneratedImages(ViewStage, MethodStage):
 
     def _image_names(self) -> dict[int, str]:
         """Image names of all records of the index, by image id."""
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         columns = ["image_id", "file_name"]
         index = read_table(self.index_task().finished_run().path(MANIFEST), columns=columns)
@@ -495,7 +495,7 @@ class GeneratedImages(ViewStage, MethodStage):
 
     def _listed(self, run: Run) -> list[dict[str, Any]]:
         """What a run lists of each image."""
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         columns = ["image_id", "index", "path", "digest"]
         rows: list[dict[str, Any]] = read_table(run.path(IMAGES), columns=columns).to_pylist()

@@ -18,14 +18,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import luigi
 
-from spctrl.disk_errors import fault_in, working
 from spctrl.errors import ExpectedError
+from spctrl.io.disk_errors import fault_in, working
+from spctrl.output.terminal import say
 from spctrl.paths import config_name
 from spctrl.store.code_version import ROOT
 from spctrl.store.digests import MISSING
 from spctrl.store.storage import Folder, StoreError, is_url, open_regular, temporary_name, write_atomic
 from spctrl.store.store import Run, digest, index_name, pack_name, parquet_bytes
-from spctrl.terminal import say
 from tasks import settings
 from tasks.dataset.conditions import Latents
 from tasks.dataset.manifest import Manifest
@@ -263,9 +263,9 @@ class Train(StageTask):
 
     def _images_and_rejects(self) -> tuple[int, pa.Table]:
         """The number of images to train on, and those of them that no prompt template fits, as ``REJECT_SCHEMA``."""
-        from spctrl.parquet import read_table
+        from spctrl.data.records import rejects_table
+        from spctrl.io.parquet import read_table
         from spctrl.prompts import load_templates, rows_without_prompt
-        from spctrl.records import rejects_table
 
         templates = load_templates(self._templates_path, self.how.dataset_name).training
         manifest = read_table(self.manifest_task().finished_run().path(MANIFEST))

@@ -29,8 +29,8 @@ import luigi
 import spctrl
 from spctrl.errors import ExpectedError
 from spctrl.extras import missing_package
-from spctrl.printable import one_line
-from spctrl.secrets import masked
+from spctrl.output.printable import one_line
+from spctrl.output.secrets import masked
 from spctrl.store.code_version import PACKAGES, ROOT, code_components
 from spctrl.store.digests import DigestCache
 from spctrl.store.storage import StoreError
@@ -346,7 +346,7 @@ class StageTask(MeetsBadRecords):
 
 def reject_examples(run: Run) -> str:
     """The commonest reasons among a run's rejects, with examples, as an addition to an error message."""
-    from spctrl.parquet import read_table
+    from spctrl.io.parquet import read_table
 
     rows = read_table(run.path(REJECTS)).to_pylist()
     if not rows:

@@ -69,7 +69,7 @@ class RecordStage(StageTask):
     """
 
     suffix: ClassVar[str] = ".png"
-    also_reaches: ClassVar[Sequence[str]] = ("spctrl.records:records_from_table",)
+    also_reaches: ClassVar[Sequence[str]] = ("spctrl.data.records:records_from_table",)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the function, which count in every record's key; by default all parameters."""
@@ -139,7 +139,7 @@ class RecordStage(StageTask):
         return _Plan(self).count_missing()
 
     def packs_of(self, run: Run) -> Sequence[str]:
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         packs = read_table(run.path(MANIFEST), columns=["pack"]).column(0)
         return sorted(packs.unique().to_pylist())
@@ -158,7 +158,7 @@ class _Plan:
     def __init__(self, task: RecordStage) -> None:
         import pyarrow as pa
 
-        from spctrl.parquet import open_table
+        from spctrl.io.parquet import open_table
 
         records_run = task.records_run()
         assert records_run is not None
@@ -219,7 +219,7 @@ class _Plan:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        from spctrl.records import rejects_table
+        from spctrl.data.records import rejects_table
 
         results = pa.concat_tables(self._results)
         places = pc.index_in(self._keys, value_set=results.column("key"))
@@ -269,7 +269,7 @@ class _Plan:
         """
         import pyarrow as pa
 
-        from spctrl.records import COLUMNS_OF_RECORD
+        from spctrl.data.records import COLUMNS_OF_RECORD
 
         missing = pa.array(is_missing)
         rows, keys = rows.filter(missing), keys.filter(missing)
@@ -316,7 +316,7 @@ def artifact_schema() -> pa.Schema:
 
 def rows_in(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file, few of them in memory at a time."""
-    from spctrl.parquet import open_table
+    from spctrl.io.parquet import open_table
 
     for batch in open_table(path).iter_batches(DECODED_AT_ONCE):
         yield from batch.to_pylist()
@@ -358,7 +358,7 @@ class Artifacts(Mapping[int, Location]):
     """Places of the artifacts of a record stage's run, by image id; in columns, since they may be millions."""
 
     def __init__(self, run: Run) -> None:
-        from spctrl.parquet import read_table
+        from spctrl.io.parquet import read_table
 
         self._run = run
         path, columns = run.path(MANIFEST), ["image_id", *PLACE]

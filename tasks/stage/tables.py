@@ -37,7 +37,7 @@ def table_faults(run: Run, names: Iterable[str], counts: Mapping[str, int]) -> I
     """
     import pyarrow as pa
 
-    from spctrl.parquet import open_table
+    from spctrl.io.parquet import open_table
 
     for name in names:
         if not name.endswith(".parquet"):
@@ -125,7 +125,7 @@ def _has_nulls(array: pa.Array, fields: Sequence[str]) -> bool:
 
 
 def _records() -> TableForm:
-    from spctrl.records import RECORD_SCHEMA
+    from spctrl.data.records import RECORD_SCHEMA
 
     instances = ("annotation_id", "category_id", "category", "bbox_xywh", "keypoints")
     filled = ("dataset", "split", "image_id", "file_name", "width", "height")
@@ -133,13 +133,13 @@ def _records() -> TableForm:
 
 
 def _index() -> TableForm:
-    from spctrl.index import INDEX_SCHEMA
+    from spctrl.data.index import INDEX_SCHEMA
 
     return TableForm(INDEX_SCHEMA, _records().filled)
 
 
 def _manifest() -> TableForm:
-    from spctrl.manifest import manifest_schema
+    from spctrl.data.manifest import manifest_schema
 
     return TableForm(manifest_schema(()), _records().filled)
 
@@ -151,7 +151,7 @@ def _artifacts() -> TableForm:
 
 
 def _rejects() -> TableForm:
-    from spctrl.records import REJECT_SCHEMA
+    from spctrl.data.records import REJECT_SCHEMA
 
     return TableForm(REJECT_SCHEMA, ("code", "message"))
 
@@ -159,7 +159,7 @@ def _rejects() -> TableForm:
 def _instances() -> TableForm:
     import pyarrow as pa
 
-    from spctrl.manifest import INSTANCE_MASK_TYPE
+    from spctrl.data.manifest import INSTANCE_MASK_TYPE
 
     return TableForm(pa.schema([("image_id", pa.int64()), *INSTANCE_MASK_TYPE]), ("image_id",))
 

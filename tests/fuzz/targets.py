@@ -27,25 +27,25 @@ from PIL import Image
 from stores import FACTS, locations
 from tampering import Rows, correct_provenance, run_folder, tamper
 
-from spctrl.annotations import FAR_AWAY_IN_SIZES, AnnotationFileError, unsafe_path
-from spctrl.conditions import check_depth, check_mask
+from spctrl.conditions.masks import check_depth, check_mask
+from spctrl.conditions.openpose import render_openpose
+from spctrl.conditions.spatext import render_spatext
 from spctrl.configuration import ConfigurationError, read_config
-from spctrl.datasets import AP10K, DATASETS, HUMANART, Dataset
+from spctrl.data.annotations.decode import FAR_AWAY_IN_SIZES, AnnotationFileError, unsafe_path
+from spctrl.data.datasets import AP10K, DATASETS, HUMANART, Dataset
+from spctrl.data.export.layout import Layout
+from spctrl.data.export.text_files import categories_json, heatmaps_npy, record_lines
+from spctrl.data.images import FORMATS, open_rgb, opened_image, probe_image
+from spctrl.data.index import INDEX_SCHEMA, write_index
+from spctrl.data.orientation import orientation_of, without_orientation
+from spctrl.data.records import Record, RecordError, records_from_table
+from spctrl.demo_data import write_sample
 from spctrl.errors import ExpectedError
-from spctrl.export import categories_json, heatmaps_npy, record_lines
-from spctrl.images import FORMATS, open_rgb, opened_image, probe_image
-from spctrl.index import INDEX_SCHEMA, write_index
 from spctrl.inference.methods import Generation
 from spctrl.inference.poses import index_map_of, read_pose
-from spctrl.layout import Layout
-from spctrl.orientation import orientation_of, without_orientation
 from spctrl.prompts import Templates, load_templates, subjects_from_table
-from spctrl.records import Record, RecordError, records_from_table
-from spctrl.rendering.openpose import render_openpose
-from spctrl.rendering.spatext import render_spatext
 from spctrl.report.pictures import decode
 from spctrl.resources import packaged
-from spctrl.sample import write_sample
 from spctrl.store.packs import write_container
 from spctrl.store.storage import files_at
 from spctrl.store.store import Store, content_digest, parquet_bytes
@@ -371,7 +371,7 @@ def run_images(data: bytes) -> None:
     """Any file as an image: its facts, its pixels and its use as mask or depth map have the annotated size, or it is
     rejected.
     """
-    from spctrl.shards import _image_suffix
+    from spctrl.data.export.shards import _image_suffix
 
     record = record_of(data)
     try:

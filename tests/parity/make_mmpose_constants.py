@@ -21,7 +21,7 @@ from mmpose_cases import CELL_STEP, CONSTANTS, Case, perturbed_predictions, real
 
 from eval.openmmlab import MmposeEstimator, OpenMMLab
 from eval.vitpose import tiny
-from spctrl.sample import write_sample
+from spctrl.demo_data import write_sample
 
 SAMPLE_IMAGES = 2
 

@@ -19,9 +19,9 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="the models extra is not installed")
 transformers = pytest.importorskip("transformers")
 
-from spctrl.datasets import AP10K  # noqa: E402
+from spctrl.data.datasets import AP10K  # noqa: E402
+from spctrl.data.records import RECORD_SCHEMA  # noqa: E402
 from spctrl.prompts import Prompt, build_prompt, load_templates, subjects_from_table, tokenize  # noqa: E402
-from spctrl.records import RECORD_SCHEMA  # noqa: E402
 from spctrl.training import SpCtrlDataset  # noqa: E402
 from spctrl.training.heatmaps import crop_heatmaps  # noqa: E402
 

@@ -15,7 +15,7 @@ import pytest
 
 from eval.instances import GroundTruth, Poses, read_ground_truth
 from eval.pose_ap import METRICS, evaluate, oks_sigmas
-from spctrl.datasets import AP10K, HUMANART, Dataset
+from spctrl.data.datasets import AP10K, HUMANART, Dataset
 
 pytest.importorskip("pycocotools")
 

@@ -12,11 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from spctrl.datasets import AP10K, HUMANART, Dataset
-from spctrl.index import Index, write_index
-from spctrl.records import Record, records_from_table
-from spctrl.rendering.openpose import render_openpose
-from spctrl.rendering.spatext import render_spatext
+from spctrl.conditions.openpose import render_openpose
+from spctrl.conditions.spatext import render_spatext
+from spctrl.data.datasets import AP10K, HUMANART, Dataset
+from spctrl.data.index import Index, write_index
+from spctrl.data.records import Record, records_from_table
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 MAX_PIXELS = 100_000_000

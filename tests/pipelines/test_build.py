@@ -144,7 +144,7 @@ def test_a_manifest_loads_with_pandas_duckdb_and_datasets(
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_a_manifest_has_the_documented_schema(built: Workspace, dataset: str) -> None:
-    from spctrl.manifest import manifest_schema
+    from spctrl.data.manifest import manifest_schema
 
     path = built.export_folder(dataset) / "manifests" / "train_split1.parquet"
     assert pq.read_schema(path).equals(manifest_schema(CONDITIONS))
@@ -246,8 +246,8 @@ def test_source_images_are_hard_links(built: Workspace, dataset: str) -> None:
 def test_maps_and_renders_have_the_image_size_and_values_of_the_skeleton(
     built: Workspace, dataset: str
 ) -> None:
-    from spctrl.datasets import DATASETS as KNOWN
-    from spctrl.rendering.openpose import palette
+    from spctrl.conditions.openpose import palette
+    from spctrl.data.datasets import DATASETS as KNOWN
 
     skeleton = KNOWN[dataset].skeleton
     allowed = {0, *range(1, 18), *range(51, 51 + len(skeleton.links))}

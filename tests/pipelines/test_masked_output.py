@@ -13,8 +13,8 @@ from conftest import REPOSITORY, Workspace
 from object_store import Bucket, BucketWorkspace, Fault, always, impatient
 from typer.testing import CliRunner
 
-from spctrl import secrets
 from spctrl.errors import ExpectedError
+from spctrl.output import secrets
 
 PASSWORD, ENCODED = "quetz/al wört", "quetz%2Fal%20w%C3%B6rt"
 PIECE = "quetz"

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from spctrl.skeletons import AP10K, HUMANART
+from spctrl.data.skeletons import AP10K, HUMANART
 
 if TYPE_CHECKING:
     from collections.abc import Callable

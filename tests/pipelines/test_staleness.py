@@ -121,7 +121,7 @@ def test_a_moved_bounding_box_makes_no_map_but_a_new_manifest(workspace: Workspa
 def test_ten_images_added_make_ten_of_each(workspace: Workspace) -> None:
     from conftest import only
 
-    from spctrl.sample import write_sample
+    from spctrl.demo_data import write_sample
 
     write_sample(workspace.data, images_per_split=IMAGES + 10, splits=["train"], datasets=["ap10k"])
     whole = workspace.annotation_path("ap10k", "train").read_bytes()
@@ -448,7 +448,7 @@ def substitute(pattern: str, new: str) -> Edit:
     return edit
 
 
-SPATEXT, OPENPOSE = "spctrl/rendering/spatext.py", "spctrl/rendering/openpose.py"
+SPATEXT, OPENPOSE = "spctrl/conditions/spatext.py", "spctrl/conditions/openpose.py"
 HELPER_EDITS: dict[str, tuple[str, Edit, set[str]]] = {
     "a helper of both drawings": (
         SPATEXT,
@@ -457,17 +457,17 @@ HELPER_EDITS: dict[str, tuple[str, Edit, set[str]]] = {
     ),
     "a table of one drawing": (OPENPOSE, replace("(255, 85, 0)", "(254, 85, 0)"), {"openpose"}),
     "a function two modules away": (
-        "spctrl/rendering/png.py",
+        "spctrl/conditions/png.py",
         substitute(r"_COMPRESSION_LEVEL = \d+", "_COMPRESSION_LEVEL = 1"),
         {"spatext", "openpose"},
     ),
     "the image probe": (
-        "spctrl/images.py",
+        "spctrl/data/images.py",
         substitute(r"_THUMBNAIL_SIDE = \d+", "_THUMBNAIL_SIDE = 64"),
         {"images"},
     ),
     "a data class that stages get": (
-        "spctrl/records.py",
+        "spctrl/data/records.py",
         before_first(r"^    image_id: int$", "    spare = 0\n"),
         {"spatext", "openpose", "images"},
     ),

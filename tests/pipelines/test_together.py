@@ -17,7 +17,7 @@ import pytest
 from processes import HANG_S
 from stores import commit
 
-from spctrl import locks
+from spctrl.io import locks
 from spctrl.store.storage import StoreError
 from tasks.stage.base import Ingredients
 
@@ -135,7 +135,7 @@ def test_a_training_removes_nothing_of_its_run_before_it_has_a_result(
     trainable: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another machine may be putting its result there, and would commit what is left of it."""
-    from spctrl.records import rejects_table
+    from spctrl.data.records import rejects_table
 
     with planned_training(trainable) as task:
         run = task.current_run()

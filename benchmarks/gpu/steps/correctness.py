@@ -301,7 +301,7 @@ def _sizes_and_networks(*, small: bool) -> tuple[Any, Any]:
 
 
 def _photos() -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
-    from spctrl.images import open_rgb
+    from spctrl.data.images import open_rgb
 
     return [np.asarray(open_rgb(record, data)) for record, data in images_with_boxes([1] * IMAGES)]
 

@@ -1,0 +1,1 @@
+"""What an export holds: file names, text files of existing loaders, shards, linked images."""

@@ -1,0 +1,1 @@
+"""Files of unknown origin, read into bounded memory; lock files; errors of disks."""

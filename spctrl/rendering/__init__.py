@@ -1,1 +1,0 @@
-"""Drawing keypoints: spatext index maps, OpenPose-style renders and keypoint heatmaps."""

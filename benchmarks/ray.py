@@ -28,13 +28,14 @@ from benchmarks.inputs import SPLITS, ap10k_root
 from spctrl.data.datasets import AP10K
 from spctrl.data.index import write_index
 from spctrl.data.records import COLUMNS_OF_RECORD
-from spctrl.store.store import Store, digest
+from spctrl.store.digests import digest
+from spctrl.store.store import Store
 from tasks.execution.executor import run_jobs
 from tasks.execution.ray_executor import Cluster, run_batches
 from tasks.execution.worker import ArtifactSource, Batch, Source, make_pack
 
 if TYPE_CHECKING:
-    from spctrl.store.store import Location
+    from spctrl.store.pack_index import Location
 
     Run = Callable[[Iterator[Batch]], Iterator[dict[str, Location]]]
 

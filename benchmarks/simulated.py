@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pipelines  # noqa: F401 - sets return codes and quietens the log, as in a build
-from spctrl.store.store import content_digest
+from spctrl.store.digests import content_digest
 from tasks.stage.record_stage import RecordStage
 
 if TYPE_CHECKING:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
+from spctrl.storage import FileTooLargeError, StoreError, files_at
+from spctrl.store.pack_index import Location, index_name, pack_name
 from spctrl.store.packs import suffix_in
 from spctrl.store.provenance import ProvenanceError
-from spctrl.store.storage import FileTooLargeError, StoreError, files_at
-from spctrl.store.store import PROVENANCE, Location, Run, Store, index_name, pack_name, parquet_bytes
+from spctrl.store.runs import PROVENANCE, Run
+from spctrl.store.store import Store
 from tasks.dataset.export import Ledger, damaged_files, fingerprint_at
 from tasks.dataset.index import IMAGE_PATHS, read_image_paths
 from tasks.settings import LEDGERS
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from spctrl.store.storage import Info
+    from spctrl.storage import Info
 
 NEVER_COLLECTED = frozenset({"train"})
 """Stages whose results took days: who wants them gone deletes their folders."""
@@ -378,5 +380,5 @@ def _follow(run: Run, moved: dict[tuple[str, str], Location]) -> None:
     run.uncommit()  # killed in between, the run is made again from its artifacts, and never damaged
     if not provenance:
         return  # it counts as none, and so it stays
-    run.write(MANIFEST, parquet_bytes(pa.Table.from_pylist(rows, schema=artifact_schema())))
+    run.write_table(MANIFEST, pa.Table.from_pylist(rows, schema=artifact_schema()))
     run.commit({row["pack"] for row in rows}, provenance)

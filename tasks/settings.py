@@ -13,8 +13,9 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from spctrl.output.secrets import without_secrets
-from spctrl.store.storage import Files, files_at, is_url
-from spctrl.store.store import CACHE, Store, digest
+from spctrl.storage import Files, files_at, is_url
+from spctrl.store.digests import digest
+from spctrl.store.store import CACHE, Store
 from tasks.parameters import NamesParameter, PathParameter
 
 if TYPE_CHECKING:

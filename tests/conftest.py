@@ -305,7 +305,7 @@ class Workspace:
         """What counts as done in the store but is not whole, read back to the byte."""
         from stores import locations
 
-        from spctrl.store.storage import StoreError
+        from spctrl.storage import StoreError
         from spctrl.store.store import Store
 
         store, found = Store(self.store), []

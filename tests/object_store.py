@@ -493,7 +493,7 @@ class BucketWorkspace(Workspace):
         class Recorded(luigi.worker.TracebackWrapper):
             def __init__(self, trace: str) -> None:
                 super().__init__(trace)  # type: ignore[no-untyped-call]
-                unanswered.append(trace.strip().splitlines()[-1].removeprefix("spctrl.store.storage."))
+                unanswered.append(trace.strip().splitlines()[-1].removeprefix("spctrl.storage.files."))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(luigi.worker, "TracebackWrapper", Recorded)

@@ -28,7 +28,8 @@ from object_store import WRITES, BucketWorkspace, Choose, Fault, Seen, Server, i
 from processes import HANG_S
 
 from spctrl.store.code_version import copy_code
-from spctrl.store.store import Run, Store
+from spctrl.store.runs import Run
+from spctrl.store.store import Store
 from tasks.maintenance import verify
 
 SHARD_IMAGES = 3

@@ -7,7 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from spctrl.store.store import Location, Run, Store, parquet_bytes
+from spctrl.store.pack_index import Location
+from spctrl.store.runs import Run
+from spctrl.store.store import Store
 from tasks.stage.tables import FORMS
 
 FACTS: dict[str, Any] = {
@@ -31,7 +33,7 @@ def commit(run: Run, packs: Iterable[str] = (), **changes: Any) -> None:
     """Commit a run with the tables that its readers expect, empty where they are not there."""
     for name in {"manifest.parquet", "rejects.parquet"} - run.files().keys():
         form = FORMS.get((run.stage, name))
-        run.write(name, parquet_bytes((form().schema if form else pa.schema([])).empty_table()))
+        run.write_table(name, (form().schema if form else pa.schema([])).empty_table())
     counts = FACTS["counts"] | {"instances": 0, "images_on_disk": 0}
     run.commit(packs, FACTS | {"stage": run.stage, "part": run.part, "counts": counts} | changes)
 

@@ -25,7 +25,7 @@ from object_store import (
 )
 from stores import commit, locations
 
-from spctrl.store.storage import Files, StoreError, files_at
+from spctrl.storage import Files, StoreError, files_at
 from spctrl.store.store import Store
 
 KINDS = ("folder", "s3", "memory")
@@ -379,7 +379,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(StoreError, match=r"cannot read .*runs: Permission denied"):
         files.listing("runs")
-    monkeypatch.setattr("spctrl.store.storage.Path.stat", refuse)
+    monkeypatch.setattr("spctrl.storage.files.Path.stat", refuse)
     with pytest.raises(StoreError, match=r"provenance.json: Permission denied"):
         files.sizes(["runs/mask/provenance.json"])
 

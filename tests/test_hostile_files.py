@@ -31,9 +31,10 @@ from spctrl.data.images import MAX_SCANS, open_rgb, probe_image
 from spctrl.data.index import write_index
 from spctrl.data.records import Record, RecordError
 from spctrl.errors import ExpectedError
+from spctrl.io.parquet import parquet_bytes
+from spctrl.storage import StoreError, files_at
 from spctrl.store.digests import DigestCache
-from spctrl.store.storage import StoreError, files_at
-from spctrl.store.store import Store, parquet_bytes
+from spctrl.store.store import Store
 from tasks.dataset.export import Ledger
 
 BYTES_PER_PIXEL = 32

@@ -18,9 +18,11 @@ from conftest import Workspace, _luigi_settings
 from memory import MIB, memory_of
 
 from spctrl.errors import ExpectedError
+from spctrl.storage import FileTooLargeError, StoreError, files_at
+from spctrl.storage.files import file_digest
 from spctrl.store.packs import suffix_in
-from spctrl.store.storage import FileTooLargeError, StoreError, file_digest, files_at
-from spctrl.store.store import PROVENANCE, Store
+from spctrl.store.runs import PROVENANCE
+from spctrl.store.store import Store
 from tasks.maintenance import collect, verify
 
 MOST_MEMORY = 600 * MIB

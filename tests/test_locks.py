@@ -14,8 +14,7 @@ import pytest
 from processes import HANG_S
 
 from spctrl.io import locks
-from spctrl.store import storage as files
-from spctrl.store.storage import StoreError
+from spctrl.storage import StoreError, files
 
 HOLD = """
 import sys, time

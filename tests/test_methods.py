@@ -13,7 +13,7 @@ from spctrl.errors import ExpectedError
 from spctrl.inference.checkpoints import learned_embeds_file, network_folder
 from spctrl.inference.folders import find_images, generated_path, list_images
 from spctrl.inference.methods import Generation, Method, Sampler, image_seed, sampler_parameters
-from spctrl.store.storage import temporary_name
+from spctrl.storage.files import temporary_name
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "generate").glob("*.yaml"))
 

@@ -14,7 +14,8 @@ from stores import FACTS, commit
 
 from spctrl.io.documents import MAX_DOCUMENT_BYTES, parse_document
 from spctrl.store.provenance import ProvenanceError, parse_provenance
-from spctrl.store.store import PROVENANCE, Run, Store
+from spctrl.store.runs import PROVENANCE, Run
+from spctrl.store.store import Store
 from tasks.maintenance import collect, verify
 
 Change = Callable[[dict[str, Any]], object]
@@ -186,7 +187,6 @@ def test_gc_leaves_the_artifacts_of_a_run_whose_provenance_is_damaged(tmp_path: 
     """The next build makes the run again from them."""
     import pyarrow as pa
 
-    from spctrl.store.store import parquet_bytes
     from tasks.stage.record_stage import artifact_schema
 
     store = Store(tmp_path)
@@ -194,7 +194,7 @@ def test_gc_leaves_the_artifacts_of_a_run_whose_provenance_is_damaged(tmp_path: 
     (location, *_) = made.values()
     run = store.run("mask", "ap10k-train", "f")
     row = dict(zip(artifact_schema().names, (1, "0" * 32, *location[:4]), strict=True))
-    run.write("manifest.parquet", parquet_bytes(pa.Table.from_pylist([row], schema=artifact_schema())))
+    run.write_table("manifest.parquet", pa.Table.from_pylist([row], schema=artifact_schema()))
     commit(run, [location.pack])
     run.write(PROVENANCE, b'{"files": {}, "packs": {}}')
     waste = collect(store, [run], keep=0, grace_s=0, dry_run=False)

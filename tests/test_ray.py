@@ -24,7 +24,7 @@ from processes import HANG_S
 
 import tasks
 from spctrl.errors import ExpectedError
-from spctrl.store.storage import StoreError
+from spctrl.storage import StoreError
 from spctrl.store.store import Store
 from tasks.execution import ray_executor, ray_probe, worker
 from tasks.execution.executor import WorkerError

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from spctrl.store.digests import FILES_AT_ONCE, DigestCache
-from spctrl.store.store import Store, parquet_bytes
+from spctrl.store.store import Store
 from tasks.dataset.images import Images
 from tasks.stage import record_stage
 from tasks.stage.record_stage import Artifacts, InOrder, artifact_schema, artifacts_in_order
@@ -23,7 +23,7 @@ from tasks.stage.record_stage import Artifacts, InOrder, artifact_schema, artifa
 if TYPE_CHECKING:
     from conftest import Workspace
 
-    from spctrl.store.store import Run
+    from spctrl.store.runs import Run
     from tasks.stage.record_stage import Prepared
 
 STAGE = "spatext"
@@ -38,7 +38,7 @@ def keys(count: int, seed: int) -> list[str]:
 
 def artifact_run(store: Store, rows: list[dict[str, Any]]) -> Run:
     run = store.run(STAGE, "ap10k-train", "f" * 32)
-    run.write("manifest.parquet", parquet_bytes(pa.Table.from_pylist(rows, schema=artifact_schema())))
+    run.write_table("manifest.parquet", pa.Table.from_pylist(rows, schema=artifact_schema()))
     return run
 
 

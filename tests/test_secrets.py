@@ -22,7 +22,7 @@ from spctrl.output.secrets import (
     remember_environment,
     without_secrets,
 )
-from spctrl.store.storage import StoreError, files_at
+from spctrl.storage import StoreError, files_at
 from tasks.execution.logs import JsonLines
 from tasks.parameters import PathParameter
 

@@ -17,20 +17,14 @@ import pytest
 from stores import FACTS, commit, locations
 
 from spctrl.errors import ExpectedError
+from spctrl.io.parquet import parquet_bytes
+from spctrl.storage import StoreError, files_at
+from spctrl.storage.files import TEMPORARY, file_digest, write_atomic
+from spctrl.store.digests import content_digest, digest, digests
+from spctrl.store.pack_index import Location, index_name, pack_name
 from spctrl.store.provenance import ProvenanceError
-from spctrl.store.storage import TEMPORARY, StoreError, file_digest, files_at, write_atomic
-from spctrl.store.store import (
-    PROVENANCE,
-    Location,
-    Run,
-    Store,
-    content_digest,
-    digest,
-    digests,
-    index_name,
-    pack_name,
-    parquet_bytes,
-)
+from spctrl.store.runs import PROVENANCE, Run
+from spctrl.store.store import Store
 
 STAGE = "spatext"
 Results = list[tuple[str, bytes | tuple[str, str]]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spctrl.storage import Folder
 from spctrl.store.digests import DigestCache
-from spctrl.store.storage import Folder
 from spctrl.store.store import Store
 from tasks.dataset.views import RenderedView
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 from processes import HANG_S
 
-from spctrl.store.storage import StoreError
+from spctrl.storage import StoreError
 from tasks.execution.executor import run_jobs
 
 # Jobs are larger than a pipe holds, so that one is being written when the workers, which no longer read, are killed.

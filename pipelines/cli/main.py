@@ -31,7 +31,8 @@ from spctrl.output.printable import one_line
 from spctrl.output.secrets import masked
 from spctrl.output.terminal import say_message
 from spctrl.resources import overrides
-from spctrl.store.storage import TEMPORARY, files_at, is_url
+from spctrl.storage import files_at, is_url
+from spctrl.storage.files import TEMPORARY
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS, condition_class
 from tasks.dataset.index import AnnotationFile

@@ -7,6 +7,7 @@ many values and bytes each page expands to, which is what Arrow allocates.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -352,3 +353,10 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (data[at] & 127) << shift
         shift, at = shift + 7, at + 1
     return value | data[at] << shift, at + 1
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A small table as a Parquet file (zstd)."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()

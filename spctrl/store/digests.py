@@ -1,4 +1,4 @@
-"""Telling files apart by content, at the price of a stat.
+"""Digests of texts, by which the store names what it holds, and of files, at the price of a stat.
 
 A file's digest is kept under its path, size, modification time and inode; a list of files' digest under all
 of theirs. A file changed so recently that its time stamp might not move with the next change is read again
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spctrl.errors import ExpectedError
-from spctrl.store.storage import Files, Folder, StoreError, file_digest
-from spctrl.store.store import digest_of
+from spctrl.storage import Files, Folder, StoreError
+from spctrl.storage.files import file_digest
 
+KEY_BYTES = 16
 RACY_NS = 2_000_000_000
 HASHING_THREADS = 8
 MISSING, TOO_LARGE = "missing", "too-large"
@@ -43,6 +44,42 @@ LOOK_UPS_TO_A_SCAN = 4
 
 Stat = tuple[int, int, int]
 """Size in bytes, modification time in nanoseconds, inode."""
+
+
+def digest(*parts: str | bytes) -> str:
+    """Hex digest of a sequence of texts; the parts' borders count."""
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[str | bytes]) -> str:
+    """The same of as many as there may be."""
+    return _state_of(parts).hexdigest()
+
+
+def digests(first: str, others: Iterable[str | None]) -> Iterator[str | None]:
+    """``digest(first, other)`` of each other, where there is one: millions of keys begin alike."""
+    start = _state_of([first])
+    for other in others:
+        if other is None:
+            yield None
+        else:
+            state, data = start.copy(), other.encode()
+            state.update(len(data).to_bytes(8, "big") + data)
+            yield state.hexdigest()
+
+
+def _state_of(parts: Iterable[str | bytes]) -> hashlib.blake2b:
+    state = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "big"))
+        state.update(data)
+    return state
+
+
+def content_digest(data: bytes | memoryview) -> str:
+    """SHA-256 in hex, as ``sha256sum`` prints it."""
+    return hashlib.sha256(data).hexdigest()
 
 
 class _Digests(NamedTuple):

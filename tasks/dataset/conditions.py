@@ -12,9 +12,9 @@ import luigi
 from spctrl.conditions.png_folder import PngFolder
 from spctrl.errors import ExpectedError
 from spctrl.fingerprints import without_neutral
+from spctrl.storage import StoreError
+from spctrl.store.digests import digest
 from spctrl.store.packs import SAFETENSORS
-from spctrl.store.storage import StoreError
-from spctrl.store.store import digest, parquet_bytes
 from tasks import settings
 from tasks.dataset.images import FileStage
 from tasks.dataset.index import DatasetStage
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from spctrl.data.records import Record
-    from spctrl.store.store import Run
+    from spctrl.store.runs import Run
 
 OPENPOSE_COLOURS = 18
 """Links that the style ``openpose`` has colours for; it leaves out the rest."""
@@ -194,7 +194,7 @@ class Segments(ModelStage):
         from spctrl.data.manifest import INSTANCE_MASK_TYPE
 
         schema = pa.schema([("image_id", pa.int64()), *INSTANCE_MASK_TYPE])
-        run.write(INSTANCES, parquet_bytes(pa.Table.from_pylist(rows, schema=schema)))
+        run.write_table(INSTANCES, pa.Table.from_pylist(rows, schema=schema))
         return counts
 
     @staticmethod

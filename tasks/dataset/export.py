@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from spctrl.io.documents import MAX_DOCUMENT_BYTES
 from spctrl.paths import UnsafePathError, is_safe_relative_path
-from spctrl.store.digests import InputChangedError
-from spctrl.store.storage import Files, FileTooLargeError, Folder, StoreError, cannot_write, file_digest
-from spctrl.store.store import Run, content_digest, digest, parquet_bytes
+from spctrl.storage import Files, FileTooLargeError, Folder, StoreError
+from spctrl.storage.files import cannot_write, file_digest
+from spctrl.store.digests import InputChangedError, content_digest, digest
+from spctrl.store.runs import Run, struck_out
 from tasks import settings
 from tasks.dataset.index import AnnotationFile
 from tasks.dataset.manifest import Manifest
@@ -27,7 +28,6 @@ from tasks.execution.progress import progress
 from tasks.settings import LEDGERS
 from tasks.stage.base import MANIFEST, code_of, digest_cache
 from tasks.stage.record_stage import Artifacts
-from tasks.stage.tables import struck_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,6 +105,8 @@ class Ledger:
     def write(self) -> None:
         """The list first, so that a fingerprint never speaks for files that are not listed."""
         import pyarrow as pa
+
+        from spctrl.io.parquet import parquet_bytes
 
         columns = [
             list(self.files),
@@ -366,7 +368,7 @@ class Export(Manifest):
         if not self.shard_kinds:
             return
         from spctrl.data.export.shards import shard_columns, shard_rows
-        from spctrl.io.parquet import open_table, read_table
+        from spctrl.io.parquet import open_table, parquet_bytes, read_table
 
         path, size = source.path(MANIFEST), settings.export().shard_images
         table = read_table(path, columns=shard_columns(open_table(path, []).schema_arrow))

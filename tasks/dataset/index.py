@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 from spctrl.paths import listed_files, refuse_unsafe_paths
+from spctrl.storage.files import file_digest, read_bounded
 from spctrl.store.digests import MISSING, InputChangedError
-from spctrl.store.storage import file_digest, read_bounded
-from spctrl.store.store import Run, parquet_bytes
+from spctrl.store.runs import Run
 from tasks import settings
 from tasks.execution.executor import warm_up
 from tasks.execution.progress import progress
@@ -134,7 +134,7 @@ class Index(DatasetStage):
         with progress(f"{self.stage} {self.part}", 1, self.set_progress_percentage) as advance:
             with run.create(MANIFEST) as destination:
                 index = self._write_index(run, path, destination)
-            run.write(REJECTS, parquet_bytes(index.rejects))
+            run.write_table(REJECTS, index.rejects)
             run.write(IMAGE_PATHS, "".join(f"{each}\n" for each in index.image_paths).encode())
             advance(1)
         if file_digest(path) != self.made_from().inputs["annotations"]:
@@ -163,7 +163,7 @@ class Index(DatasetStage):
         except AnnotationFileError as error:
             if not error.rejects:
                 raise
-            run.write(REJECTS, parquet_bytes(rejects_table(error.rejects)))
+            run.write_table(REJECTS, rejects_table(error.rejects))
             raise AnnotationFileError(f"{error}{reject_examples(run)}", error.rejects) from None
 
     def notes(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 from spctrl.errors import ExpectedError
-from spctrl.store.store import Run, parquet_bytes
+from spctrl.store.runs import Run, struck_out
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS, INSTANCES, Segments, condition_class
 from tasks.dataset.images import Images
@@ -19,14 +19,13 @@ from tasks.execution.progress import progress
 from tasks.parameters import NamesParameter
 from tasks.stage.base import MANIFEST, REJECTS, StageTask, reject_examples
 from tasks.stage.record_stage import InOrder, location_of
-from tasks.stage.tables import struck_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from spctrl.data.export.layout import Layout
     from spctrl.data.manifest import ImageFacts
-    from spctrl.store.storage import StoreError
+    from spctrl.storage import StoreError
 
 
 class Manifest(DatasetStage):
@@ -120,7 +119,7 @@ class Manifest(DatasetStage):
                 f"expected its images and their order in {', '.join(unread)}, found others"
             )
         schema = pa.schema([pa.field("stage", pa.string()), *REJECT_SCHEMA])
-        run.write(REJECTS, parquet_bytes(rejects.select(schema.names).cast(schema)))
+        run.write_table(REJECTS, rejects.select(schema.names).cast(schema))
         if not rows:
             raise ExpectedError(
                 f"{self.part}: expected at least one usable record, found none{reject_examples(run)}"

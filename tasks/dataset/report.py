@@ -12,7 +12,7 @@ import luigi
 
 from spctrl.paths import listed_files, refuse_unsafe_paths
 from spctrl.store.code_version import ROOT
-from spctrl.store.store import Run
+from spctrl.store.runs import Run
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS
 from tasks.dataset.export import LOCK, Export

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from spctrl.store.digests import DigestCache
-from spctrl.store.storage import Files
-from spctrl.store.store import Run, content_digest
+from spctrl.storage import Files
+from spctrl.store.digests import DigestCache, content_digest
+from spctrl.store.runs import Run
 from tasks.dataset.export import UNFINISHED, Entry, Ledger, fingerprint_at
 from tasks.execution import logs
 from tasks.stage.base import StageTask

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from multiprocessing.util import Finalize
 from typing import TypeVar
 
-from spctrl.store.storage import StoreError
+from spctrl.storage import StoreError
 from tasks.execution.fork_server import start_fork_server
 from tasks.execution.worker_pool import StartMethod, WorkerError, WorkerPool
 

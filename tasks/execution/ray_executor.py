@@ -25,14 +25,16 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from spctrl.errors import ExpectedError
 from spctrl.extras import missing_package
 from spctrl.output.secrets import masked
+from spctrl.storage import StoreError
+from spctrl.storage.files import TEMPORARY
 from spctrl.store.code_version import copy_code
-from spctrl.store.storage import TEMPORARY, StoreError
 from tasks.execution import logs, ray_probe
 from tasks.execution.executor import collect
 from tasks.execution.worker_pool import JOBS_WAITING_PER_WORKER, WorkerError
 
 if TYPE_CHECKING:
-    from spctrl.store.store import Location, Store
+    from spctrl.store.pack_index import Location
+    from spctrl.store.store import Store
     from tasks.execution.worker import ModelBatch
 
     Locations = dict[str, Location]

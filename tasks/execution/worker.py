@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spctrl.data.records import RecordError, records_from_table
 from spctrl.errors import ExpectedError
-from spctrl.store.digests import InputChangedError
-from spctrl.store.store import Location, Store, content_digest
+from spctrl.store.digests import InputChangedError, content_digest
+from spctrl.store.pack_index import Location
+from spctrl.store.store import Store
 
 if TYPE_CHECKING:
     import pyarrow as pa

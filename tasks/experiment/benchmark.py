@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 from spctrl.output.secrets import without_secrets
+from spctrl.storage import Folder, is_url
+from spctrl.storage.files import exclusive
 from spctrl.store.code_version import ROOT
-from spctrl.store.storage import Folder, exclusive, is_url
-from spctrl.store.store import PROVENANCE, Run, parquet_bytes
+from spctrl.store.runs import PROVENANCE, Run, struck_out
 from tasks import settings
 from tasks.dataset.export import LOCK
 from tasks.dataset.views import RenderedView, ViewStage
@@ -32,7 +33,6 @@ from tasks.experiment.evaluate import (
 from tasks.experiment.generate import method_json
 from tasks.settings import LEDGERS
 from tasks.stage.base import MANIFEST, digest_cache
-from tasks.stage.tables import struck_out
 
 if TYPE_CHECKING:
     from eval.report import Case, MethodView
@@ -155,6 +155,7 @@ class Tables(OfMethods):
 
     def render(self, store: str) -> dict[str, bytes]:
         from eval.tables import FORMATS, to_arrow, to_markdown
+        from spctrl.io.parquet import parquet_bytes
 
         files = {name: write(self.table).encode() for name, write in FORMATS.items()}
         files[TABLE] = to_markdown(self.table, store=store).encode()

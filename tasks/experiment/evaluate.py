@@ -16,8 +16,8 @@ import luigi
 from spctrl.data.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
 from spctrl.fingerprints import without_neutral
-from spctrl.store.digests import MISSING
-from spctrl.store.store import Run, digest, parquet_bytes
+from spctrl.store.digests import MISSING, digest
+from spctrl.store.runs import Run, struck_out
 from tasks import settings
 from tasks.dataset.images import HASHED_BETWEEN_LINES, READ_AT_ONCE_BYTES
 from tasks.dataset.index import DatasetStage
@@ -26,7 +26,6 @@ from tasks.execution.progress import progress
 from tasks.experiment.generate import IMAGES, GeneratedImages, MethodStage, prompts_of
 from tasks.stage.base import MANIFEST, REJECTS, StageTask, digest_cache
 from tasks.stage.model_stage import Weights, weights_at, weights_digest
-from tasks.stage.tables import struck_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -111,10 +110,10 @@ class EvaluatedImages(OfEvaluation, MethodStage):
             count=self.how.images_per_pose,
             size_wh=self.how_measured.expected_size_wh(self.how),
         )
-        run.write(IMAGES, parquet_bytes(pa.Table.from_pylist(checked.rows, schema=IMAGES_SCHEMA)))
+        run.write_table(IMAGES, pa.Table.from_pylist(checked.rows, schema=IMAGES_SCHEMA))
         without_prompt = read_table(prompts.path(REJECTS))
         rejects = pa.concat_tables([rejects_table(checked.rejects), without_prompt])
-        run.write(REJECTS, parquet_bytes(rejects))
+        run.write_table(REJECTS, rejects)
         return {
             "records": len(checked.rows) + len(checked.rejects),
             "made": len(checked.rows),
@@ -315,7 +314,7 @@ class PredictedPoses(WithNetwork, OfImages):
         estimator = make_estimator(pose, self.weights_path, self.dataset, device)
         with progress(f"{self.stage} {self.part}", len(files), self.set_progress_percentage) as advance:
             poses = estimate_poses(estimator, files, boxes, sizes_wh, advance=advance)
-        run.write(POSES, parquet_bytes(poses_table(poses)))
+        run.write_table(POSES, poses_table(poses))
         return {"records": len(files), "made": len(poses), "rejected": 0}
 
 
@@ -460,9 +459,7 @@ class ClipCosines(WithNetwork, OfImages):
             weights=self.weights_path,
             device=first_device(settings.executor().device),
         )
-        run.write(
-            CLIP_SCORES, parquet_bytes(pa.table({"image_id": images.column("image_id"), "score": scores}))
-        )
+        run.write_table(CLIP_SCORES, pa.table({"image_id": images.column("image_id"), "score": scores}))
         return {"records": len(scores), "made": len(scores), "rejected": 0}
 
 
@@ -558,7 +555,7 @@ class PoseAp(MetricStage):
             "annotation_id": truth.annotation_ids[counted],
             "oks": oks[counted],
         }
-        run.write(INSTANCES, parquet_bytes(pa.table(instances)))
+        run.write_table(INSTANCES, pa.table(instances))
         return self.write(run, scores)
 
 

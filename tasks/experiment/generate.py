@@ -12,9 +12,9 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from spctrl.paths import listed_files
-from spctrl.store.digests import MISSING, InputChangedError
-from spctrl.store.storage import Files
-from spctrl.store.store import Run, content_digest, digest, parquet_bytes
+from spctrl.storage import Files
+from spctrl.store.digests import MISSING, InputChangedError, content_digest, digest
+from spctrl.store.runs import Run
 from tasks import settings
 from tasks.dataset.conditions import FromArtifacts, condition_class
 from tasks.dataset.export import LOCK, UNFINISHED, Entry, Ledger, fingerprint_at
@@ -95,8 +95,8 @@ class Prompts(DatasetStage):
                 continue
             prompts[subject.image_id] = prompt.text
         schema = pa.schema([("image_id", pa.int64()), ("prompt", pa.string())])
-        run.write(PROMPTS, parquet_bytes(pa.table([list(prompts), list(prompts.values())], schema=schema)))
-        run.write(REJECTS, parquet_bytes(rejects_table(rejects)))
+        run.write_table(PROMPTS, pa.table([list(prompts), list(prompts.values())], schema=schema))
+        run.write_table(REJECTS, rejects_table(rejects))
         return {"records": len(table), "made": len(prompts), "rejected": len(rejects)}
 
 
@@ -410,8 +410,8 @@ class GeneratedImages(ViewStage, MethodStage):
             raise ExpectedError(
                 f"{self.part}: expected images in {self.folder}{example}, found none that fit a pose"
             )
-        run.write(IMAGES, parquet_bytes(generated_table(rows)))
-        run.write(REJECTS, parquet_bytes(rejects_table(rejects)))
+        run.write_table(IMAGES, generated_table(rows))
+        run.write_table(REJECTS, rejects_table(rejects))
         return {"records": len(rows) + len(rejects), "made": len(rows), "rejected": len(rejects)}
 
     def _image_names(self) -> dict[int, str]:

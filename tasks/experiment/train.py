@@ -22,10 +22,12 @@ from spctrl.errors import ExpectedError
 from spctrl.io.disk_errors import fault_in, working
 from spctrl.output.terminal import say
 from spctrl.paths import config_name
+from spctrl.storage import Folder, StoreError, is_url
+from spctrl.storage.files import open_regular, temporary_name, write_atomic
 from spctrl.store.code_version import ROOT
-from spctrl.store.digests import MISSING
-from spctrl.store.storage import Folder, StoreError, is_url, open_regular, temporary_name, write_atomic
-from spctrl.store.store import Run, digest, index_name, pack_name, parquet_bytes
+from spctrl.store.digests import MISSING, digest
+from spctrl.store.pack_index import index_name, pack_name
+from spctrl.store.runs import Run
 from tasks import settings
 from tasks.dataset.conditions import Latents
 from tasks.dataset.manifest import Manifest
@@ -254,7 +256,7 @@ class Train(StageTask):
         self._check_latents()
         images, rejects = self._images_and_rejects()
         counts = {"records": images, "rejected": len(rejects)}
-        run.write(REJECTS, parquet_bytes(rejects))
+        run.write_table(REJECTS, rejects)
         if self.reject_fault(counts) is not None:  # the caller raises it, before anything is trained
             return counts
         self._fetch_packs()

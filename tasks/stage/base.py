@@ -31,10 +31,11 @@ from spctrl.errors import ExpectedError
 from spctrl.extras import missing_package
 from spctrl.output.printable import one_line
 from spctrl.output.secrets import masked
+from spctrl.storage import StoreError
 from spctrl.store.code_version import PACKAGES, ROOT, code_components
-from spctrl.store.digests import DigestCache
-from spctrl.store.storage import StoreError
-from spctrl.store.store import Run, Store, digest
+from spctrl.store.digests import DigestCache, digest
+from spctrl.store.runs import Run
+from spctrl.store.store import Store
 from tasks import settings
 from tasks.execution import logs
 from tasks.stage.tables import refuse_damaged_tables, table_faults

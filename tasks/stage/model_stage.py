@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import luigi
 
-from spctrl.store.digests import MISSING
-from spctrl.store.store import Store, digest
+from spctrl.store.digests import MISSING, digest
+from spctrl.store.store import Store
 from tasks import settings
 from tasks.dataset.images import ImageFiles
 from tasks.execution.devices import devices_of_workers
@@ -20,7 +20,7 @@ from tasks.stage.base import OfSettings, digest_cache
 from tasks.stage.record_stage import RecordStage
 
 if TYPE_CHECKING:
-    from spctrl.store.store import Location
+    from spctrl.store.pack_index import Location
     from spctrl.weights import KnownWeights
     from tasks.execution.worker import Batch, ModelBatch
 

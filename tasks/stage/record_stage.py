@@ -7,13 +7,13 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
-from spctrl.store.digests import InputChangedError
-from spctrl.store.store import Location, Run, digest, digests, parquet_bytes, results_table
+from spctrl.store.digests import InputChangedError, digest, digests
+from spctrl.store.pack_index import Location, results_table
+from spctrl.store.runs import Run, struck_out
 from tasks import settings
 from tasks.execution.executor import run_jobs, warm_up
 from tasks.execution.progress import progress
 from tasks.stage.base import MANIFEST, REJECTS, StageTask
-from tasks.stage.tables import struck_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -242,7 +242,7 @@ class _Plan:
                 writer.write_table(made.cast(schema).combine_chunks())
                 artifacts += len(made)
                 start += len(rows)
-        run.write(REJECTS, parquet_bytes(rejects_table(rejects)))
+        run.write_table(REJECTS, rejects_table(rejects))
         return {"artifacts": artifacts, "rejected": len(rejects)}
 
     def _rejects(self, start: int, found: pa.Table) -> Iterator[dict[str, Any]]:

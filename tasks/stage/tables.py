@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spctrl.store.provenance import METRICS, RECORD_STAGES
-from spctrl.store.storage import StoreError
+from spctrl.store.runs import struck_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from spctrl.store.store import Run
+    from spctrl.store.runs import Run
 
 ROWS_AT_ONCE = 4096
 MANIFEST, REJECTS, IMAGES = "manifest.parquet", "rejects.parquet", "images.parquet"
@@ -69,17 +69,6 @@ def refuse_damaged_tables(run: Run) -> None:
     if fault is not None:
         raise struck_out([run], fault)
     _sound[run] = (files, counts)
-
-
-def struck_out(runs: Iterable[Run], fault: str) -> StoreError:
-    """Strike out runs, the first of which has a fault that any of them may have caused; returns what to raise."""
-    first, *others = dict.fromkeys(runs)
-    for run in (first, *others):
-        run.uncommit()
-    beside = f", nor do {len(others)} that may be at fault" if others else ""
-    return StoreError(
-        f"{first.place()}: {fault}. The run no longer counts as finished{beside}: build again, which makes it again"
-    )
 
 
 _sound: dict[Run, tuple[dict[str, Any], dict[str, int]]] = {}

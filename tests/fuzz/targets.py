@@ -43,12 +43,14 @@ from spctrl.demo_data import write_sample
 from spctrl.errors import ExpectedError
 from spctrl.inference.methods import Generation
 from spctrl.inference.poses import index_map_of, read_pose
+from spctrl.io.parquet import parquet_bytes
 from spctrl.prompts import Templates, load_templates, subjects_from_table
 from spctrl.report.pictures import decode
 from spctrl.resources import packaged
+from spctrl.storage import files_at
+from spctrl.store.digests import content_digest
 from spctrl.store.packs import write_container
-from spctrl.store.storage import files_at
-from spctrl.store.store import Store, content_digest, parquet_bytes
+from spctrl.store.store import Store
 from tasks.dataset.export import Ledger, damaged_files
 from tasks.maintenance import collect, verify
 

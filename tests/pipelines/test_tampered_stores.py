@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tampering import correct_provenance, run_folder, tamper
 
-from spctrl.store.storage import StoreError, file_digest
+from spctrl.storage import StoreError
+from spctrl.storage.files import file_digest
 from spctrl.store.store import Store
 from tasks.maintenance import collect
 

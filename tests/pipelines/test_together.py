@@ -18,7 +18,7 @@ from processes import HANG_S
 from stores import commit
 
 from spctrl.io import locks
-from spctrl.store.storage import StoreError
+from spctrl.storage import StoreError
 from tasks.stage.base import Ingredients
 
 if TYPE_CHECKING:

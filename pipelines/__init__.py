@@ -29,7 +29,7 @@ from tasks.dataset.report import Report, print_summary
 from tasks.execution import logs
 from tasks.experiment.train import Train
 from tasks.parameters import NamesParameter
-from tasks.stage.base import MeetsBadRecords
+from tasks.stage.rejects import MeetsBadRecords
 
 __all__ = ["Benchmark", "BuildDataset", "Evaluate", "Generate", "Train"]
 

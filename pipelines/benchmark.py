@@ -13,7 +13,7 @@ from spctrl.paths import config_name
 from tasks.experiment.benchmark import PAGE, BenchmarkReport, Tables
 from tasks.experiment.evaluate import evaluation_json
 from tasks.parameters import PathParameter
-from tasks.stage.base import MeetsBadRecords
+from tasks.stage.rejects import MeetsBadRecords
 
 if TYPE_CHECKING:
     from eval.settings import Evaluation

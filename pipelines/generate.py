@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import luigi
 
 from spctrl.output.terminal import say
-from tasks.experiment.generate import GeneratedImages, method_json
+from tasks.experiment.generate.images import GeneratedImages
+from tasks.experiment.generate.samples import method_json
 from tasks.parameters import PathParameter
-from tasks.stage.base import MeetsBadRecords
+from tasks.stage.rejects import MeetsBadRecords
 
 if TYPE_CHECKING:
     from spctrl.inference.methods import Generation

@@ -12,16 +12,16 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
 from spctrl.storage import FileTooLargeError, StoreError, files_at
+from spctrl.store.artifacts import artifact_schema
 from spctrl.store.pack_index import Location, index_name, pack_name
 from spctrl.store.packs import suffix_in
 from spctrl.store.provenance import ProvenanceError
 from spctrl.store.runs import PROVENANCE, Run
 from spctrl.store.store import Store
-from tasks.dataset.export import Ledger, damaged_files, fingerprint_at
+from tasks.dataset.export_state import Ledger, damaged_files, fingerprint_at
 from tasks.dataset.index import IMAGE_PATHS, read_image_paths
 from tasks.settings import LEDGERS
-from tasks.stage.base import MANIFEST, REJECTS
-from tasks.stage.record_stage import artifact_schema
+from tasks.stage.rejects import MANIFEST, REJECTS
 from tasks.stage.tables import table_faults
 
 if TYPE_CHECKING:

@@ -43,6 +43,15 @@ class SaysWhatIsWrong(luigi.Task):
             raise
 
 
+class OfSettings(SaysWhatIsWrong):
+    """A task that is another one under other settings, also to a scheduler that serves several builds."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.task_id = f"{self.task_id}_{settings_digest()}"
+        warn_of_settings_without_effect()
+
+
 class Section(SaysWhatIsWrong, luigi.Config):
     """A section of luigi.cfg."""
 

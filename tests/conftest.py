@@ -376,12 +376,12 @@ def _setting(value: Any) -> str:
 @contextlib.contextmanager
 def _luigi_settings(path: Path) -> Iterator[None]:
     """Luigi as a fresh process with one settings file would have it."""
+    from spctrl.store import digests
     from tasks import settings
-    from tasks.stage import base
 
     def forget() -> None:
         luigi.task_register.Register.clear_instance_cache()
-        base._digest_cache.cache_clear()
+        digests._digest_cache.cache_clear()
         settings.settings_digest.cache_clear()
         settings.warn_of_settings_without_effect.cache_clear()
 

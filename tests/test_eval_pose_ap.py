@@ -35,7 +35,7 @@ from spctrl.data.index import write_index
 from spctrl.inference.methods import Method
 from tasks.experiment.evaluate import PoseAp as PoseApTask
 from tasks.experiment.evaluate import evaluation_json
-from tasks.experiment.generate import method_json
+from tasks.experiment.generate.samples import method_json
 
 Json = dict[str, Any]
 

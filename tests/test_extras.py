@@ -16,7 +16,7 @@ from processes import HANG_S
 from spctrl import extras
 from spctrl.errors import ExpectedError
 from spctrl.extras import PURPOSES, extras_with, import_explained, imports_explained, missing_package
-from tasks.stage import base
+from tasks.stage import fingerprints
 
 REPOSITORY = Path(__file__).parents[1]
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -120,7 +120,7 @@ def test_without_metadata_the_package_itself_is_named(monkeypatch: pytest.Monkey
 
 def test_a_stage_names_the_library_that_it_does_not_find() -> None:
     with pytest.raises(ExpectedError, match=r"expected the package no-such-library in .*, found none"):
-        base._version("no-such-library")
+        fingerprints.library_version("no-such-library")
 
 
 @pytest.mark.parametrize(

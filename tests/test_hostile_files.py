@@ -35,7 +35,7 @@ from spctrl.io.parquet import parquet_bytes
 from spctrl.storage import StoreError, files_at
 from spctrl.store.digests import DigestCache
 from spctrl.store.store import Store
-from tasks.dataset.export import Ledger
+from tasks.dataset.export_state import Ledger
 
 BYTES_PER_PIXEL = 32
 """Most memory that decoding may take; WebP, the hungriest, was measured at 22."""
@@ -483,7 +483,8 @@ def test_a_cache_that_is_another_database_is_refused(tmp_path: Path, change: str
 
 @pytest.mark.parametrize("value", ["5", "[1, 2]", "[" * 200_000, b"5", None, '"' + "x" * 2**24 + '"'])
 def test_facts_of_other_types_are_none(tmp_path: Path, value: object) -> None:
-    from tasks.stage.base import code_of, digest_cache
+    from spctrl.store.digests import digest_cache
+    from tasks.stage.fingerprints import code_of
 
     store = Store(tmp_path)
     function = ("spctrl.data.records:rejects_table",)

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 import spctrl.store.digests
-from spctrl.store.digests import MISSING, TOO_LARGE, DigestCache
+from spctrl.store.digests import MISSING, TOO_LARGE, DigestCache, digest_cache
 from spctrl.store.store import Store
-from tasks.stage.base import digest_cache
 
 LONG_AGO_NS = time.time_ns() - 3_600_000_000_000
 

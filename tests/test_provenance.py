@@ -187,7 +187,7 @@ def test_gc_leaves_the_artifacts_of_a_run_whose_provenance_is_damaged(tmp_path: 
     """The next build makes the run again from them."""
     import pyarrow as pa
 
-    from tasks.stage.record_stage import artifact_schema
+    from spctrl.store.artifacts import artifact_schema
 
     store = Store(tmp_path)
     made = store.write_pack("mask", ".png", [("0" * 32, b"days of work"), ("1" * 32, b"dead" * 999)])

@@ -14,17 +14,17 @@ import luigi
 import pyarrow as pa
 import pytest
 
+from spctrl.store.artifacts import Artifacts, InOrder, artifact_schema, artifacts_in_order
 from spctrl.store.digests import FILES_AT_ONCE, DigestCache
 from spctrl.store.store import Store
 from tasks.dataset.images import Images
-from tasks.stage import record_stage
-from tasks.stage.record_stage import Artifacts, InOrder, artifact_schema, artifacts_in_order
+from tasks.stage import record_plan
 
 if TYPE_CHECKING:
     from conftest import Workspace
 
     from spctrl.store.runs import Run
-    from tasks.stage.record_stage import Prepared
+    from tasks.stage.record_plan import Prepared
 
 STAGE = "spatext"
 FEW_AND_MANY = (1_000, 4_000)
@@ -172,7 +172,7 @@ def test_memory_for_each_record_that_is_known_already(
     make_workspace: Callable[..., Workspace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a rebuild keeps while it compares keys and writes the run; packs have one size at both counts."""
-    monkeypatch.setattr(record_stage, "ROWS_AT_ONCE", 256)
+    monkeypatch.setattr(record_plan, "ROWS_AT_ONCE", 256)
     peaks = [_peak_of_rebuild(make_workspace, tmp_path, records) for records in FEW_AND_MANY]
     growth = (peaks[1] - peaks[0]) / (FEW_AND_MANY[1] - FEW_AND_MANY[0])
     assert 36 < growth <= LARGEST_RECORD_BYTES

@@ -35,10 +35,10 @@ from spctrl.storage import files_at, is_url
 from spctrl.storage.files import TEMPORARY
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS, condition_class
+from tasks.dataset.image_models import ModelStage
 from tasks.dataset.index import AnnotationFile
 from tasks.execution.progress import progress
 from tasks.stage.base import StageTask
-from tasks.stage.model_stage import ModelStage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,8 +16,8 @@ from spctrl.errors import ExpectedError
 from spctrl.output.console import PlainConsole
 from tasks import settings
 from tasks.dataset.index import Index
-from tasks.stage.base import MANIFEST
-from tasks.stage.model_stage import weights_at
+from tasks.stage.rejects import MANIFEST
+from tasks.stage.weights import weights_at
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,6 +7,7 @@ of theirs. A file changed so recently that its time stamp might not move with th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -18,11 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spctrl.errors import ExpectedError
 from spctrl.storage import Files, Folder, StoreError
 from spctrl.storage.files import file_digest
+
+if TYPE_CHECKING:
+    from spctrl.store.store import Store
 
 KEY_BYTES = 16
 RACY_NS = 2_000_000_000
@@ -301,3 +305,13 @@ def _digest_or_missing(wanted: tuple[str, Stat]) -> str:
         return file_digest(Path(wanted[0]))
     except OSError:
         return MISSING
+
+
+def digest_cache(store: Store) -> DigestCache:
+    """This process's connection to the store's cache; a forked process opens its own."""
+    return _digest_cache(store.cache_folder.resolve(), os.getpid())
+
+
+@functools.cache
+def _digest_cache(folder: Path, pid: int) -> DigestCache:
+    return DigestCache(folder / "cache.sqlite")

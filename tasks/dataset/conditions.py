@@ -13,14 +13,16 @@ from spctrl.conditions.png_folder import PngFolder
 from spctrl.errors import ExpectedError
 from spctrl.fingerprints import without_neutral
 from spctrl.storage import StoreError
+from spctrl.store.artifacts import Artifacts, artifacts_in_order
 from spctrl.store.digests import digest
 from spctrl.store.packs import SAFETENSORS
 from tasks import settings
+from tasks.dataset.image_models import ModelStage
 from tasks.dataset.images import FileStage
 from tasks.dataset.index import DatasetStage
 from tasks.stage.base import StageTask
-from tasks.stage.model_stage import ModelStage
-from tasks.stage.record_stage import NOTHING, Artifacts, Prepared, RecordStage, artifacts_in_order
+from tasks.stage.record_plan import NOTHING, Prepared
+from tasks.stage.record_stage import RecordStage
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,24 +10,25 @@ import errno
 import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from spctrl.io.documents import MAX_DOCUMENT_BYTES
-from spctrl.paths import UnsafePathError, is_safe_relative_path
-from spctrl.storage import Files, FileTooLargeError, Folder, StoreError
+from spctrl.paths import UnsafePathError
+from spctrl.storage import Files, Folder, StoreError
 from spctrl.storage.files import cannot_write, file_digest
-from spctrl.store.digests import InputChangedError, content_digest, digest
+from spctrl.store.artifacts import Artifacts
+from spctrl.store.digests import InputChangedError, content_digest, digest, digest_cache
 from spctrl.store.runs import Run, struck_out
 from tasks import settings
+from tasks.dataset.export_state import TEXT, UNFINISHED, Entry, Ledger, fingerprint_at, may_be_exported
 from tasks.dataset.index import AnnotationFile
 from tasks.dataset.manifest import Manifest
 from tasks.execution import logs
 from tasks.execution.progress import progress
 from tasks.settings import LEDGERS
-from tasks.stage.base import MANIFEST, code_of, digest_cache
-from tasks.stage.record_stage import Artifacts
+from tasks.stage.fingerprints import code_of
+from tasks.stage.rejects import MANIFEST
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,107 +39,29 @@ if TYPE_CHECKING:
     from tasks.stage.base import StageTask
 
 LOCK = f"{LEDGERS}/lock"
-MAX_LIST_BYTES = 2**30
-"""Of a ledger's list, which has some 50 bytes for each file of an export."""
+
+
 CATEGORIES = ".categories"
 """Suffix of a split's own categories, which lie beside its ledger."""
+
+
 IMAGE, HEATMAPS = "image", "heatmaps"
+
+
 REWRITTEN = "rewritten"
 """An image of which there is a copy with another orientation tag, not a link."""
+
+
 FOLDERS = "folders"
+
+
 DISPLAY_EVERY = 256
+
+
 LINKS_REFUSED = frozenset(
     {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EIO}
 )
 """What systems answer that have no such links, or not there; EIO is sshfs's answer with follow_symlinks."""
-
-
-class Entry(NamedTuple):
-    """A file of an export: what it was made from, and its SHA-256."""
-
-    made_from: str
-    digest: str
-
-
-TEXT = "text"
-UNFINISHED = Entry("", "")
-"""Of a file that is about to be written."""
-
-
-@dataclass
-class Ledger:
-    """The files that one split wrote into an export folder.
-
-    Attributes:
-        place: where exports go.
-        name: of the ledger's own JSON file; beside it, with the suffix ``.parquet``, lies the list of files.
-        fingerprint: of the export run that they belong to; empty while it is under way.
-        files: by path below the export folder.
-    """
-
-    place: Files
-    name: str
-    fingerprint: str = ""
-    files: dict[str, Entry] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, place: Files, name: str) -> Ledger:
-        """The ledger of a name; an empty one where there is none, or half of one.
-
-        An export may come from somewhere else: what its ledger lists outside of it, or in the ledgers' own folder, is
-        not taken for a file of the export, and so never removed.
-        """
-        import pyarrow as pa
-
-        from spctrl.io.parquet import read_table
-
-        try:
-            listed = (
-                read_table(place.read(_list_name(name), max_bytes=MAX_LIST_BYTES)).drop_null().to_pydict()
-            )
-            rows = zip(*(listed[column] for column in ("path", *Entry._fields)), strict=True)
-        except (OSError, FileTooLargeError, ValueError, KeyError, pa.ArrowException):  # ValueError: no UTF-8
-            return cls(place, name)
-        files = {path: Entry(*entry) for path, *entry in rows if _may_be_exported(path)}
-        return cls(place, name, fingerprint_at(place, name), files)
-
-    def write(self) -> None:
-        """The list first, so that a fingerprint never speaks for files that are not listed."""
-        import pyarrow as pa
-
-        from spctrl.io.parquet import parquet_bytes
-
-        columns = [
-            list(self.files),
-            *([entry[i] for entry in self.files.values()] for i in range(len(Entry._fields))),
-        ]
-        schema = pa.schema([(name, pa.string()) for name in ("path", *Entry._fields)])
-        if not self.fingerprint:
-            self._write_fingerprint()
-        self.place.write(_list_name(self.name), parquet_bytes(pa.table(columns, schema=schema)))
-        self._write_fingerprint()
-
-    def _write_fingerprint(self) -> None:
-        self.place.write(self.name, json.dumps({"fingerprint": self.fingerprint}).encode())
-
-
-def _may_be_exported(path: object) -> bool:
-    """Whether a ledger's entry is a path below the export folder."""
-    if not isinstance(path, str) or not is_safe_relative_path(path):
-        return False
-    return not {"", ".", LEDGERS} & set(path.split("/"))
-
-
-def _list_name(ledger: str) -> str:
-    return f"{ledger.removesuffix('.json')}.parquet"
-
-
-def fingerprint_at(place: Files, ledger: str) -> str:
-    """The fingerprint of a ledger alone, without loading anything heavy."""
-    try:
-        return str(place.read_json(ledger)["fingerprint"])
-    except (FileNotFoundError, FileTooLargeError, ValueError, KeyError, TypeError):
-        return ""
 
 
 class Wanted(NamedTuple):
@@ -571,20 +494,8 @@ def _check_paths(paths: Iterable[str], source: Run) -> None:
         UnsafePathError: names one.
     """
     for path in paths:
-        if not _may_be_exported(path):
+        if not may_be_exported(path):
             raise UnsafePathError(
                 f"expected paths of files below the export folder in {source.place(MANIFEST)}, found {path!r}. No "
                 f"build writes such a manifest: remove {source.place()} and build again"
             )
-
-
-def damaged_files(ledger: Ledger) -> list[str]:
-    """Paths, below an export folder, that are missing or do not hold what the ledger says."""
-
-    def is_damaged(path: str, entry: Entry) -> bool:
-        try:
-            return ledger.place.digest(path) != entry.digest
-        except (OSError, StoreError):
-            return True
-
-    return [path for path, entry in ledger.files.items() if is_damaged(path, entry)]

@@ -10,11 +10,11 @@ import luigi
 
 from spctrl.data.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.paths import outside_folders, refuse_unsafe_paths
-from spctrl.store.digests import MISSING, TOO_LARGE
+from spctrl.store.digests import MISSING, TOO_LARGE, digest_cache
 from tasks.dataset.index import DatasetStage
 from tasks.execution.progress import progress
-from tasks.stage.base import digest_cache
-from tasks.stage.record_stage import NOTHING, Prepared, RecordStage
+from tasks.stage.record_plan import NOTHING, Prepared
+from tasks.stage.record_stage import RecordStage
 
 if TYPE_CHECKING:
     import pyarrow as pa

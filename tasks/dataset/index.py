@@ -11,12 +11,14 @@ import luigi
 
 from spctrl.paths import listed_files, refuse_unsafe_paths
 from spctrl.storage.files import file_digest, read_bounded
-from spctrl.store.digests import MISSING, InputChangedError
+from spctrl.store.digests import MISSING, InputChangedError, digest_cache
 from spctrl.store.runs import Run
 from tasks import settings
 from tasks.execution.executor import warm_up
 from tasks.execution.progress import progress
-from tasks.stage.base import MANIFEST, REJECTS, OfSettings, StageTask, digest_cache, reject_examples
+from tasks.settings import OfSettings
+from tasks.stage.base import StageTask
+from tasks.stage.rejects import MANIFEST, REJECTS, reject_examples
 
 if TYPE_CHECKING:
     from spctrl.data.datasets import Dataset

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 from spctrl.errors import ExpectedError
+from spctrl.store.artifacts import InOrder, location_of
 from spctrl.store.runs import Run, struck_out
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS, INSTANCES, Segments, condition_class
@@ -17,8 +18,8 @@ from tasks.dataset.images import Images
 from tasks.dataset.index import DatasetStage
 from tasks.execution.progress import progress
 from tasks.parameters import NamesParameter
-from tasks.stage.base import MANIFEST, REJECTS, StageTask, reject_examples
-from tasks.stage.record_stage import InOrder, location_of
+from tasks.stage.base import StageTask
+from tasks.stage.rejects import MANIFEST, REJECTS, reject_examples
 
 if TYPE_CHECKING:
     import pyarrow as pa

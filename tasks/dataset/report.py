@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import luigi
 
 from spctrl.paths import listed_files, refuse_unsafe_paths
+from spctrl.store.artifacts import Artifacts
 from spctrl.store.code_version import ROOT
+from spctrl.store.digests import digest_cache
 from spctrl.store.runs import Run
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS
@@ -23,8 +25,7 @@ from tasks.execution import logs
 from tasks.execution.progress import progress
 from tasks.parameters import NamesParameter
 from tasks.settings import LEDGERS
-from tasks.stage.base import MANIFEST, REJECTS, digest_cache
-from tasks.stage.record_stage import Artifacts
+from tasks.stage.rejects import MANIFEST, REJECTS
 
 if TYPE_CHECKING:
     from spctrl.audit import SplitTables

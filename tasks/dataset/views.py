@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from spctrl.storage import Files
 from spctrl.store.digests import DigestCache, content_digest
 from spctrl.store.runs import Run
-from tasks.dataset.export import UNFINISHED, Entry, Ledger, fingerprint_at
+from tasks.dataset.export_state import UNFINISHED, Entry, Ledger, fingerprint_at
 from tasks.execution import logs
 from tasks.stage.base import StageTask
 

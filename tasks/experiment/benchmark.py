@@ -16,6 +16,7 @@ from spctrl.output.secrets import without_secrets
 from spctrl.storage import Folder, is_url
 from spctrl.storage.files import exclusive
 from spctrl.store.code_version import ROOT
+from spctrl.store.digests import digest_cache
 from spctrl.store.runs import PROVENANCE, Run, struck_out
 from tasks import settings
 from tasks.dataset.export import LOCK
@@ -30,9 +31,9 @@ from tasks.experiment.evaluate import (
     OfEvaluation,
     PoseAp,
 )
-from tasks.experiment.generate import method_json
+from tasks.experiment.generate.samples import method_json
 from tasks.settings import LEDGERS
-from tasks.stage.base import MANIFEST, digest_cache
+from tasks.stage.rejects import MANIFEST
 
 if TYPE_CHECKING:
     from eval.report import Case, MethodView

@@ -16,16 +16,19 @@ import luigi
 from spctrl.data.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
 from spctrl.fingerprints import without_neutral
-from spctrl.store.digests import MISSING, digest
+from spctrl.store.digests import MISSING, digest, digest_cache
 from spctrl.store.runs import Run, struck_out
 from tasks import settings
 from tasks.dataset.images import HASHED_BETWEEN_LINES, READ_AT_ONCE_BYTES
 from tasks.dataset.index import DatasetStage
 from tasks.execution.devices import first_device
 from tasks.execution.progress import progress
-from tasks.experiment.generate import IMAGES, GeneratedImages, MethodStage, prompts_of
-from tasks.stage.base import MANIFEST, REJECTS, StageTask, digest_cache
-from tasks.stage.model_stage import Weights, weights_at, weights_digest
+from tasks.experiment.generate.images import IMAGES, GeneratedImages
+from tasks.experiment.generate.prompts import prompts_of
+from tasks.experiment.generate.samples import MethodStage
+from tasks.stage.base import StageTask
+from tasks.stage.rejects import MANIFEST, REJECTS
+from tasks.stage.weights import Weights, weights_at, weights_digest
 
 if TYPE_CHECKING:
     import pyarrow as pa

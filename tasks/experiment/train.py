@@ -35,8 +35,9 @@ from tasks.execution import logs
 from tasks.execution.devices import gpu_environment
 from tasks.execution.progress import progress
 from tasks.parameters import PathParameter
-from tasks.stage.base import MANIFEST, REJECTS, StageTask
-from tasks.stage.model_stage import Weights, weights_at, weights_digest
+from tasks.stage.base import StageTask
+from tasks.stage.rejects import MANIFEST, REJECTS
+from tasks.stage.weights import Weights, weights_at, weights_digest
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,69 +8,28 @@ record a key, and works only on the keys that its packs do not hold yet.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import itertools
 import json
-import math
-import operator
-import os
 import platform
-import textwrap
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import luigi
 
 import spctrl
 from spctrl.errors import ExpectedError
-from spctrl.extras import missing_package
-from spctrl.output.printable import one_line
 from spctrl.output.secrets import masked
 from spctrl.storage import StoreError
-from spctrl.store.code_version import PACKAGES, ROOT, code_components
-from spctrl.store.digests import DigestCache, digest
+from spctrl.store.digests import digest
 from spctrl.store.runs import Run
 from spctrl.store.store import Store
 from tasks import settings
 from tasks.execution import logs
+from tasks.stage.fingerprints import Ingredients, code_of, library_version
+from tasks.stage.rejects import MeetsBadRecords, TooManyRejectsError, reject_examples
 from tasks.stage.tables import refuse_damaged_tables, table_faults
-
-MANIFEST = "manifest.parquet"
-REJECTS = "rejects.parquet"
-MAX_REASONS, MIN_EXAMPLES, MAX_EXAMPLE_CHARACTERS = 5, 3, 400
-"""Of rejects, in an error message."""
-
-
-class TooManyRejectsError(ExpectedError):
-    """More records were rejected than the settings allow."""
-
-
-@dataclass(frozen=True)
-class Ingredients:
-    """What a stage's result is made from.
-
-    Attributes:
-        code: digest of each definition that the stage's function reaches.
-        libraries: versions of the libraries that decide the output.
-        code_version: digest of both, or the earlier version that a user declared equal.
-        parameters: JSON values.
-        inputs: digests or fingerprints by name.
-    """
-
-    code: dict[str, str]
-    libraries: dict[str, str]
-    code_version: str
-    parameters: dict[str, Any]
-    inputs: dict[str, str]
-
-    @property
-    def fingerprint(self) -> str:
-        return digest(json.dumps([self.code_version, self.parameters, self.inputs], sort_keys=True))
 
 
 class RunTarget(luigi.Target):
@@ -84,45 +43,6 @@ class RunTarget(luigi.Target):
 
     def exists(self) -> bool:
         return self._task.is_up_to_date()
-
-
-class OfSettings(settings.SaysWhatIsWrong):
-    """A task that is another one under other settings, also to a scheduler that serves several builds."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.task_id = f"{self.task_id}_{settings.settings_digest()}"
-        settings.warn_of_settings_without_effect()
-
-
-def _share(name: str, default: float, description: str) -> Any:
-    """A setting of [build] from 0 to 1."""
-    return luigi.NumericalParameter(
-        default=default,
-        var_type=float,
-        min_value=0.0,
-        max_value=1.0,
-        right_op=operator.le,
-        config_path={"section": "build", "name": name},
-        description=description,
-    )
-
-
-class MeetsBadRecords(OfSettings):
-    """A task that says what becomes of records that cannot be used."""
-
-    on_bad_record = luigi.ChoiceParameter(
-        default="quarantine",
-        choices=["quarantine", "fail"],
-        config_path={"section": "build", "name": "on_bad_record"},
-        description="quarantine: set bad records aside; fail: stop the build",
-    )
-    max_reject_share = _share("max_reject_share", 0.05, "share of bad records above which the build fails")
-    max_unassigned_share = _share(
-        "max_unassigned_share",
-        0.0,
-        "share of annotations of no image of the file, above which the build fails: any image may lack one of them",
-    )
 
 
 class StageTask(MeetsBadRecords):
@@ -190,7 +110,7 @@ class StageTask(MeetsBadRecords):
             MissingPackageError: a package that the stage needs is not installed; before it asks for weights.
         """
         for name in (*self.libraries, *self.packages):
-            _version(name)
+            library_version(name)
         return self.is_up_to_date() and all(task.complete() for task in self.requires())
 
     def is_up_to_date(self) -> bool:
@@ -240,7 +160,7 @@ class StageTask(MeetsBadRecords):
     def code_and_parameters(self) -> dict[str, Any]:
         """All ingredients but the inputs."""
         code = code_of((self.function, *self.also_reaches), self.store)
-        libraries = {name: _version(name) for name in self.libraries}
+        libraries = {name: library_version(name) for name in self.libraries}
         version = digest(self.stage, json.dumps([code, libraries], sort_keys=True))
         return {
             "code": code,
@@ -343,72 +263,6 @@ class StageTask(MeetsBadRecords):
                 f"max_reject_share = {self.max_reject_share:g} allows"
             )
         return None
-
-
-def reject_examples(run: Run) -> str:
-    """The commonest reasons among a run's rejects, with examples, as an addition to an error message."""
-    from spctrl.io.parquet import read_table
-
-    rows = read_table(run.path(REJECTS)).to_pylist()
-    if not rows:
-        return ""
-    counts = Counter(row["code"] for row in rows).most_common(MAX_REASONS)
-    each = math.ceil(MIN_EXAMPLES / len(counts))
-    lines = []
-    for code, count in counts:
-        lines.append(f"\n  {code} ({count:,}):")
-        examples = itertools.islice((row for row in rows if row["code"] == code), each)
-        lines += [f"\n    {_format_reject(row)}" for row in examples]
-    return f". Rejected, with examples:{''.join(lines)}\nAll of them: {run.place(REJECTS)}"
-
-
-def _format_reject(reject: Mapping[str, Any]) -> str:
-    image_id, file_name = reject["image_id"], reject["file_name"]
-    of_image = "" if image_id is None else f"image {image_id}{f' ({file_name})' if file_name else ''}: "
-    message = textwrap.shorten(reject["message"], MAX_EXAMPLE_CHARACTERS, placeholder=" ...")
-    return one_line(f"{of_image}{message.removeprefix(f'image {image_id}: ')}")
-
-
-def code_of(functions: Sequence[str], store: Store) -> dict[str, str]:
-    """``code_components`` of several, kept for as long as no source file of the project changes."""
-    cache = digest_cache(store)
-    key = f"code {' '.join(functions)} {_sources_stamp()}"
-    components: dict[str, str] | None = cache.fact(key)
-    if not isinstance(components, dict) or not all(isinstance(each, str) for each in components.values()):
-        components = dict(
-            sorted(item for function in functions for item in code_components(function).items())
-        )
-        cache.keep_fact(key, components)
-    return components
-
-
-@functools.cache
-def _sources_stamp() -> str:
-    """Changes with any source file of this project, by stat."""
-    found = []
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            stat = path.stat()
-            found.append(f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
-    return digest(*found)
-
-
-def digest_cache(store: Store) -> DigestCache:
-    """This process's connection to the store's cache; a forked process opens its own."""
-    return _digest_cache(store.cache_folder.resolve(), os.getpid())
-
-
-@functools.cache
-def _digest_cache(folder: Path, pid: int) -> DigestCache:
-    return DigestCache(folder / "cache.sqlite")
-
-
-@functools.cache
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        raise missing_package(distribution) from None
 
 
 def _iso_time(seconds: float) -> str:

@@ -134,7 +134,7 @@ def _manifest() -> TableForm:
 
 
 def _artifacts() -> TableForm:
-    from tasks.stage.record_stage import artifact_schema
+    from spctrl.store.artifacts import artifact_schema
 
     return TableForm(artifact_schema(), tuple(artifact_schema().names))
 

@@ -51,7 +51,7 @@ from spctrl.storage import files_at
 from spctrl.store.digests import content_digest
 from spctrl.store.packs import write_container
 from spctrl.store.store import Store
-from tasks.dataset.export import Ledger, damaged_files
+from tasks.dataset.export_state import Ledger, damaged_files
 from tasks.maintenance import collect, verify
 
 from .mutators import mutate_bytes, mutate_image, mutate_json, mutate_pickle, mutate_yaml

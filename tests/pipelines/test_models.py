@@ -195,7 +195,7 @@ def test_missing_weights_are_named_with_what_to_get(modelled: Workspace, tmp_pat
 def test_a_file_that_is_not_its_publishers_is_not_used(
     modelled: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tasks.stage import model_stage
+    from tasks.stage import weights
 
     path = tmp_path / "weights" / "sam_hq_vit_b.pth"
     path.with_name(f"{path.name}.json").unlink()  # it no longer says that it is random
@@ -204,10 +204,10 @@ def test_a_file_that_is_not_its_publishers_is_not_used(
     for stated, complete in ((None, True), (genuine, True), (genuine[:8], True), ("0" * 8, False)):
         registry = {"sam_hq_vit_b": msgspec.structs.replace(entry, sha256=stated)}
         monkeypatch.setattr(weights_registry, "known_weights", lambda registry=registry: registry)
-        assert model_stage.Weights(name="sam_hq_vit_b", path=str(path)).complete() is complete
+        assert weights.Weights(name="sam_hq_vit_b", path=str(path)).complete() is complete
     assert genuine in caplog.text and entry.publisher in caplog.text
     own = path.rename(path.with_name("my_own.pth"))
-    assert model_stage.Weights(name="sam_hq_vit_b", path=str(own)).complete()
+    assert weights.Weights(name="sam_hq_vit_b", path=str(own)).complete()
 
 
 @pytest.mark.parametrize("harm", ["cut", "other"])

@@ -321,7 +321,7 @@ def test_paths_of_a_training_count_by_content(
 
     def planned(**settings: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Parameters, and digests of the files that count."""
-        from tasks.stage.model_stage import weights_digest
+        from tasks.stage.weights import weights_digest
 
         plain = {**msgspec.yaml.decode(SMOKE.read_bytes()), "use_cached_latents": False, **settings}
         Path("training.yaml").write_bytes(msgspec.yaml.encode(plain))

@@ -19,7 +19,7 @@ from stores import commit
 
 from spctrl.io import locks
 from spctrl.storage import StoreError
-from tasks.stage.base import Ingredients
+from tasks.stage.fingerprints import Ingredients
 
 if TYPE_CHECKING:
     from conftest import Workspace

@@ -229,7 +229,7 @@ def test_a_training_process_on_a_full_store_is_one_sentence(
     """What it writes to its log is lost there. It tells through its standard output, or its launcher not at all."""
     report = json.dumps({"error": "cannot write x: No space left on device. Make room"}) if is_told else ""
     script = f"import os; print({report!r}, flush=True); os.write(2, bytes(10**6)); os._exit(1)"
-    from tasks.stage.base import Ingredients
+    from tasks.stage.fingerprints import Ingredients
 
     ingredients = Ingredients(
         code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m", "unet": "u"}
@@ -247,7 +247,7 @@ def test_a_training_process_on_a_full_store_is_one_sentence(
 
 def test_only_trainings_of_the_same_computation_are_continued(trainable: Workspace, tmp_path: Path) -> None:
     """Other data, weights, code and settings give other folders; length and learning rates do not."""
-    from tasks.stage.base import Ingredients
+    from tasks.stage.fingerprints import Ingredients
 
     ingredients = Ingredients(
         code={}, libraries={}, code_version="code", parameters={}, inputs={"manifest": "m", "unet": "u"}

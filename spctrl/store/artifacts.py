@@ -1,0 +1,124 @@
+"""The table of a run's artifacts: which record's artifact lies where in the packs."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spctrl.store.pack_index import Location
+from spctrl.store.runs import Run, struck_out
+from tasks.stage.rejects import MANIFEST
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+DECODED_AT_ONCE = 4096
+"""Rows that are Python objects at one time."""
+
+
+PLACE = ("pack", "offset", "size", "digest")
+"""Columns that say where an artifact lies, in the order of ``Location``."""
+
+
+def artifact_schema() -> pa.Schema:
+    """Columns of a record stage's manifest."""
+    import pyarrow as pa
+
+    texts = {name: pa.string() for name in ("key", "pack", "digest")}
+    numbers = {name: pa.int64() for name in ("image_id", "offset", "size")}
+    order = ("image_id", "key", "pack", "offset", "size", "digest")
+    return pa.schema([(name, {**texts, **numbers}[name]) for name in order])
+
+
+def rows_in(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file, few of them in memory at a time."""
+    from spctrl.io.parquet import open_table
+
+    for batch in open_table(path).iter_batches(DECODED_AT_ONCE):
+        yield from batch.to_pylist()
+
+
+def location_of(row: Mapping[str, Any]) -> Location:
+    """Where the artifact of a row of ``artifact_schema`` lies."""
+    return Location(*(row[name] for name in PLACE))
+
+
+def artifacts_in_order(run: Run) -> Iterator[tuple[int, Location]]:
+    """Image ids and places of a record stage's artifacts, in the order of the index."""
+    return ((row["image_id"], location_of(row)) for row in rows_in(run.path(MANIFEST)))
+
+
+class InOrder:
+    """Rows of a run's file in the order of the index, for as many records at a time as one likes.
+
+    Attributes:
+        is_at_end: whether all rows were given: false after the last record where they are in another order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._rows = rows_in(path)
+        self._next = next(self._rows, None)
+
+    @property
+    def is_at_end(self) -> bool:
+        return self._next is None
+
+    def of(self, image_ids: Container[int]) -> Iterator[dict[str, Any]]:
+        """The next rows, as long as they are of these images."""
+        while self._next is not None and self._next["image_id"] in image_ids:
+            yield self._next
+            self._next = next(self._rows, None)
+
+
+class Artifacts(Mapping[int, Location]):
+    """Places of the artifacts of a record stage's run, by image id; in columns, since they may be millions."""
+
+    def __init__(self, run: Run) -> None:
+        from spctrl.io.parquet import read_table
+
+        self._run = run
+        path, columns = run.path(MANIFEST), ["image_id", *PLACE]
+        table = read_table(path, columns)
+        packs = table.column("pack").dictionary_encode()
+        table = table.set_column(1, "pack", packs).sort_by("image_id").unify_dictionaries()
+        self._ids = table.column("image_id").to_numpy()
+        self._columns = [table.column(name).combine_chunks() for name in columns[1:]]
+
+    def at(self, image_ids: Sequence[int]) -> list[Location | None]:
+        """The place for each of many images; None where there is none."""
+        import numpy as np
+        import pyarrow as pa
+
+        asked = np.asarray(image_ids, np.int64)
+        rows = np.searchsorted(self._ids, asked)
+        is_there = rows < len(self._ids)
+        is_there[is_there] = self._ids[rows[is_there]] == asked[is_there]
+        found = [column.take(pa.array(rows, mask=~is_there)).to_pylist() for column in self._columns]
+        return [None if place[0] is None else Location(*place) for place in zip(*found, strict=True)]
+
+    def listed(self, image_id: int, by: Run) -> Location:
+        """Where the artifact of an image lies that another run lists.
+
+        Raises:
+            StoreError: there is none; both runs were struck out.
+        """
+        if (found := self.get(image_id)) is None:
+            raise struck_out(
+                [self._run, by],
+                f"expected an artifact of image {image_id}, which {by.place()} lists, found none",
+            )
+        return found
+
+    def __getitem__(self, image_id: int) -> Location:
+        row = int(self._ids.searchsorted(image_id))
+        if row == len(self._ids) or self._ids[row] != image_id:
+            raise KeyError(image_id)
+        return Location(*(column[row].as_py() for column in self._columns))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids.tolist())
+
+    def __len__(self) -> int:
+        return len(self._ids)

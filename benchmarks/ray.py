@@ -155,7 +155,7 @@ def _batches(
             (ArtifactSource("spatext", maps[key]),) if maps else () for key in keys[some]
         ]
         yield Batch(
-            function=f"spctrl.rendering.{stage}:render_{stage}",
+            function=f"spctrl.conditions.{stage}:render_{stage}",
             parameters={**parameters, **SIZES},
             store=store,
             stage=stage,

@@ -209,10 +209,10 @@ def _sizes(root: Path, store: Path) -> dict[str, int]:
     """Bytes on disk of what grows with the records."""
     patterns = {
         "annotation file": (root, "annotations/*.json"),
-        "index": (store, "runs/index/*/*/manifest.parquet"),
+        "index": (store, "runs/index/*/*/records.parquet"),
         "list of images": (store, "runs/index/*/*/images.txt"),
         "pack indices of one stage": (store, "packs/spatext/*.parquet"),
-        "run of one stage": (store, "runs/spatext/*/*/manifest.parquet"),
+        "run of one stage": (store, "runs/spatext/*/*/artifacts.parquet"),
         "manifest": (store, "runs/manifest/*/*/manifest.parquet"),
         "cache.sqlite": (store, "cache.sqlite"),
     }

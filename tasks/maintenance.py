@@ -15,13 +15,12 @@ from spctrl.storage import FileTooLargeError, StoreError, files_at
 from spctrl.store.artifacts import artifact_schema
 from spctrl.store.pack_index import Location, index_name, pack_name
 from spctrl.store.packs import suffix_in
-from spctrl.store.provenance import ProvenanceError
+from spctrl.store.provenance import ARTIFACTS, EARLIER_FILES, REJECTS, ProvenanceError, is_readable
 from spctrl.store.runs import PROVENANCE, Run
 from spctrl.store.store import Store
 from tasks.dataset.export_state import Ledger, damaged_files, fingerprint_at
 from tasks.dataset.index import IMAGE_PATHS, read_image_paths
 from tasks.settings import LEDGERS
-from tasks.stage.rejects import MANIFEST, REJECTS
 from tasks.stage.tables import table_faults
 
 if TYPE_CHECKING:
@@ -159,6 +158,8 @@ def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
         for name, entry in provenance["files"].items()
         if sizes.get(run.name(name)) != entry["size"] or not _has_digest(run, name, entry["digest"])
     ]
+    if not is_readable(run.stage, provenance):
+        return faults  # no stage reads its tables; gc does, to keep its artifacts
     packs = {pack_name(run.stage, pack): size for pack, size in provenance["packs"].items()}
     there = files.sizes(packs)
     faults += [
@@ -204,7 +205,7 @@ def _keys(run: Run) -> set[str]:
     from spctrl.io.parquet import TableError, open_table
 
     found: set[str] = set()
-    for name in {MANIFEST, REJECTS} & run.files().keys():
+    for name in {ARTIFACTS, REJECTS, *EARLIER_FILES.get(run.stage, ())} & run.files().keys():
         path = run.path(name)
         try:
             table = open_table(path, ["key"])
@@ -290,7 +291,7 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
             kept[run.fingerprint] = run
             waiting += [
                 by_fingerprint[each]
-                for each in (run.provenance().get("inputs") or {}).values()
+                for each in (run.history().get("inputs") or {}).values()
                 if each in by_fingerprint
             ]
     return [run for run in runs if run.fingerprint in kept]
@@ -370,15 +371,14 @@ def _follow(run: Run, moved: dict[tuple[str, str], Location]) -> None:
 
     from spctrl.io.parquet import read_table
 
-    rows = read_table(run.path(MANIFEST)).to_pylist()
+    if not (provenance := run.provenance()):
+        return  # it counts as none, and so it stays
+    rows = read_table(run.path(ARTIFACTS)).to_pylist()
     if not any((row.get("pack"), row.get("key")) in moved for row in rows):
         return
     for row in rows:
         if (place := moved.get((row["pack"], row["key"]))) is not None:
             row |= {"pack": place.pack, "offset": place.offset}
-    provenance = run.provenance()
     run.uncommit()  # killed in between, the run is made again from its artifacts, and never damaged
-    if not provenance:
-        return  # it counts as none, and so it stays
-    run.write_table(MANIFEST, pa.Table.from_pylist(rows, schema=artifact_schema()))
+    run.write_table(ARTIFACTS, pa.Table.from_pylist(rows, schema=artifact_schema()))
     run.commit({row["pack"] for row in rows}, provenance)

@@ -15,6 +15,7 @@ from spctrl.errors import ExpectedError
 from spctrl.output.secrets import without_secrets
 from spctrl.storage import Files, files_at, is_url
 from spctrl.store.digests import digest
+from spctrl.store.format import refuse_later_format
 from spctrl.store.store import CACHE, Store
 from tasks.parameters import NamesParameter, PathParameter
 
@@ -226,8 +227,14 @@ LEDGERS = ".spctrl"
 
 
 def store() -> Store:
-    """Where everything computed goes."""
-    return Store(str(paths().store), str(paths().cache))
+    """Where everything computed goes.
+
+    Raises:
+        StoreError: a later version of spctrl wrote it.
+    """
+    found = Store(str(paths().store), str(paths().cache))
+    refuse_later_format(found)
+    return found
 
 
 def export_files(folder: str = "") -> Files:

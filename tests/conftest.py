@@ -376,12 +376,14 @@ def _setting(value: Any) -> str:
 @contextlib.contextmanager
 def _luigi_settings(path: Path) -> Iterator[None]:
     """Luigi as a fresh process with one settings file would have it."""
-    from spctrl.store import digests
+    from spctrl.store import digests, format
     from tasks import settings
 
     def forget() -> None:
         luigi.task_register.Register.clear_instance_cache()
         digests._digest_cache.cache_clear()
+        format.refuse_later_format.cache_clear()
+        format.upgrade_format.cache_clear()
         settings.settings_digest.cache_clear()
         settings.warn_of_settings_without_effect.cache_clear()
 

@@ -29,9 +29,14 @@ FACTS: dict[str, Any] = {
 """What every stage's provenance says besides files and packs."""
 
 
+def table_of(stage: str) -> str:
+    """The table of a run of a stage that has records, artifacts or a manifest."""
+    return {"index": "records.parquet", "manifest": "manifest.parquet"}.get(stage, "artifacts.parquet")
+
+
 def commit(run: Run, packs: Iterable[str] = (), **changes: Any) -> None:
     """Commit a run with the tables that its readers expect, empty where they are not there."""
-    for name in {"manifest.parquet", "rejects.parquet"} - run.files().keys():
+    for name in {table_of(run.stage), "rejects.parquet"} - run.files().keys():
         form = FORMS.get((run.stage, name))
         run.write_table(name, (form().schema if form else pa.schema([])).empty_table())
     counts = FACTS["counts"] | {"instances": 0, "images_on_disk": 0}

@@ -223,13 +223,13 @@ def test_a_run_gives_the_present_version_of_its_files(place: Place) -> None:
     store = Store(place.root, place.copies)
     run = store.run("mask", "ap10k-train", "f" * 32)
     for contents in (b"one", b"two"):
-        run.write("manifest.parquet", contents)
-        assert run.path("manifest.parquet").read_bytes() == contents
+        run.write("artifacts.parquet", contents)
+        assert run.path("artifacts.parquet").read_bytes() == contents
         commit(run)
-        assert run.path("manifest.parquet").read_bytes() == contents
-        assert (run.folder / "manifest.parquet").read_bytes() == contents
+        assert run.path("artifacts.parquet").read_bytes() == contents
+        assert (run.folder / "artifacts.parquet").read_bytes() == contents
     run.uncommit()
-    assert run.path("manifest.parquet").read_bytes() == b"two"
+    assert run.path("artifacts.parquet").read_bytes() == b"two"
 
 
 @everywhere
@@ -285,7 +285,7 @@ def test_a_run_of_many_packs_is_looked_at_in_few_requests(remote: Place) -> None
         for number in range(20)
     ]
     run = store.run("mask", "ap10k-train", "f" * 32)
-    run.write("manifest.parquet", b"rows")
+    run.write("artifacts.parquet", b"rows")
     commit(run, packs)
     bucket.proxy.forget()
     assert Store(remote.root, remote.copies).run("mask", "ap10k-train", "f" * 32).is_whole()
@@ -302,7 +302,7 @@ def test_an_unchanged_file_of_a_run_is_fetched_once_a_machine(remote: Place) -> 
     bucket = remote.bucket
     assert bucket is not None
     run = Store(remote.root, remote.copies).run("mask", "ap10k-train", "f" * 32)
-    run.write("manifest.parquet", b"rows")
+    run.write("artifacts.parquet", b"rows")
     for machine, committed, fetched in (("copies", False, 1), ("copies", True, 0), ("other", True, 1)):
         if committed:
             commit(run)
@@ -310,8 +310,8 @@ def test_an_unchanged_file_of_a_run_is_fetched_once_a_machine(remote: Place) -> 
         for _ in range(3):
             store = Store(remote.root, remote.copies.with_name(machine))
             again = store.run("mask", "ap10k-train", "f" * 32)
-            assert again.path("manifest.parquet").read_bytes() == b"rows"
-        assert bucket.proxy.count("GET", key="*/manifest.parquet") == fetched
+            assert again.path("artifacts.parquet").read_bytes() == b"rows"
+        assert bucket.proxy.count("GET", key="*/artifacts.parquet") == fetched
 
 
 def test_a_pack_is_fetched_once_a_machine(remote: Place) -> None:

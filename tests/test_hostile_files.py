@@ -437,16 +437,17 @@ def test_a_pack_s_index_with_impossible_places_counts_as_none(
 
 
 def test_latents_are_not_read_from_impossible_places(tmp_path: Path) -> None:
-    from spctrl.training.artifacts import StoredArtifacts
+    from spctrl.store.artifacts import StoredArtifacts
 
     folder = tmp_path / "packs/latents"
     folder.mkdir(parents=True)
     (folder / "x.safetensors").write_bytes(bytes(100))
     for offset, size in ((-5, 10), (0, 2**60), (2**63 - 1, 5), (96, 5), (0, -1)):
-        table = pa.table({"key": ["k"], "offset": [offset], "size": [size], "code": pa.nulls(1, pa.string())})
+        place = {"offset": [offset], "size": [size], "digest": [SHA]}
+        table = pa.table({"key": ["k"], **place, "code": [None], "message": [None]})
         pq.write_table(table, folder / "x.parquet")
         with pytest.raises(ExpectedError, match="found none of 1"):
-            StoredArtifacts(tmp_path, "latents", pa.array(["k"]))
+            StoredArtifacts(Store(tmp_path), "latents", pa.array(["k"]))
 
 
 @pytest.mark.parametrize("name", ["cache.sqlite", "cache.sqlite-journal", "cache.sqlite-wal"])

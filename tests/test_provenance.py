@@ -13,6 +13,7 @@ from conftest import Workspace, _luigi_settings
 from stores import FACTS, commit
 
 from spctrl.io.documents import MAX_DOCUMENT_BYTES, parse_document
+from spctrl.store.format import FORMAT
 from spctrl.store.provenance import ProvenanceError, parse_provenance
 from spctrl.store.runs import PROVENANCE, Run
 from spctrl.store.store import Store
@@ -89,7 +90,8 @@ def changes() -> Iterator[tuple[str, Change]]:
 
 CHANGES = dict(changes())
 OF_STAGES: list[tuple[str, Change]] = [
-    ("index", lambda found: found["files"].pop("manifest.parquet")),
+    ("index", lambda found: found["files"].pop("records.parquet")),
+    ("mask", lambda found: found["files"].pop("artifacts.parquet")),
     ("mask", lambda found: found["files"].pop("rejects.parquet")),
     ("manifest", lambda found: found["counts"].pop("instances")),
     ("manifest", lambda found: found["counts"].pop("images_on_disk")),
@@ -101,10 +103,12 @@ OF_STAGES: list[tuple[str, Change]] = [
 ]
 """What only the readers of some stages take for granted."""
 FILES = (
-    "manifest.parquet", "rejects.parquet", "report.html", "scores.parquet", "samples.npz", "images.parquet"
+    "records.parquet", "artifacts.parquet", "manifest.parquet", "rejects.parquet", "report.html", "scores.parquet",
+    "samples.npz", "images.parquet"
 )  # fmt: skip
 SOUND: dict[str, Any] = {
     **FACTS,
+    "format": FORMAT,
     "counts": dict.fromkeys(
         ("records", "made", "rejected", "instances", "images_on_disk", "poses", "annotated"), 1
     ),
@@ -194,7 +198,7 @@ def test_gc_leaves_the_artifacts_of_a_run_whose_provenance_is_damaged(tmp_path: 
     (location, *_) = made.values()
     run = store.run("mask", "ap10k-train", "f")
     row = dict(zip(artifact_schema().names, (1, "0" * 32, *location[:4]), strict=True))
-    run.write_table("manifest.parquet", pa.Table.from_pylist([row], schema=artifact_schema()))
+    run.write_table("artifacts.parquet", pa.Table.from_pylist([row], schema=artifact_schema()))
     commit(run, [location.pack])
     run.write(PROVENANCE, b'{"files": {}, "packs": {}}')
     waste = collect(store, [run], keep=0, grace_s=0, dry_run=False)

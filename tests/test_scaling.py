@@ -38,7 +38,7 @@ def keys(count: int, seed: int) -> list[str]:
 
 def artifact_run(store: Store, rows: list[dict[str, Any]]) -> Run:
     run = store.run(STAGE, "ap10k-train", "f" * 32)
-    run.write_table("manifest.parquet", pa.Table.from_pylist(rows, schema=artifact_schema()))
+    run.write_table("artifacts.parquet", pa.Table.from_pylist(rows, schema=artifact_schema()))
     return run
 
 
@@ -98,7 +98,7 @@ def test_a_run_without_artifacts_holds_none(tmp_path: Path) -> None:
 def test_rows_in_the_order_of_the_index_come_with_their_images(tmp_path: Path) -> None:
     """Some images have no row, others several."""
     rows = [artifact_row(each) for each in (9, 2, 2, 5, 1, 1, 8)]
-    reader = InOrder(artifact_run(Store(tmp_path), rows).path("manifest.parquet"))
+    reader = InOrder(artifact_run(Store(tmp_path), rows).path("artifacts.parquet"))
     stretches = [[9, 7], [6], [2, 4, 5], [1], [3, 8, 10]]
     found = [[row["image_id"] for row in reader.of(set(stretch))] for stretch in stretches]
     assert found == [[9], [], [2, 2, 5], [1, 1], [8]]
@@ -107,7 +107,7 @@ def test_rows_in_the_order_of_the_index_come_with_their_images(tmp_path: Path) -
 
 def test_rows_in_another_order_are_left_over(tmp_path: Path) -> None:
     reader = InOrder(
-        artifact_run(Store(tmp_path), [artifact_row(1), artifact_row(2)]).path("manifest.parquet")
+        artifact_run(Store(tmp_path), [artifact_row(1), artifact_row(2)]).path("artifacts.parquet")
     )
     assert list(reader.of({2})) == []
     assert [row["image_id"] for row in reader.of({1})] == [1]

@@ -311,7 +311,7 @@ def run(store: Store) -> Run:
     first = store.write_pack(STAGE, ".png", RESULTS)[key(1)].pack
     second = store.write_pack(STAGE, ".png", [(key(9), b"another pack")])[key(9)].pack
     found = store.run(STAGE, "ap10k-train", "f" * 32)
-    found.write("manifest.parquet", b"the manifest")
+    found.write("artifacts.parquet", b"the manifest")
     found.write("rejects.parquet", b"")
     commit(found, [first, second, first])
     return found
@@ -321,7 +321,7 @@ def test_a_committed_run_says_what_it_holds(run: Run) -> None:
     provenance = run.provenance()
     assert run.is_whole()
     assert provenance["stage"] == STAGE
-    assert provenance["files"]["manifest.parquet"] == {
+    assert provenance["files"]["artifacts.parquet"] == {
         "size": 12,
         "digest": hashlib.sha256(b"the manifest").hexdigest(),
     }
@@ -337,7 +337,7 @@ def test_a_run_without_its_provenance_is_none(store: Store) -> None:
     run = store.run(STAGE, "ap10k-train", "0" * 32)
     assert run.provenance() == {}
     assert not run.is_whole()
-    run.write("manifest.parquet", b"")
+    run.write("artifacts.parquet", b"")
     assert not run.is_whole()
     assert store.runs() == []
 
@@ -354,7 +354,7 @@ def lengthen(path: Path) -> None:
 @pytest.mark.parametrize("what", ["file", "pack"])
 def test_a_run_that_lacks_something_is_not_whole(run: Run, change: Callable[[Path], None], what: str) -> None:
     pack = next(iter(run.provenance()["packs"]))
-    change(run.path("manifest.parquet") if what == "file" else run.store.pack_path(STAGE, pack))
+    change(run.path("artifacts.parquet") if what == "file" else run.store.pack_path(STAGE, pack))
     assert not run.is_whole()
     assert run.provenance()  # what it was is still known
 
@@ -368,23 +368,23 @@ def test_a_damaged_provenance_is_that_of_no_run(run: Run, content: bytes) -> Non
 
 def test_a_commit_that_fails_leaves_no_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     run = store.run(STAGE, "ap10k-train", "0" * 32)
-    for name in ("manifest.parquet", "rejects.parquet"):
+    for name in ("artifacts.parquet", "rejects.parquet"):
         run.write(name, b"")
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", fail_with(errno.ENOSPC))
         with pytest.raises(StoreError):
             run.commit([], FACTS)
     assert not run.is_whole()
-    assert names_below(run.folder) == ["manifest.parquet", "rejects.parquet"]
+    assert names_below(run.folder) == ["artifacts.parquet", "rejects.parquet"]
 
 
 def test_what_readers_would_take_for_damaged_is_not_committed(store: Store) -> None:
     run = store.run(STAGE, "ap10k-train", "0" * 32)
-    for name in ("manifest.parquet", "rejects.parquet"):
+    for name in ("artifacts.parquet", "rejects.parquet"):
         run.write(name, b"")
     with pytest.raises(ProvenanceError, match="expected a list of texts as random, found true"):
         run.commit([], {**FACTS, "random": True})
-    assert names_below(run.folder) == ["manifest.parquet", "rejects.parquet"]
+    assert names_below(run.folder) == ["artifacts.parquet", "rejects.parquet"]
 
 
 def test_a_large_file_gets_its_name_at_the_end(run: Run) -> None:
@@ -392,7 +392,7 @@ def test_a_large_file_gets_its_name_at_the_end(run: Run) -> None:
         path.write_bytes(b"table")
         assert not run.path("table.parquet").exists()
     assert run.path("table.parquet").read_bytes() == b"table"
-    assert names_below(run.folder) == ["manifest.parquet", PROVENANCE, "rejects.parquet", "table.parquet"]
+    assert names_below(run.folder) == ["artifacts.parquet", PROVENANCE, "rejects.parquet", "table.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -403,13 +403,13 @@ def test_a_large_file_that_fails_leaves_nothing(run: Run, error: BaseException) 
     with pytest.raises(expected), run.create("table.parquet") as path:
         path.write_bytes(b"half")
         raise error
-    assert names_below(run.folder) == ["manifest.parquet", PROVENANCE, "rejects.parquet"]
+    assert names_below(run.folder) == ["artifacts.parquet", PROVENANCE, "rejects.parquet"]
 
 
 def test_an_uncommitted_run_runs_again_and_a_removed_one_is_gone(run: Run) -> None:
     run.uncommit()
     assert not run.is_whole()
-    assert run.path("manifest.parquet").exists()
+    assert run.path("artifacts.parquet").exists()
     run.uncommit()
     run.remove()
     assert not run.folder.exists()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stores import table_of
 from tampering import correct_provenance, run_folder
 
 from spctrl.store.provenance import FORMS_BY_STAGE
@@ -77,17 +78,17 @@ def with_null_within(field: str) -> Change:
 
 
 DAMAGES: list[tuple[str, str, Change, str]] = [
-    ("spatext", "manifest.parquet", without("digest"), "expected one column digest, found 0"),
-    ("spatext", "manifest.parquet", with_null("offset"), "expected no nulls in offset"),
+    ("spatext", "artifacts.parquet", without("digest"), "expected one column digest, found 0"),
+    ("spatext", "artifacts.parquet", with_null("offset"), "expected no nulls in offset"),
     ("images", "rejects.parquet", without("message"), "expected one column message, found 0"),
-    ("index", "manifest.parquet", with_null("file_name"), "expected no nulls in file_name"),
-    ("index", "manifest.parquet", with_null_within("keypoints"), "expected no nulls in instances.keypoints"),
+    ("index", "records.parquet", with_null("file_name"), "expected no nulls in file_name"),
+    ("index", "records.parquet", with_null_within("keypoints"), "expected no nulls in instances.keypoints"),
     ("manifest", "manifest.parquet", retyped("width", pa.string()), "expected int32 in the column width"),
-    ("spatext", "manifest.parquet", shortened(0), "expected 8 rows, found 0"),
-    ("images", "manifest.parquet", shortened(5), "expected 8 rows, found 5"),
-    ("index", "manifest.parquet", shortened(7), "expected 8 rows, found 7"),
+    ("spatext", "artifacts.parquet", shortened(0), "expected 8 rows, found 0"),
+    ("images", "artifacts.parquet", shortened(5), "expected 8 rows, found 5"),
+    ("index", "records.parquet", shortened(7), "expected 8 rows, found 7"),
     ("manifest", "manifest.parquet", shortened(0), "expected 8 rows, found 0"),
-    ("spatext", "manifest.parquet", with_texts_as(pa.large_string()), "expected string in the column key"),
+    ("spatext", "artifacts.parquet", with_texts_as(pa.large_string()), "expected string in the column key"),
 ]
 
 
@@ -145,7 +146,7 @@ def test_tables_of_different_images_are_one_error_and_made_again(
     workspace.configure("export", format=output_format)
     assert workspace.build().succeeded
     before = workspace.exported()
-    damage(workspace.store, stage, "manifest.parquet", of_another_image)
+    damage(workspace.store, stage, table_of(stage), of_another_image)
     shutil.rmtree(workspace.exports)
     if stage != "manifest":
         run_folder(workspace.store, "manifest").joinpath("provenance.json").unlink()
@@ -161,7 +162,7 @@ def test_tables_of_different_images_are_one_error_and_made_again(
 def test_verify_and_a_build_refuse_the_same_texts(workspace: Workspace, kind: pa.DataType) -> None:
     workspace.configure("build", datasets=["ap10k"], splits=["val"], conditions=["spatext"])
     assert workspace.build().succeeded
-    damage(workspace.store, "spatext", "manifest.parquet", with_texts_as(kind))
+    damage(workspace.store, "spatext", "artifacts.parquet", with_texts_as(kind))
     (found,) = verify(Store(workspace.store), workspace.exports, repair=False)
     run_folder(workspace.store, "manifest").joinpath("provenance.json").unlink()
     assert any(found.fault in each for each in workspace.build().errors)
@@ -184,7 +185,7 @@ def test_no_run_is_committed_whose_table_has_another_form(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = TableForm(pa.schema([("later", pa.string())]), ())
-    monkeypatch.setitem(FORMS, ("index", "manifest.parquet"), lambda: form)
+    monkeypatch.setitem(FORMS, ("index", "records.parquet"), lambda: form)
     done = workspace.build(dataset=("ap10k",), split=("val",))
     assert [each for each in done.errors if "expected one column later, found 0" in each]
     assert not done.committed

@@ -35,8 +35,9 @@ from spctrl.data.images import open_rgb  # noqa: E402
 from spctrl.data.index import write_index  # noqa: E402
 from spctrl.data.records import Record, RecordError, records_from_table  # noqa: E402
 from spctrl.errors import ExpectedError  # noqa: E402
+from spctrl.store.artifacts import StoredArtifacts  # noqa: E402
+from spctrl.store.store import Store  # noqa: E402
 from spctrl.training import SpCtrlDataset  # noqa: E402
-from spctrl.training.artifacts import StoredArtifacts  # noqa: E402
 from spctrl.training.dataset import _decoded, _pixel_crop  # noqa: E402
 from spctrl.training.heatmaps import crop_heatmaps, heatmap_targets  # noqa: E402
 
@@ -566,7 +567,7 @@ def test_a_pack_that_is_cut_holds_nothing_and_one_that_is_cut_later_says_so(
     (pack,) = (animals.store / "packs" / "latents").glob("*.safetensors")
     data = pack.read_bytes()
     pack.write_bytes(data[:-10])
-    with pytest.raises(ExpectedError, match=r"expected 1024 bytes at .*, found 1014. `spctrl verify`"):
+    with pytest.raises(ExpectedError, match=r"expected 1024 bytes at \d+ .*`spctrl verify`"):
         [dataset[i] for i in range(len(dataset))]
     with pytest.raises(ExpectedError, match="found none of 8"):
         animals.open(tokenizer, latents=True)
@@ -700,15 +701,14 @@ def test_an_empty_manifest_is_named(animals: Made, tokenizer: Any) -> None:
 
 
 def test_artifacts_are_found_across_packs(animals: Made) -> None:
-    from spctrl.store.store import Store
-
-    Store(animals.store).write_pack("spatext", ".png", [("new", b"later"), ("bad", ("bad_image", "broken"))])
+    store = Store(animals.store)
+    store.write_pack("spatext", ".png", [("new", b"later"), ("bad", ("bad_image", "broken"))])
     first = f"{animals.records[0].image_id:032x}"
-    found = StoredArtifacts(animals.store, "spatext", pa.array([first, "new", first]))
+    found = StoredArtifacts(store, "spatext", pa.array([first, "new", first]))
     assert found.read(1) == b"later"
     assert found.read(0) == found.read(2) == animals.artifacts["spatext"][animals.records[0].image_id]
     with pytest.raises(ExpectedError, match="found none of 1"):
-        StoredArtifacts(animals.store, "spatext", pa.array(["new", "bad"]))
+        StoredArtifacts(store, "spatext", pa.array(["new", "bad"]))
 
 
 def test_humanart_s_map_has_a_link_that_its_render_lacks(made: dict[str, Made], tokenizer: Any) -> None:

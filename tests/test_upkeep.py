@@ -81,10 +81,10 @@ def test_a_deleted_pack_is_named_and_made_again(built: Workspace) -> None:
 
 
 def test_a_changed_manifest_of_a_run_is_named_and_written_again(built: Workspace) -> None:
-    (path,) = built.store.glob("runs/index/*/*/manifest.parquet")
+    (path,) = built.store.glob("runs/index/*/*/records.parquet")
     before = path.read_bytes()
     path.write_bytes(before[:-1] + b"!")
-    assert any("manifest.parquet is missing or changed" in damage for damage in check(built, repair=True))
+    assert any("records.parquet is missing or changed" in damage for damage in check(built, repair=True))
     assert built.build().succeeded
     assert path.read_bytes() == before
 
@@ -202,7 +202,7 @@ def test_accept_keeps_outputs_after_a_harmless_change(
     workspace.code = code = tmp_path / "code"
     copy_code(code)
     assert workspace.run().succeeded
-    source = code / "spctrl" / "rendering" / "spatext.py"
+    source = code / "spctrl" / "conditions" / "spatext.py"
     source.write_text(source.read_text().replace("half_length_px = int(", "half_length_px = int(0 + "))
 
     assert "code spctrl.conditions.spatext:link_polygon changed" in " ".join(

@@ -274,7 +274,7 @@ def accept(
         runs = task.store.runs(stage)
         if not runs:
             raise typer.BadParameter(f"{stage} was never built: there is no earlier output to accept")
-        now, before = task.code_and_parameters(), runs[0].provenance()
+        now, before = task.code_and_parameters(), runs[0].history()
         if now["code_version"] == before["code_version"]:
             console.print(f"{stage}: the code is that of the latest run already.")
             continue

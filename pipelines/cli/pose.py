@@ -14,9 +14,9 @@ import typer
 from spctrl import options
 from spctrl.errors import ExpectedError
 from spctrl.output.console import PlainConsole
+from spctrl.store.provenance import RECORDS
 from tasks import settings
 from tasks.dataset.index import Index
-from tasks.stage.rejects import MANIFEST
 from tasks.stage.weights import weights_at
 
 if TYPE_CHECKING:
@@ -509,7 +509,7 @@ def _annotated(image_id: int, dataset: str, split: str) -> Pose:
             f"expected an index of {dataset}, {split}, found none. Any build makes it, such as `luigi --module "
             f"pipelines BuildDataset --dataset {dataset} --split {split}`"
         )
-    table = read_table(index.finished_run().path(MANIFEST))
+    table = read_table(index.finished_run().path(RECORDS))
     row = table.filter(pc.equal(table.column("image_id"), image_id))
     if len(row) != 1:
         raise ExpectedError(

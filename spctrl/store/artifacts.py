@@ -1,4 +1,4 @@
-"""The table of a run's artifacts: which record's artifact lies where in the packs."""
+"""Reading artifacts: by image id from a run's table, by key from the packs, or in the order of the index."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spctrl.errors import ExpectedError
 from spctrl.store.pack_index import Location
+from spctrl.store.provenance import ARTIFACTS
 from spctrl.store.runs import Run, struck_out
-from tasks.stage.rejects import MANIFEST
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
+    from numpy.typing import NDArray
 
+    from spctrl.store.store import Store
 
 DECODED_AT_ONCE = 4096
 """Rows that are Python objects at one time."""
-
-
 PLACE = ("pack", "offset", "size", "digest")
 """Columns that say where an artifact lies, in the order of ``Location``."""
 
@@ -47,7 +49,7 @@ def location_of(row: Mapping[str, Any]) -> Location:
 
 def artifacts_in_order(run: Run) -> Iterator[tuple[int, Location]]:
     """Image ids and places of a record stage's artifacts, in the order of the index."""
-    return ((row["image_id"], location_of(row)) for row in rows_in(run.path(MANIFEST)))
+    return ((row["image_id"], location_of(row)) for row in rows_in(run.path(ARTIFACTS)))
 
 
 class InOrder:
@@ -79,7 +81,7 @@ class Artifacts(Mapping[int, Location]):
         from spctrl.io.parquet import read_table
 
         self._run = run
-        path, columns = run.path(MANIFEST), ["image_id", *PLACE]
+        path, columns = run.path(ARTIFACTS), ["image_id", *PLACE]
         table = read_table(path, columns)
         packs = table.column("pack").dictionary_encode()
         table = table.set_column(1, "pack", packs).sort_by("image_id").unify_dictionaries()
@@ -122,3 +124,52 @@ class Artifacts(Mapping[int, Location]):
 
     def __len__(self) -> int:
         return len(self._ids)
+
+
+class StoredArtifacts:
+    """One artifact of a stage for each of many keys, in their order. Nothing is read before it is asked for.
+
+    Attributes:
+        sizes: (keys,) int64, bytes.
+    """
+
+    def __init__(self, store: Store, stage: str, keys: pa.Array) -> None:
+        """Find the artifacts of ``keys`` (strings) in the stage's packs.
+
+        Raises:
+            ExpectedError: some are not there; says how many, and which stage makes them.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        results = store.results(stage, pa.chunked_array([keys]))
+        made = results.filter(pc.is_null(results.column("code")))
+        rows = pc.index_in(keys, value_set=made.column("key").combine_chunks())
+        if rows.null_count:
+            raise ExpectedError(
+                missing_artifacts(stage, rows.null_count, len(keys), f"the packs of {store.root}")
+            )
+        found = made.take(rows).unify_dictionaries()
+        self._store, self._stage = store, stage
+        self._packs, self._digests = (found.column(name).combine_chunks() for name in ("pack", "digest"))
+        self._offsets: NDArray[np.int64] = found.column("offset").to_numpy()
+        self.sizes: NDArray[np.int64] = found.column("size").to_numpy()
+
+    def read(self, i: int) -> bytes:
+        """The bytes of the artifact of key i.
+
+        Raises:
+            StoreError: the pack cannot be read, or does not hold there what its index says.
+        """
+        pack, digest = self._packs[i].as_py(), self._digests[i].as_py()
+        return self._store.read(
+            self._stage, Location(pack, int(self._offsets[i]), int(self.sizes[i]), digest)
+        )
+
+
+def missing_artifacts(stage: str, missing: int, total: int, where: str) -> str:
+    """The message for records that a stage has not made an artifact of."""
+    return (
+        f"expected {stage} of all {total:,} records in {where}, found none of {missing:,}. The stage {stage} makes "
+        f"them: build with {stage} among [build] conditions (luigi --module pipelines BuildDataset)"
+    )

@@ -10,7 +10,15 @@ from typing import Any
 
 from spctrl.io.documents import parse_document
 from spctrl.paths import is_safe_relative_path
+from spctrl.store.format import FIRST_FORMAT, FORMAT
 
+RECORDS = "records.parquet"
+"""Of the index stage: the records of an annotation file."""
+ARTIFACTS = "artifacts.parquet"
+"""Of a stage that makes artifacts: which record's artifact lies where."""
+MANIFEST = "manifest.parquet"
+"""Of the manifest stage: the table that users read."""
+REJECTS = "rejects.parquet"
 MAX_SHOWN_CHARACTERS = 60
 LARGEST_COUNT = 2**63 - 1
 
@@ -23,7 +31,7 @@ class ProvenanceError(ValueError):
 
 
 def parse_provenance(stage: str, data: bytes) -> dict[str, Any]:
-    """The provenance of a run of a stage.
+    """The provenance of a run of a stage; ``is_readable`` says whether the stages of this version can read the run.
 
     Raises:
         ProvenanceError: it has not the form that ``StageTask.commit`` writes.
@@ -32,10 +40,18 @@ def parse_provenance(stage: str, data: bytes) -> dict[str, Any]:
         found = parse_document(data)
     except ValueError as error:
         raise ProvenanceError(f"expected a JSON object, found a fault: {error}") from error
-    for form in (PROVENANCE_FORM, FORMS_BY_STAGE.get(stage, ANYTHING)):
-        for fault in form(found, ""):
+    for fault in PROVENANCE_FORM(found, ""):
+        raise ProvenanceError(fault)
+    if is_readable(stage, found):
+        for fault in FORMS_BY_STAGE.get(stage, ANYTHING)(found, ""):
             raise ProvenanceError(fault)
     return dict(found)
+
+
+def is_readable(stage: str, provenance: Mapping[str, Any]) -> bool:
+    """Whether a run has a format in which this version reads runs of its stage."""
+    written: int = provenance.get("format", FIRST_FORMAT)
+    return OLDEST_FORMATS.get(stage, FIRST_FORMAT) <= written <= FORMAT
 
 
 def _value(expected: str, holds: Callable[[Any], bool]) -> Form:
@@ -137,6 +153,7 @@ PROVENANCE_FORM = _object(
         "packs": _mapping(COUNT, _is_file_name),
     },
     {
+        "format": COUNT,
         "fingerprint": TEXT,
         "weights": TEXT,
         "adjustments": COUNTS,
@@ -159,24 +176,29 @@ def _needs(*files: str, counts: tuple[str, ...] = (), also: tuple[str, ...] = ()
     )
 
 
-RECORDS = ("manifest.parquet", "rejects.parquet")
-RECORD_STAGES = (
-    "index",
+ARTIFACT_STAGES = (
     "images",
     "spatext",
     "openpose",
     "mask",
+    "segments",
     "depth",
     "masked_depth",
     "latents",
     "samples",
 )
+"""Stages that make one artifact for each record."""
+OLDEST_FORMATS = dict.fromkeys(("index", *ARTIFACT_STAGES), 2)
+"""The earliest format of a run that is still read, of stages whose tables changed since the first."""
+EARLIER_FILES = dict.fromkeys(OLDEST_FORMATS, frozenset({MANIFEST}))
+"""Files of runs of earlier formats that the stage no longer writes."""
 METRICS = ("pose_ap", "fid", "fid_infinity", "kid", "clip_score", "diversity")
 FORMS_BY_STAGE = {
-    **dict.fromkeys(RECORD_STAGES, _needs(*RECORDS)),
+    **dict.fromkeys(ARTIFACT_STAGES, _needs(ARTIFACTS, REJECTS)),
+    "index": _needs(RECORDS, REJECTS),
     **dict.fromkeys(METRICS, _needs("scores.parquet", "samples.npz", also=("random",))),
-    "segments": _needs(*RECORDS, "instances.parquet"),
-    "manifest": _needs(*RECORDS, counts=("instances", "images_on_disk", "rejected")),
+    "segments": _needs(ARTIFACTS, REJECTS, "instances.parquet"),
+    "manifest": _needs(MANIFEST, REJECTS, counts=("instances", "images_on_disk", "rejected")),
     "poses": _needs("poses.parquet"),
     **dict.fromkeys(("features", "real_features"), _needs("features.npz")),
     "clip": _needs("clip.parquet"),

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from spctrl.io.documents import MAX_DOCUMENT_BYTES
 from spctrl.storage import FileTooLargeError, Info, StoreError, is_url
+from spctrl.store.format import FORMAT
 from spctrl.store.pack_index import pack_name
-from spctrl.store.provenance import ProvenanceError, parse_provenance
+from spctrl.store.provenance import EARLIER_FILES, ProvenanceError, is_readable, parse_provenance
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,16 +73,24 @@ class Run:
         return {name.removeprefix(f"{self.prefix}/"): info for name, info in sorted(listing.items())}
 
     def provenance(self) -> dict[str, Any]:
-        """What the run was made of and what it made; empty when it is not committed, or its file is damaged."""
+        """What the run was made of and what it made; empty when no stage can read it.
+
+        That is when it is not committed, its provenance is damaged, or it has another format (spctrl.store.format).
+        """
         if self in known_whole:
             return known_whole[self]
+        found = self.history()
+        return found if is_readable(self.stage, found) else {}
+
+    def history(self) -> dict[str, Any]:
+        """The provenance of a run of any format, to compare and to explain; empty when there is no sound one."""
         try:
             return self.read_provenance()
         except (FileNotFoundError, FileTooLargeError, ProvenanceError):
             return {}
 
     def read_provenance(self) -> dict[str, Any]:
-        """The same from its file.
+        """The provenance of a run of any format, from its file.
 
         Raises:
             FileNotFoundError: the run is not committed.
@@ -147,14 +156,19 @@ class Run:
     def commit(self, packs: Iterable[str], provenance: Mapping[str, Any]) -> None:
         """Declare the run done: name its files and packs, then what it was made of.
 
+        Files that only earlier formats have are removed.
+
         Raises:
             ProvenanceError: readers would take it for damaged; nothing was written.
             StoreError: a pack is gone, or the file cannot be written.
         """
+        there = self.files()
+        earlier = EARLIER_FILES.get(self.stage, frozenset()) & there.keys()
+        self.store.files.remove(self.name(name) for name in earlier)
         files = {
             name: {"size": info.size, "digest": self.store.files.digest(self.name(name))}
-            for name, info in self.files().items()
-            if name != PROVENANCE
+            for name, info in there.items()
+            if name not in {PROVENANCE, *earlier}
         }
         names = {pack: pack_name(self.stage, pack) for pack in sorted(set(packs))}
         sizes = self.store.files.sizes(names.values())
@@ -163,7 +177,12 @@ class Run:
                 f"{self.store.files.place(min(gone))} was removed while the build used it, and {len(gone) - 1:,} more. "
                 "Run again"
             )
-        content = {**provenance, "files": files, "packs": {pack: sizes[name] for pack, name in names.items()}}
+        content = {
+            **provenance,
+            "format": FORMAT,
+            "files": files,
+            "packs": {pack: sizes[name] for pack, name in names.items()},
+        }
         data = json.dumps(content, indent=1, ensure_ascii=False).encode()
         parse_provenance(self.stage, data)  # or the stage would be built again and again
         self.write(PROVENANCE, data)

@@ -2,7 +2,8 @@
 
     packs/<stage>/<name>.tar        members <key><suffix>; latents: <name>.safetensors
     packs/<stage>/<name>.parquet    key -> place in the tar, or why the record was rejected
-    runs/<stage>/<part>/<fingerprint>/manifest.parquet, rejects.parquet, ..., provenance.json
+    runs/<stage>/<part>/<fingerprint>/artifacts.parquet, rejects.parquet, ..., provenance.json
+    format.json                     the format of all that (spctrl/store/format.py)
     accepted.json                   code versions that a user declared equal
 
 What only one machine needs is in ``[paths] cache``, which may be the store's own folder:
@@ -225,7 +226,7 @@ class Store:
         return Run(self, stage, part, fingerprint)
 
     def runs(self, stage: str = "*", part: str = "*", *, damaged: bool = False) -> list[Run]:
-        """Committed runs, latest first.
+        """Committed runs of all formats, latest first.
 
         Args:
             stage: whose; by default of all.

@@ -41,7 +41,8 @@ from spctrl.prompts import (
     templates_path,
     tokenize,
 )
-from spctrl.training.artifacts import REMEDY, StoredArtifacts, missing_artifacts
+from spctrl.store.artifacts import StoredArtifacts, missing_artifacts
+from spctrl.store.store import Store
 from spctrl.training.heatmaps import HeatmapType, heatmap_targets
 
 if TYPE_CHECKING:
@@ -365,7 +366,7 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         i = next(labelled, 0)
         row = self._rows.slice(i, 1)
         try:
-            stored = StoredArtifacts(store, STAGES[self.conditioning_mode], row.column(key)).read(0)
+            stored = StoredArtifacts(Store(store), STAGES[self.conditioning_mode], row.column(key)).read(0)
         except ExpectedError:
             return
         (record,) = records_from_table(row)
@@ -411,7 +412,7 @@ def _find_artifacts(stage: str, rows: pa.RecordBatch, manifest: Path, store: Pat
         raise ExpectedError(missing_artifacts(stage, missing, rows.num_rows, str(manifest)))
     if store is None:
         raise ExpectedError(f"expected the store's folder, which holds {stage}, found none ([paths] store)")
-    return StoredArtifacts(store, stage, rows.column(name))
+    return StoredArtifacts(Store(store), stage, rows.column(name))
 
 
 def _known(value: Any, name: str, choices: Any) -> Any:
@@ -427,7 +428,8 @@ def _of_store(record: Record) -> Iterator[None]:
         yield
     except RecordError as error:
         raise ExpectedError(
-            f"cannot use what the store holds for {record.file_name}: {error.message}. {REMEDY}"
+            f"cannot use what the store holds for {record.file_name}: {error.message}. "
+            "`spctrl verify` drops what is damaged, the next build makes it again"
         ) from error
 
 

@@ -19,6 +19,7 @@ from spctrl.storage import Files, Folder, StoreError
 from spctrl.storage.files import cannot_write, file_digest
 from spctrl.store.artifacts import Artifacts
 from spctrl.store.digests import InputChangedError, content_digest, digest, digest_cache
+from spctrl.store.provenance import MANIFEST, RECORDS
 from spctrl.store.runs import Run, struck_out
 from tasks import settings
 from tasks.dataset.export_state import TEXT, UNFINISHED, Entry, Ledger, fingerprint_at, may_be_exported
@@ -28,7 +29,6 @@ from tasks.execution import logs
 from tasks.execution.progress import progress
 from tasks.settings import LEDGERS
 from tasks.stage.fingerprints import code_of
-from tasks.stage.rejects import MANIFEST
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -311,7 +311,7 @@ class Export(Manifest):
         from spctrl.io.parquet import read_table
 
         columns = ["image_id", "drawing_digest"]
-        table = read_table(self.index_task().finished_run().path(MANIFEST), columns=columns)
+        table = read_table(self.index_task().finished_run().path(RECORDS), columns=columns)
         return dict(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
 
     def _write_changed(self, source: Run, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
@@ -381,7 +381,7 @@ class Export(Manifest):
         from spctrl.data.records import records_from_table
         from spctrl.io.parquet import open_table
 
-        index = open_table(self.index_task().finished_run().path(MANIFEST))
+        index = open_table(self.index_task().finished_run().path(RECORDS))
         with progress(f"{HEATMAPS} {self.part}", len(wanted), self.set_progress_percentage) as advance:
             for batch in index.iter_batches(DISPLAY_EVERY):
                 records = [record for record in records_from_table(batch) if record.image_id in wanted]

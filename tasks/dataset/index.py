@@ -12,13 +12,14 @@ import luigi
 from spctrl.paths import listed_files, refuse_unsafe_paths
 from spctrl.storage.files import file_digest, read_bounded
 from spctrl.store.digests import MISSING, InputChangedError, digest_cache
+from spctrl.store.provenance import RECORDS, REJECTS
 from spctrl.store.runs import Run
 from tasks import settings
 from tasks.execution.executor import warm_up
 from tasks.execution.progress import progress
 from tasks.settings import OfSettings
 from tasks.stage.base import StageTask
-from tasks.stage.rejects import MANIFEST, REJECTS, reject_examples
+from tasks.stage.rejects import reject_examples
 
 if TYPE_CHECKING:
     from spctrl.data.datasets import Dataset
@@ -134,7 +135,7 @@ class Index(DatasetStage):
             warm_up(settings.executor().workers)
         path = self._file().path
         with progress(f"{self.stage} {self.part}", 1, self.set_progress_percentage) as advance:
-            with run.create(MANIFEST) as destination:
+            with run.create(RECORDS) as destination:
                 index = self._write_index(run, path, destination)
             run.write_table(REJECTS, index.rejects)
             run.write(IMAGE_PATHS, "".join(f"{each}\n" for each in index.image_paths).encode())

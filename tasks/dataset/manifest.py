@@ -11,6 +11,7 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from spctrl.store.artifacts import InOrder, location_of
+from spctrl.store.provenance import ARTIFACTS, MANIFEST, RECORDS, REJECTS
 from spctrl.store.runs import Run, struck_out
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS, INSTANCES, Segments, condition_class
@@ -19,7 +20,7 @@ from tasks.dataset.index import DatasetStage
 from tasks.execution.progress import progress
 from tasks.parameters import NamesParameter
 from tasks.stage.base import StageTask
-from tasks.stage.rejects import MANIFEST, REJECTS, reject_examples
+from tasks.stage.rejects import reject_examples
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,10 +84,10 @@ class Manifest(DatasetStage):
 
         tasks = self.condition_tasks()
         weights = {name: task.weights_note() for name, task in tasks.items()}
-        artifacts = {name: InOrder(task.finished_run().path(MANIFEST)) for name, task in tasks.items()}
-        probes = InOrder(self.clone(Images).finished_run().path(MANIFEST))
+        artifacts = {name: InOrder(task.finished_run().path(ARTIFACTS)) for name, task in tasks.items()}
+        probes = InOrder(self.clone(Images).finished_run().path(ARTIFACTS))
         segments = self._segments()
-        index = open_table(self.index_task().finished_run().path(MANIFEST))
+        index = open_table(self.index_task().finished_run().path(RECORDS))
         rejects = self._gather_rejects()
         rejected = set(rejects.column("image_id").to_pylist())
         rows = instances = images_on_disk = 0

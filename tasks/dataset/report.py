@@ -14,6 +14,7 @@ from spctrl.paths import listed_files, refuse_unsafe_paths
 from spctrl.store.artifacts import Artifacts
 from spctrl.store.code_version import ROOT
 from spctrl.store.digests import digest_cache
+from spctrl.store.provenance import MANIFEST, REJECTS
 from spctrl.store.runs import Run
 from tasks import settings
 from tasks.dataset.conditions import CONDITIONS
@@ -25,7 +26,6 @@ from tasks.execution import logs
 from tasks.execution.progress import progress
 from tasks.parameters import NamesParameter
 from tasks.settings import LEDGERS
-from tasks.stage.rejects import MANIFEST, REJECTS
 
 if TYPE_CHECKING:
     from spctrl.audit import SplitTables

@@ -17,6 +17,7 @@ from spctrl.storage import Folder, is_url
 from spctrl.storage.files import exclusive
 from spctrl.store.code_version import ROOT
 from spctrl.store.digests import digest_cache
+from spctrl.store.provenance import RECORDS
 from spctrl.store.runs import PROVENANCE, Run, struck_out
 from tasks import settings
 from tasks.dataset.export import LOCK
@@ -33,7 +34,6 @@ from tasks.experiment.evaluate import (
 )
 from tasks.experiment.generate.samples import method_json
 from tasks.settings import LEDGERS
-from tasks.stage.rejects import MANIFEST
 
 if TYPE_CHECKING:
     from eval.report import Case, MethodView
@@ -283,7 +283,7 @@ class BenchmarkReport(OfMethods):
         from spctrl.io.parquet import read_table
 
         index = self.images_of(view.method).index_task().finished_run()
-        rows = read_table(index.path(MANIFEST)).to_pylist()
+        rows = read_table(index.path(RECORDS)).to_pylist()
         return {row["image_id"]: row for row in rows}
 
     def _method_view(self, method: str) -> MethodView:

@@ -17,6 +17,7 @@ from spctrl.data.datasets import MAX_IMAGE_FILE_BYTES
 from spctrl.errors import ExpectedError
 from spctrl.fingerprints import without_neutral
 from spctrl.store.digests import MISSING, digest, digest_cache
+from spctrl.store.provenance import RECORDS, REJECTS
 from spctrl.store.runs import Run, struck_out
 from tasks import settings
 from tasks.dataset.images import HASHED_BETWEEN_LINES, READ_AT_ONCE_BYTES
@@ -27,7 +28,6 @@ from tasks.experiment.generate.images import IMAGES, GeneratedImages
 from tasks.experiment.generate.prompts import prompts_of
 from tasks.experiment.generate.samples import MethodStage
 from tasks.stage.base import StageTask
-from tasks.stage.rejects import MANIFEST, REJECTS
 from tasks.stage.weights import Weights, weights_at, weights_digest
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ class PredictedPoses(WithNetwork, OfImages):
         from spctrl.io.parquet import read_table
 
         index_run = self.index_task().finished_run()
-        index = read_table(index_run.path(MANIFEST))
+        index = read_table(index_run.path(RECORDS))
         images, truth, sizes_wh = self.first_images(), read_ground_truth(index), sizes_of(index)
         if unknown := set(images.column("image_id").to_pylist()) - sizes_wh.keys():
             runs = [self.images_task().finished_run(), self.prompts_task().finished_run(), index_run]
@@ -425,7 +425,7 @@ class RealFeatures(InceptionStage):
         from spctrl.io.parquet import read_table
 
         table = read_table(
-            self.index_task().finished_run().path(MANIFEST),
+            self.index_task().finished_run().path(RECORDS),
             columns=["image_id", "file_name"],
         )
         files = list(map(str, self.image_files(table.column("file_name").to_pylist())))
@@ -543,7 +543,7 @@ class PoseAp(MetricStage):
         from eval.scores import pose_scores
         from spctrl.io.parquet import read_table
 
-        index = read_table(self.index_task().finished_run().path(MANIFEST))
+        index = read_table(self.index_task().finished_run().path(RECORDS))
         truth = read_ground_truth(index)
         scores, oks = pose_scores(
             read_poses(self.poses_task().finished_run().path(POSES)),

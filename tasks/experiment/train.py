@@ -27,6 +27,7 @@ from spctrl.storage.files import open_regular, temporary_name, write_atomic
 from spctrl.store.code_version import ROOT
 from spctrl.store.digests import MISSING, digest
 from spctrl.store.pack_index import index_name, pack_name
+from spctrl.store.provenance import MANIFEST, REJECTS
 from spctrl.store.runs import Run
 from tasks import settings
 from tasks.dataset.conditions import Latents
@@ -36,7 +37,6 @@ from tasks.execution.devices import gpu_environment
 from tasks.execution.progress import progress
 from tasks.parameters import PathParameter
 from tasks.stage.base import StageTask
-from tasks.stage.rejects import MANIFEST, REJECTS
 from tasks.stage.weights import Weights, weights_at, weights_digest
 
 if TYPE_CHECKING:

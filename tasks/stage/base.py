@@ -23,6 +23,7 @@ from spctrl.errors import ExpectedError
 from spctrl.output.secrets import masked
 from spctrl.storage import StoreError
 from spctrl.store.digests import digest
+from spctrl.store.format import upgrade_format
 from spctrl.store.runs import Run
 from spctrl.store.store import Store
 from tasks import settings
@@ -179,6 +180,7 @@ class StageTask(MeetsBadRecords):
     def build(self, run: Run) -> None:
         """Make the result, and commit it."""
         started = time.time()
+        upgrade_format(self.store, logs.notify)
         with self.os_errors_explained():
             if run.is_whole():  # others may use it under a setting that allows more rejects
                 self._refuse_too_many_rejects(run, run.provenance()["counts"])

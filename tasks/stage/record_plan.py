@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from spctrl.store.artifacts import artifact_schema
 from spctrl.store.digests import InputChangedError, digests
 from spctrl.store.pack_index import Location, results_table
+from spctrl.store.provenance import ARTIFACTS, RECORDS, REJECTS
 from spctrl.store.runs import Run
-from tasks.stage.record_stage import RecordStage
-from tasks.stage.rejects import MANIFEST, REJECTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tasks.execution.worker import Batch, Source
+    from tasks.stage.record_stage import RecordStage
 
 ROWS_AT_ONCE = 2**16
 """Of a run's manifest, as one group of its Parquet file."""
@@ -70,7 +70,7 @@ class RecordPlan:
         records_run = task.records_run()
         assert records_run is not None
         self._task = task
-        self._index: pq.ParquetFile = open_table(records_run.path(MANIFEST))
+        self._index: pq.ParquetFile = open_table(records_run.path(RECORDS))
         self._salt = task.salt()
         self.total: int = self._index.metadata.num_rows
         self._per_pack = task.records_per_pack(self.total)
@@ -136,7 +136,7 @@ class RecordPlan:
         rejects: list[dict[str, Any]] = []
         start = artifacts = 0
         with (
-            run.create(MANIFEST) as destination,
+            run.create(ARTIFACTS) as destination,
             pq.ParquetWriter(destination, schema, compression="zstd") as writer,
         ):
             for rows in self._index.iter_batches(ROWS_AT_ONCE, columns=names):

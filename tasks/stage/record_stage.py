@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from spctrl.store.digests import digest
 from spctrl.store.pack_index import Location
+from spctrl.store.provenance import ARTIFACTS
 from spctrl.store.runs import Run
 from tasks import settings
 from tasks.execution.executor import run_jobs, warm_up
 from tasks.execution.progress import progress
 from tasks.stage.base import StageTask
 from tasks.stage.record_plan import Prepared, RecordPlan
-from tasks.stage.rejects import MANIFEST
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,5 +105,5 @@ class RecordStage(StageTask):
     def packs_of(self, run: Run) -> Sequence[str]:
         from spctrl.io.parquet import read_table
 
-        packs = read_table(run.path(MANIFEST), columns=["pack"]).column(0)
+        packs = read_table(run.path(ARTIFACTS), columns=["pack"]).column(0)
         return sorted(packs.unique().to_pylist())

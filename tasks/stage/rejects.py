@@ -14,14 +14,9 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from spctrl.output.printable import one_line
+from spctrl.store.provenance import REJECTS
 from spctrl.store.runs import Run
 from tasks.settings import OfSettings
-
-MANIFEST = "manifest.parquet"
-
-
-REJECTS = "rejects.parquet"
-
 
 MAX_REASONS, MIN_EXAMPLES, MAX_EXAMPLE_CHARACTERS = 5, 3, 400
 """Of rejects, in an error message."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from spctrl.extras import MissingPackageError
+from spctrl.store.provenance import is_readable
 from tasks.stage.base import StageTask
 from tasks.stage.record_stage import RecordStage
 
@@ -64,7 +65,7 @@ def statuses(goal: luigi.Task) -> Iterator[StageStatus]:
         if reasons:
             would_run.add(task.task_id)
         runs = task.store.runs(task.stage, task.part)
-        duration_s = runs[0].provenance().get("duration_s") if runs else None
+        duration_s = runs[0].history().get("duration_s") if runs else None
         yield StageStatus(task, reasons, to_make, duration_s)
 
 
@@ -80,7 +81,7 @@ def _reasons(task: StageTask, upstream: list[StageTask]) -> tuple[str, ...]:
     ingredients = task.ingredients()
     if ingredients is None:
         return tuple(f"{each.stage} runs first" for each in upstream) or ("its input files changed",)
-    latest = runs[0].provenance()
+    latest = runs[0].history()
     current = task.current_run()
     reasons = [
         *_changes("code", latest["code"], ingredients.code),
@@ -91,6 +92,8 @@ def _reasons(task: StageTask, upstream: list[StageTask]) -> tuple[str, ...]:
     if current is not None and current.provenance():
         fault = task.reject_fault(current.provenance()["counts"])
         reasons = [fault or "files of its result are missing or damaged"]
+    if not is_readable(task.stage, latest):
+        reasons.append("its tables have the form of an earlier version of spctrl")
     return tuple(reasons) or ("its result is not there",)
 
 

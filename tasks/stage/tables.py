@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from spctrl.store.provenance import METRICS, RECORD_STAGES
+from spctrl.store.provenance import ARTIFACT_STAGES, ARTIFACTS, MANIFEST, METRICS, RECORDS, REJECTS
 from spctrl.store.runs import struck_out
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spctrl.store.runs import Run
 
 ROWS_AT_ONCE = 4096
-MANIFEST, REJECTS, IMAGES = "manifest.parquet", "rejects.parquet", "images.parquet"
+IMAGES = "images.parquet"
 
 
 class TableForm(NamedTuple):
@@ -199,13 +199,13 @@ def _evaluated() -> TableForm:
 
 
 FORMS: dict[tuple[str, str], Callable[[], TableForm]] = {
-    **{(stage, MANIFEST): _artifacts for stage in (*RECORD_STAGES, "segments")},
+    **{(stage, ARTIFACTS): _artifacts for stage in ARTIFACT_STAGES},
     **{
         (stage, REJECTS): _rejects
-        for stage in (*RECORD_STAGES, "segments", "manifest", "prompts", "generate", "evaluated_images")
+        for stage in ("index", *ARTIFACT_STAGES, "manifest", "prompts", "generate", "evaluated_images")
     },
     **{(stage, "scores.parquet"): _scores for stage in METRICS},
-    ("index", MANIFEST): _index,
+    ("index", RECORDS): _index,
     ("manifest", MANIFEST): _manifest,
     ("segments", "instances.parquet"): _instances,
     ("pose_ap", "instances.parquet"): _similarities,
@@ -218,10 +218,10 @@ FORMS: dict[tuple[str, str], Callable[[], TableForm]] = {
 """By stage and file. The functions load what they need: this module is imported wherever a build is planned."""
 
 ROWS: dict[tuple[str, str], tuple[str, ...]] = {
-    **{(stage, MANIFEST): ("artifacts",) for stage in (*RECORD_STAGES, "segments")},
-    **{(stage, REJECTS): ("rejected",) for stage in (*RECORD_STAGES, "segments", "prompts", "generate")},
+    **{(stage, ARTIFACTS): ("artifacts",) for stage in ARTIFACT_STAGES},
+    **{(stage, REJECTS): ("rejected",) for stage in (*ARTIFACT_STAGES, "prompts", "generate")},
     **{(stage, "scores.parquet"): ("made",) for stage in METRICS},
-    ("index", MANIFEST): ("made",),
+    ("index", RECORDS): ("made",),
     ("index", REJECTS): (),  # of images and of single annotations
     ("manifest", MANIFEST): ("made",),
     ("poses", "poses.parquet"): ("made",),

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import Workspace
 from PIL import Image
-from stores import FACTS, locations
+from stores import FACTS, locations, table_of
 from tampering import Rows, correct_provenance, run_folder, tamper
 
 from spctrl.conditions.masks import check_depth, check_mask
@@ -49,6 +49,7 @@ from spctrl.report.pictures import decode
 from spctrl.resources import packaged
 from spctrl.storage import files_at
 from spctrl.store.digests import content_digest
+from spctrl.store.format import FORMAT
 from spctrl.store.packs import write_container
 from spctrl.store.store import Store
 from tasks.dataset.export_state import Ledger, damaged_files
@@ -549,8 +550,8 @@ def store_seeds() -> list[bytes]:
     content = b"an artifact"
     sha = content_digest(content)
     index = [[KEY, 512, len(content), sha, None, None], ["1" * 32, 0, 0, "", "bad_image", "no image"]]
-    files = {name: {"size": 3, "digest": sha} for name in ("manifest.parquet", "rejects.parquet")}
-    provenance = {**FACTS, "fingerprint": "f", "files": files, "packs": {PACK: 10_240}}
+    files = {name: {"size": 3, "digest": sha} for name in ("artifacts.parquet", "rejects.parquet")}
+    provenance = {**FACTS, "format": FORMAT, "fingerprint": "f", "files": files, "packs": {PACK: 10_240}}
     return [
         json.dumps(
             {
@@ -590,7 +591,7 @@ def run_store(data: bytes) -> None:
         store_root / "packs/mask" / PACK.replace(".tar", ".parquet"), said.get("index"), index_columns
     )
     manifest_columns = ("image_id", "key", "pack", "offset", "size", "digest")
-    _write_table(run / "manifest.parquet", said.get("manifest"), manifest_columns)
+    _write_table(run / "artifacts.parquet", said.get("manifest"), manifest_columns)
     _write_table(ledgers_folder / "train.parquet", said.get("ledger"), ("path", "made_from", "digest"))
     _write_json(run / "provenance.json", said.get("provenance"))
     _write_json(ledgers_folder / "train.json", said.get("fingerprint"))
@@ -664,7 +665,7 @@ def tables_seeds() -> list[bytes]:
     """Names in the tables of a store, as JSON."""
     tables = {
         stage: pq.read_table(
-            run_folder(built_store(), stage) / "manifest.parquet", columns=columns, partitioning=None
+            run_folder(built_store(), stage) / table_of(stage), columns=columns, partitioning=None
         ).to_pydict()
         for stage, columns in NAMES_IN_TABLES.items()
     }
@@ -694,7 +695,7 @@ def run_tables(data: bytes) -> None:
             tamper(
                 workspace.store,
                 stage,
-                "manifest.parquet",
+                table_of(stage),
                 functools.partial(_replace_names, columns=columns, values=found),
             )
     lines = said.get(IMAGE_PATHS) if isinstance(said, dict) else None

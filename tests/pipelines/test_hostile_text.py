@@ -105,7 +105,7 @@ def test_maintenance_shows_names_literally(hostile: Workspace, command: list[str
     for path in source.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     if command == ["verify"]:
-        (folder / "manifest.parquet").write_bytes(b"PAR1")
+        (folder / "artifacts.parquet").write_bytes(b"PAR1")
     output = shown(spctrl(hostile, *command).output)
     assert f"{SHOWN}\\udcff".replace("/", "") in output
 

@@ -98,7 +98,7 @@ def test_an_image_that_is_not_the_listed_one_is_not_linked(built: Workspace, vic
     assert private.stat().st_nlink == 1
 
 
-@pytest.mark.parametrize("table", ["manifest.parquet", "images.txt"])
+@pytest.mark.parametrize("table", ["records.parquet", "images.txt"])
 def test_no_name_of_the_index_is_opened_outside_the_dataset(
     workspace: Workspace, victim: Path, table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

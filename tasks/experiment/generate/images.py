@@ -15,6 +15,7 @@ from spctrl.paths import listed_files
 from spctrl.storage import Files
 from spctrl.store.artifacts import Artifacts
 from spctrl.store.digests import MISSING, InputChangedError, content_digest, digest_cache
+from spctrl.store.provenance import RECORDS, REJECTS
 from spctrl.store.runs import Run
 from tasks import settings
 from tasks.dataset.export import LOCK
@@ -25,7 +26,7 @@ from tasks.execution.progress import progress
 from tasks.experiment.generate.prompts import prompts_of
 from tasks.experiment.generate.samples import MethodStage, Samples
 from tasks.settings import LEDGERS
-from tasks.stage.rejects import MANIFEST, REJECTS, reject_examples
+from tasks.stage.rejects import reject_examples
 
 if TYPE_CHECKING:
     pass
@@ -182,7 +183,7 @@ class GeneratedImages(ViewStage, MethodStage):
         from spctrl.io.parquet import read_table
 
         columns = ["image_id", "file_name"]
-        index = read_table(self.index_task().finished_run().path(MANIFEST), columns=columns)
+        index = read_table(self.index_task().finished_run().path(RECORDS), columns=columns)
         return {row["image_id"]: self.spec.artifact_stem(row["file_name"]) for row in index.to_pylist()}
 
     def _poses(self) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ import luigi
 
 from spctrl.errors import ExpectedError
 from spctrl.store.digests import digest_cache
+from spctrl.store.provenance import RECORDS, REJECTS
 from spctrl.store.runs import Run
 from tasks.dataset.index import DatasetStage
-from tasks.stage.rejects import MANIFEST, REJECTS
 
 if TYPE_CHECKING:
     from spctrl.prompts import KeypointWords
@@ -66,7 +66,7 @@ class Prompts(DatasetStage):
 
         words: KeypointWords | None = self.keypoint_words or None  # type: ignore[assignment]
         templates = load_templates(self.templates_path, self.dataset)
-        table = read_table(self.index_task().finished_run().path(MANIFEST))
+        table = read_table(self.index_task().finished_run().path(RECORDS))
         prompts: dict[int, str] = {}
         rejects: list[dict[str, object]] = []
         for subject in subjects_from_table(table):

@@ -1,0 +1,88 @@
+"""The format of a store: what an earlier or later version of spctrl wrote, and what becomes of it.
+
+A store says its format in ``format.json``, a run in its provenance. Neither says so in format 1, the first.
+
+    1   tables of records and of artifacts are called manifest.parquet
+    2   they are called records.parquet and artifacts.parquet
+
+This is the policy for stores of earlier formats. Packs are read as they are: artifacts cost the most, and their keys
+say what they are. A run is read where the tables of its stage have not changed since its format; another one is no
+damage, but the stage writes it again, from the artifacts in its packs. gc keeps what runs of all formats refer to. A
+store of a later format is refused, so that an earlier version can remove nothing from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import TYPE_CHECKING
+
+from spctrl.storage import FileTooLargeError, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spctrl.store.store import Store
+
+FORMAT, FIRST_FORMAT = 2, 1
+FORMAT_FILE = "format.json"
+
+
+def read_format(store: Store) -> int | None:
+    """The format that a store says it has; None where it says none.
+
+    Raises:
+        StoreError: what it says is no format.
+    """
+    try:
+        found = store.files.read_json(FORMAT_FILE)
+    except FileNotFoundError:
+        return None
+    except (FileTooLargeError, ValueError) as error:
+        raise _format_error(store, str(error)) from error
+    number = found.get("format") if isinstance(found, dict) else None
+    if type(number) is not int or number < FIRST_FORMAT:
+        raise _format_error(store, "something else")
+    return number
+
+
+def _format_error(store: Store, found: str) -> StoreError:
+    return StoreError(
+        f'{store.files.place(FORMAT_FILE)}: expected {{"format": {FORMAT}}} or a lower number, found {found}. Restore '
+        "the file, or remove it: the store then counts as one of the first format"
+    )
+
+
+@functools.cache  # once a process
+def refuse_later_format(store: Store) -> None:
+    """Refuse a store that a later version wrote: this one could misread it.
+
+    Raises:
+        StoreError: its format is later than ``FORMAT``, or cannot be read.
+    """
+    if (found := read_format(store) or FIRST_FORMAT) > FORMAT:
+        raise StoreError(
+            f"expected a store of format {FORMAT} or earlier at {store.files.root}, found format {found}, which a "
+            "later version of spctrl wrote. Install that version, or set [paths] store to another folder"
+        )
+
+
+@functools.cache  # once a process
+def upgrade_format(store: Store, notify: Callable[[str], object]) -> None:
+    """Write the present format into a store that is about to be written to.
+
+    Args:
+        store: the store.
+        notify: called with a message where an earlier version wrote to the store.
+    """
+    found = read_format(store)
+    if (found or FIRST_FORMAT) >= FORMAT:
+        return
+    if store.stages():
+        notify(
+            f"{store.files.root}: an earlier version of spctrl wrote this store (format {found or FIRST_FORMAT}, now "
+            f"{FORMAT}). Artifacts in its packs stay in use; tables of runs are written again where their form "
+            "changed. `spctrl status` lists what a build would run, `spctrl accept` takes results of earlier code as "
+            "current"
+        )
+    store.files.write(FORMAT_FILE, json.dumps({"format": FORMAT}).encode())

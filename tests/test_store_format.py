@@ -1,0 +1,169 @@
+"""Stores of other formats: what is accepted, what is written again, what is refused, and the messages that say so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Workspace
+from stores import commit, table_of
+
+from spctrl.storage import StoreError
+from spctrl.store.format import FORMAT, FORMAT_FILE, read_format, upgrade_format
+from spctrl.store.provenance import ARTIFACT_STAGES
+from spctrl.store.store import Store
+from tasks.maintenance import collect, verify
+
+RENAMED = ("index", *ARTIFACT_STAGES)
+NOTICE = "an earlier version of spctrl wrote this store (format 1, now 2)"
+
+
+@pytest.fixture
+def built(make_workspace: Callable[..., Workspace], sample: Path) -> Workspace:
+    workspace = make_workspace("built", sample)
+    workspace.configure(
+        "build", datasets=["ap10k"], splits=["val"], conditions=["spatext", "openpose", "mask"]
+    )
+    assert workspace.build().succeeded
+    return workspace
+
+
+def runs(workspace: Workspace) -> Iterator[Path]:
+    yield from (path.parent for path in sorted(workspace.store.glob("runs/*/*/*/provenance.json")))
+
+
+def to_first_format(workspace: Workspace) -> None:
+    """Have a store look as one of format 1 does."""
+    (workspace.store / FORMAT_FILE).unlink()
+    for folder in runs(workspace):
+        provenance = json.loads((folder / "provenance.json").read_bytes())
+        del provenance["format"]
+        if (stage := provenance["stage"]) in RENAMED:
+            (folder / table_of(stage)).rename(folder / "manifest.parquet")
+            provenance["files"]["manifest.parquet"] = provenance["files"].pop(table_of(stage))
+        (folder / "provenance.json").write_text(json.dumps(provenance))
+
+
+def test_a_build_says_its_format(built: Workspace) -> None:
+    assert json.loads((built.store / FORMAT_FILE).read_bytes()) == {"format": FORMAT}
+    formats = {json.loads((folder / "provenance.json").read_bytes())["format"] for folder in runs(built)}
+    assert formats == {FORMAT}
+
+
+def test_a_store_of_the_first_format_is_built_again_without_its_artifacts(
+    built: Workspace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    exported, packs = built.exported(), built.packs("spatext", "openpose", "mask")
+    to_first_format(built)
+    capfd.readouterr()
+    again = built.build()
+    assert again.succeeded, again.errors
+    assert again.worked == {}
+    # The manifest, its export and its report are as before: they need not run.
+    assert again.stages == {"index", "images", "spatext", "openpose", "mask"}
+    assert capfd.readouterr().err.count(NOTICE) == 1
+    assert built.packs("spatext", "openpose", "mask") == packs
+    assert built.exported() == exported
+    assert built.faults() == []
+    tables = {
+        path.parts[-4]: path.name
+        for path in built.store.glob("runs/*/*/*/*.parquet")
+        if "rej" not in path.name
+    }
+    assert tables["index"] == "records.parquet"
+    assert {tables[stage] for stage in ("images", "spatext", "openpose", "mask")} == {"artifacts.parquet"}
+    assert built.build().stages == set()
+    assert NOTICE not in capfd.readouterr().err
+
+
+def test_nothing_of_a_store_of_the_first_format_counts_as_damaged_or_unused(built: Workspace) -> None:
+    to_first_format(built)
+    before = {path: path.read_bytes() for path in built.store.rglob("*") if path.is_file()}
+    store = Store(built.store)
+    assert verify(store, built.exports, repair=True) == []
+    waste = collect(store, [], keep=1, grace_s=0, dry_run=False)
+    assert (waste.runs, waste.packs, waste.repacked) == ([], [], [])
+    assert {path: path.read_bytes() for path in built.store.rglob("*") if path.is_file()} == before
+    status = " ".join(built.spctrl("status").stdout.split())
+    assert "its tables have the form of an earlier version of spctrl" in status
+    assert "never built" not in status
+
+
+def test_outputs_of_a_store_of_the_first_format_can_be_accepted_after_a_change_of_code(
+    built: Workspace,
+) -> None:
+    to_first_format(built)
+    for folder in list(runs(built)):
+        provenance = json.loads((folder / "provenance.json").read_bytes())
+        provenance |= {"code_version": f"earlier {provenance['stage']}", "code": {}}
+        (folder / "provenance.json").write_text(json.dumps(provenance))
+    done = built.spctrl("accept", "mask", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "outputs of the earlier code count as current" in done.stdout
+
+
+def test_a_killed_upgrade_leaves_the_earlier_table_until_the_run_is_committed(tmp_path: Path) -> None:
+    run = Store(tmp_path).run("mask", "ap10k-val", "f" * 32)
+    run.write("manifest.parquet", b"of format 1")
+    run.write("artifacts.parquet", b"of format 2")
+    assert set(run.files()) == {"manifest.parquet", "artifacts.parquet"}
+    commit(run)
+    assert set(run.files()) == {"artifacts.parquet", "rejects.parquet", "provenance.json"}
+    manifest = Store(tmp_path).run("manifest", "ap10k-val", "f" * 32)
+    manifest.write("manifest.parquet", b"of users")
+    commit(manifest)
+    assert "manifest.parquet" in manifest.files()
+
+
+def test_a_run_of_a_later_format_is_not_read(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    run = store.run("features", "ap10k-val", "f" * 32)
+    run.write("features.npz", b"")
+    commit(run)
+    path = run.path("provenance.json")
+    path.write_text(path.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
+    assert not run.is_whole()
+    assert run.provenance() == {}
+    assert run.history()["format"] == FORMAT + 1
+    assert verify(store, tmp_path / "exports", repair=True) == []
+
+
+@pytest.mark.parametrize("command", [["status"], ["gc"], ["verify"], ["accept", "mask", "--yes"]])
+def test_a_store_of_a_later_format_is_refused(built: Workspace, command: list[str]) -> None:
+    before = {path: path.read_bytes() for path in built.store.rglob("*") if path.is_file()}
+    (built.store / FORMAT_FILE).write_text(json.dumps({"format": FORMAT + 1}))
+    done = built.spctrl(*command)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"expected a store of format {FORMAT} or earlier at {built.store}, found format 3")
+    (built.store / FORMAT_FILE).write_text(json.dumps({"format": FORMAT}))
+    assert {path: path.read_bytes() for path in built.store.rglob("*") if path.is_file()} == before
+
+
+def test_a_build_refuses_a_store_of_a_later_format(built: Workspace) -> None:
+    (built.store / FORMAT_FILE).write_text(json.dumps({"format": FORMAT + 5, "more": "facts"}))
+    done = built.run()
+    assert not done.succeeded
+    assert done.committed == {}
+    assert f"found format {FORMAT + 5}, which a later version of spctrl wrote" in " ".join(
+        done.output.split()
+    )
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 0}', '{"format": "2"}', '{"format": true}', "[" * 999]
+)
+def test_what_is_no_format_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / FORMAT_FILE).write_text(content)
+    with pytest.raises(
+        StoreError, match=r"format.json: expected .* found .*\. Restore the file, or remove it"
+    ):
+        read_format(Store(tmp_path))
+
+
+def test_a_new_store_is_no_upgrade(tmp_path: Path) -> None:
+    upgrade_format(Store(tmp_path / "new"), pytest.fail)
+    assert read_format(Store(tmp_path / "new")) == FORMAT

@@ -9,7 +9,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import pipelines  # noqa: F401 - sets return codes and quietens the log, as in a build
+import pipelines  # noqa: F401 - sets up Luigi's command
 from spctrl.store.digests import content_digest
 from tasks.stage.record_stage import RecordStage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import luigi
 
-import pipelines  # noqa: F401 - sets return codes and quietens the log, as in a build
+import pipelines  # noqa: F401 - sets up Luigi's command
 from tasks.dataset.conditions import Openpose, Spatext
 from tasks.stage.base import StageTask
 

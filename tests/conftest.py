@@ -198,7 +198,9 @@ class Workspace:
         with _luigi_settings(self.settings_file()), _luigi_events(started, errors), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Luigi's, of config_path
             import pipelines
+            from pipelines import luigi_setup
 
+            luigi_setup.configure()
             task = getattr(pipelines, family)(**parameters)
             result = luigi.build([task], local_scheduler=True, detailed_summary=True, log_level="ERROR")
         return self._account(

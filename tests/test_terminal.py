@@ -128,7 +128,9 @@ def test_log_lines_are_printable() -> None:
 
 
 def test_luigis_handler_prints_nothing_that_acts(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipelines  # noqa: F401 - installs the filter
+    from pipelines import luigi_setup
+
+    luigi_setup.configure()
 
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)

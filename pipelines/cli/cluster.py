@@ -19,8 +19,8 @@ from luigi.task_register import Register, TaskClassException
 from luigi.task_status import DISABLED
 from luigi.worker import worker as worker_settings
 
-from pipelines import option_at_fault
-from pipelines.luigi_setup import startup
+from pipelines import luigi_setup
+from pipelines.luigi_setup.messages import option_at_fault
 from pipelines.luigi_setup.scheduler import LOCAL, fault_at, is_given
 from pipelines.luigi_setup.worker import INTERRUPTED, StageWorker
 from spctrl.errors import ExpectedError
@@ -50,7 +50,7 @@ def join(
     luigid hands out the stages. The settings say where it runs, and how long it waits for a worker that is silent: see
     configs/cluster.cfg. SIGUSR1 has a worker leave after its present stage. Exits with 0 when the target is there.
     """
-    startup.hold_sigusr1()
+    luigi_setup.hold_sigusr1()
     try:
         with CmdlineParser.global_instance(arguments) as parser:
             parser.get_task_obj()
@@ -62,7 +62,7 @@ def join(
         try:
             sys.exit(_stay(parser))
         except KeyboardInterrupt:  # of which typer says nothing
-            _say(startup.STOPPED)
+            _say(luigi_setup.STOPPED)
             sys.exit(INTERRUPTED)
 
 

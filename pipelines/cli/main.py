@@ -20,7 +20,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import spctrl
-from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train
+from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train, luigi_setup
 from pipelines.cli import cluster, pose
 from spctrl import options
 from spctrl.errors import ExpectedError
@@ -76,7 +76,7 @@ def _printable_usage_errors() -> Iterator[None]:
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,  # pipelines.luigi_setup.startup shows them
+    pretty_exceptions_enable=False,  # luigi_setup.show_error shows them
 )
 pose.add_to(app)
 cluster.add_to(app)
@@ -103,6 +103,7 @@ def main(
 
     Settings come from luigi.cfg and LUIGI_CONFIG_PATH, as for luigi itself.
     """
+    luigi_setup.configure()
 
 
 def _build(

@@ -25,7 +25,7 @@ class StageWorker(Worker):
     """A worker that takes SIGUSR1 when it looks for work, and whose stages end by themselves after Ctrl-C."""
 
     def _get_work(self) -> Any:
-        # Commands hold the signal back (pipelines.luigi_setup.startup): it is found here, however early it came.
+        # Commands hold the signal back (``luigi_setup.hold_sigusr1``): it is found here, however early it came.
         if signal.sigtimedwait({signal.SIGUSR1}, 0):
             self._start_phasing_out()
         return super()._get_work()

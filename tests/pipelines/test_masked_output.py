@@ -104,7 +104,7 @@ def test_luigid_that_does_not_answer_is_named_without_the_password(workspace: Wo
 def test_an_unexpected_error_that_quotes_a_key_is_masked() -> None:
     lines = [
         "import sys; sys.argv[:] = ['luigi', f'--paths-store=s3://me:{sys.argv[1]}@x']",
-        "import pipelines, logging, warnings",
+        "import luigi.cmdline, pipelines, logging, warnings",
         "logging.getLogger('another.library').error('key k-1234567')",
         "warnings.warn('key k-1234567')",
         "print('key k-1234567')",

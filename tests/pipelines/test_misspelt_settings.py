@@ -10,7 +10,7 @@ import pytest
 from conftest import _luigi_settings
 from typer.testing import CliRunner
 
-import pipelines
+from pipelines import luigi_setup
 from pipelines.cli.main import app
 from pipelines.luigi_setup.settings_check import refuse_unknown_settings
 from spctrl.errors import ExpectedError
@@ -56,7 +56,7 @@ SECTIONS = {
 def check(text: str) -> None:
     config = ConfigParser()
     config.read_string(text)
-    known = {**pipelines.KNOWN, "log": ["level"]}
+    known = {**luigi_setup.known_settings(), "log": ["level"]}
     refuse_unknown_settings(config, known, ["Export", "Report", "worker"])
 
 

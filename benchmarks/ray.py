@@ -31,7 +31,8 @@ from spctrl.data.records import COLUMNS_OF_RECORD
 from spctrl.store.digests import digest
 from spctrl.store.store import Store
 from tasks.execution.executor import run_jobs
-from tasks.execution.ray_executor import Cluster, run_batches
+from tasks.execution.ray.cluster import Cluster
+from tasks.execution.ray.executor import run_batches
 from tasks.execution.worker import ArtifactSource, Batch, Source, make_pack
 
 if TYPE_CHECKING:

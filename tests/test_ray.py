@@ -26,9 +26,13 @@ import tasks
 from spctrl.errors import ExpectedError
 from spctrl.storage import StoreError
 from spctrl.store.store import Store
-from tasks.execution import ray_executor, ray_probe, worker
+from tasks.execution import worker
 from tasks.execution.executor import WorkerError
-from tasks.execution.ray_executor import ClusterError, Site, connect, run_batches
+from tasks.execution.ray import cluster as ray_cluster
+from tasks.execution.ray import executor as ray_executor
+from tasks.execution.ray import probe as ray_probe
+from tasks.execution.ray.cluster import ClusterError, Site, connect
+from tasks.execution.ray.executor import run_batches
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -303,19 +307,19 @@ def die(job: int) -> int:
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> ray_executor.Cluster:
-    return ray_executor.Cluster("auto", Store(tmp_path), {})
+def here(tmp_path: Path) -> ray_cluster.Cluster:
+    return ray_cluster.Cluster("auto", Store(tmp_path), {})
 
 
 @needs_ray
-def test_the_code_travels_with_the_build(cluster: Any, here: ray_executor.Cluster) -> None:
+def test_the_code_travels_with_the_build(cluster: Any, here: ray_cluster.Cluster) -> None:
     (path,) = run_batches(code_file, [0], here, 0)
     assert "working_dir_files" in path
 
 
 @needs_ray
 def test_a_batch_that_fails_stops_no_other_and_its_error_is_its_own(
-    cluster: Any, here: ray_executor.Cluster
+    cluster: Any, here: ray_cluster.Cluster
 ) -> None:
     results = []
     with pytest.raises(ExpectedError) as failure:
@@ -326,7 +330,7 @@ def test_a_batch_that_fails_stops_no_other_and_its_error_is_its_own(
 
 
 @needs_ray
-def test_a_store_that_cannot_be_written_stops_the_work(cluster: Any, here: ray_executor.Cluster) -> None:
+def test_a_store_that_cannot_be_written_stops_the_work(cluster: Any, here: ray_cluster.Cluster) -> None:
     taken = []
 
     def jobs() -> Iterator[Any]:
@@ -342,7 +346,7 @@ def test_a_store_that_cannot_be_written_stops_the_work(cluster: Any, here: ray_e
 
 @needs_ray
 def test_a_batch_that_kills_every_worker_ends_the_work(
-    cluster: Any, here: ray_executor.Cluster, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, here: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_executor, "LOSSES", 1)
     with pytest.raises(WorkerError, match="lost 2 times"):
@@ -351,14 +355,14 @@ def test_a_batch_that_kills_every_worker_ends_the_work(
 
 def test_a_node_without_the_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=f"{socket.gethostname()} .* does not see {tmp_path}"):
-        ray_executor.work(fail, 0, Site(tmp_path, Store(tmp_path), "marker", ()))
+        ray_cluster.work(fail, 0, Site(tmp_path, Store(tmp_path), "marker", ()))
 
 
 def test_a_node_with_another_library_is_named(tmp_path: Path) -> None:
     (tmp_path / "marker").touch()
     for name, found in (("numpy", r"\d"), ("no-such-library", "none")):
         with pytest.raises(ClusterError, match=f"expected {name} 0.1 .*, found {found}"):
-            ray_executor.work(fail, 0, Site(tmp_path, Store(tmp_path), "marker", ((name, "0.1"),)))
+            ray_cluster.work(fail, 0, Site(tmp_path, Store(tmp_path), "marker", ((name, "0.1"),)))
 
 
 def test_ray_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +443,7 @@ def _bytes(path: Path) -> bytes:
 @needs_ray
 def test_a_client_address_is_refused_without_its_password() -> None:
     with pytest.raises(ClusterError, match=r"found ray://me:\*{3}@head:10001, .* host:port of") as failure:
-        ray_executor._knock("ray://me:hunter2@head:10001")
+        ray_cluster._knock("ray://me:hunter2@head:10001")
     assert "hunter2" not in str(failure.value)
 
 
@@ -458,7 +462,7 @@ def test_another_version_of_ray_is_named_in_one_line(monkeypatch: pytest.MonkeyP
 @needs_ray
 def test_work_that_no_node_has_room_for_says_what_it_waits_for(
     cluster: Any,
-    here: ray_executor.Cluster,
+    here: ray_cluster.Cluster,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -50,7 +50,7 @@ class OnDevice(RecordStage):
         model_batches = cast("Iterator[ModelBatch]", batches)
         executor = settings.executor()
         if executor.kind == "ray":
-            from tasks.execution.ray_executor import run_model_batches
+            from tasks.execution.ray.executor import run_model_batches
 
             return run_model_batches(
                 make_model_pack, model_batches, self.cluster(), executor.workers, executor.device

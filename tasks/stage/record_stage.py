@@ -19,7 +19,7 @@ from tasks.stage.record_plan import Prepared, RecordPlan
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tasks.execution.ray_executor import Cluster
+    from tasks.execution.ray.cluster import Cluster
     from tasks.execution.worker import Batch
 
 SMALLEST_PACK, LARGEST_PACK, PACKS_PER_SPLIT = 256, 8192, 32
@@ -57,7 +57,7 @@ class RecordStage(StageTask):
 
         executor = settings.executor()
         if executor.kind == "ray":
-            from tasks.execution.ray_executor import run_batches
+            from tasks.execution.ray.executor import run_batches
 
             return run_batches(make_pack, batches, self.cluster(), executor.workers)
         warm_up(executor.workers)
@@ -65,7 +65,7 @@ class RecordStage(StageTask):
 
     def cluster(self) -> Cluster:
         """Where Ray does the work, and what it needs there."""
-        from tasks.execution.ray_executor import Cluster
+        from tasks.execution.ray.cluster import Cluster
 
         return Cluster(settings.executor().address, self.store, self.made_from().libraries)
 

@@ -76,7 +76,7 @@ def test_status_names_what_changed(hostile: Workspace) -> None:
 
 
 def test_one_look_of_watch(hostile: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines.cli import main as cli
+    from pipelines.cli import store as cli
 
     def stop(seconds: float) -> None:
         raise KeyboardInterrupt

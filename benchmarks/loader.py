@@ -23,11 +23,11 @@ from benchmarks.common import Report, interleaved, ms
 from benchmarks.inputs import SPLITS, ap10k_file, ap10k_root, jpeg_of_size
 from spctrl.conditions.spatext import render_spatext
 from spctrl.data.datasets import AP10K
-from spctrl.data.export.layout import Layout
-from spctrl.data.export.text_files import heatmaps_npy
 from spctrl.data.index import write_index
 from spctrl.data.manifest import ConditionFacts, ImageFacts, manifest_batch
 from spctrl.data.records import Record, records_from_table
+from spctrl.export.layout import Layout
+from spctrl.export.text_files import heatmaps_npy
 from spctrl.store.store import Store
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ PRELOADED = [
     "spctrl.conditions.openpose",
     "spctrl.conditions.spatext",
     "spctrl.report",
-    "spctrl.data.export.shards",
+    "spctrl.export.shards",
     "tasks.execution.worker",
 ]
 CHANGES = frozenset({"os.rename", "os.mkdir", "os.link", "os.symlink", "os.remove", "os.rmdir"})

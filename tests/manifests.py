@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spctrl.data.datasets import Dataset
-from spctrl.data.export.layout import Layout
 from spctrl.data.manifest import ConditionFacts, ImageFacts, manifest_batch
+from spctrl.export.layout import Layout
 from spctrl.store.store import Store
 
 Artifacts = Mapping[str, Mapping[int, bytes]]

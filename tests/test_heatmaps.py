@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from spctrl.conditions.heatmaps import keypoint_heatmaps
-from spctrl.data.export.text_files import heatmaps_npy
 from spctrl.data.records import Record
+from spctrl.export.text_files import heatmaps_npy
 
 Heatmaps = NDArray[np.float64]
 Points = NDArray[np.float64]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from spctrl.data.datasets import AP10K, HUMANART, Dataset
-from spctrl.data.export.layout import Layout
-from spctrl.data.export.text_files import categories_json, merged_categories, record_lines
 from spctrl.errors import ExpectedError
+from spctrl.export.layout import Layout
+from spctrl.export.text_files import categories_json, merged_categories, record_lines
 
 ANIMAL = "000000001996.jpg"
 PERSON = "HumanArt/images/2D_virtual_human/digital_art/000000001648.jpg"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spctrl.data.export.links import Linker, UnreadableLinkError
+from spctrl.export.links import Linker, UnreadableLinkError
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from spctrl.data.export.shards import SHARD_WRITERS, shard_columns, shard_rows
 from spctrl.data.images import FORMATS
 from spctrl.data.manifest import manifest_schema
+from spctrl.export.shards import SHARD_WRITERS, shard_columns, shard_rows
 
 Row = dict[str, Any]
 NAMES = ("image", "spatext", "mask")

@@ -12,7 +12,7 @@ from spctrl.data.records import RECORD_SCHEMA
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from spctrl.data.export.layout import Layout
+    from spctrl.export.layout import Layout
 
 
 INSTANCE_MASK_TYPE = pa.struct(

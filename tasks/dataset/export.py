@@ -33,7 +33,7 @@ from tasks.stage.fingerprints import code_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from spctrl.data.export.shards import ReadFiles
+    from spctrl.export.shards import ReadFiles
     from tasks.execution.progress import Advance
     from tasks.execution.worker import Source
     from tasks.stage.base import StageTask
@@ -87,17 +87,17 @@ class Export(Manifest):
     """The split in the formats that are asked for: triplet folders, WebDataset tars, Parquet files with images."""
 
     stage = "export"
-    function = "spctrl.data.export.text_files:record_lines"
+    function = "spctrl.export.text_files:record_lines"
     also_reaches: ClassVar[Sequence[str]] = (
-        "spctrl.data.export.text_files:categories_json",
-        "spctrl.data.export.text_files:merged_categories",
-        "spctrl.data.export.text_files:heatmaps_npy",
-        "spctrl.data.export.links:Linker",
+        "spctrl.export.text_files:categories_json",
+        "spctrl.export.text_files:merged_categories",
+        "spctrl.export.text_files:heatmaps_npy",
+        "spctrl.export.links:Linker",
         "spctrl.data.orientation:without_orientation",
-        "spctrl.data.export.shards:SHARD_WRITERS",
-        "spctrl.data.export.shards:shard_columns",
-        "spctrl.data.export.shards:shard_rows",
-        "spctrl.data.export.layout:Layout",
+        "spctrl.export.shards:SHARD_WRITERS",
+        "spctrl.export.shards:shard_columns",
+        "spctrl.export.shards:shard_rows",
+        "spctrl.export.layout:Layout",
         "spctrl.data.datasets:DATASETS",
     )
 
@@ -290,13 +290,13 @@ class Export(Manifest):
         """Rows of the manifest, each group of which becomes a file."""
         if not self.shard_kinds:
             return
-        from spctrl.data.export.shards import shard_columns, shard_rows
+        from spctrl.export.shards import shard_columns, shard_rows
         from spctrl.io.parquet import open_table, parquet_bytes, read_table
 
         path, size = source.path(MANIFEST), settings.export().shard_images
         table = read_table(path, columns=shard_columns(open_table(path, []).schema_arrow))
         for kind in self.shard_kinds:
-            code = digest(json.dumps(code_of((f"spctrl.data.export.shards:write_{kind}",), self.store)))
+            code = digest(json.dumps(code_of((f"spctrl.export.shards:write_{kind}",), self.store)))
             for number, rows in enumerate(shard_rows(table, kind, size)):
                 content = content_digest(parquet_bytes(rows))  # the rows name the files by digest
                 if not all(map(_is_upright, rows.select(["image_orientation"]).to_pylist())):
@@ -315,7 +315,7 @@ class Export(Manifest):
         return dict(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
 
     def _write_changed(self, source: Run, changed: list[Wanted], ledger: Ledger, advance: Advance) -> None:
-        from spctrl.data.export.links import Linker
+        from spctrl.export.links import Linker
 
         locations = {name: Artifacts(task.finished_run()) for name, task in self.condition_tasks().items()}
         heatmaps = {each.image_id: each for each in changed if each.kind == HEATMAPS}
@@ -377,8 +377,8 @@ class Export(Manifest):
     def _write_heatmaps(self, wanted: dict[int, Wanted], ledger: Ledger) -> None:
         if not wanted:
             return
-        from spctrl.data.export.text_files import heatmaps_npy
         from spctrl.data.records import records_from_table
+        from spctrl.export.text_files import heatmaps_npy
         from spctrl.io.parquet import open_table
 
         index = open_table(self.index_task().finished_run().path(RECORDS))
@@ -394,7 +394,7 @@ class Export(Manifest):
     def _write_shards(self, source: Run, changed: list[WantedShard], ledger: Ledger) -> None:
         if not changed:
             return
-        from spctrl.data.export.shards import SHARD_WRITERS
+        from spctrl.export.shards import SHARD_WRITERS
 
         names = [IMAGE, *(name for name in self.conditions if name != "latents")]
         locations = {name: Artifacts(self.condition_tasks()[name].finished_run()) for name in names[1:]}
@@ -437,7 +437,7 @@ class Export(Manifest):
         yield self.layout.manifest, source.path(MANIFEST).read_bytes()
         if FOLDERS not in self.formats:
             return
-        from spctrl.data.export.text_files import categories_json, merged_categories, record_lines
+        from spctrl.export.text_files import categories_json, merged_categories, record_lines
         from spctrl.io.parquet import read_table
 
         layout = self.layout

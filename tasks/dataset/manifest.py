@@ -25,8 +25,8 @@ from tasks.stage.rejects import reject_examples
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from spctrl.data.export.layout import Layout
     from spctrl.data.manifest import ImageFacts
+    from spctrl.export.layout import Layout
     from spctrl.storage import StoreError
 
 
@@ -36,7 +36,7 @@ class Manifest(DatasetStage):
     stage = "manifest"
     function = "spctrl.data.manifest:manifest_batch"
     also_reaches: ClassVar[Sequence[str]] = (
-        "spctrl.data.export.layout:Layout",
+        "spctrl.export.layout:Layout",
         "spctrl.data.datasets:DATASETS",
     )
 
@@ -55,7 +55,7 @@ class Manifest(DatasetStage):
 
     @functools.cached_property
     def layout(self) -> Layout:
-        from spctrl.data.export.layout import Layout
+        from spctrl.export.layout import Layout
 
         return Layout(
             dataset=self.spec,

@@ -33,14 +33,14 @@ from spctrl.conditions.spatext import render_spatext
 from spctrl.configuration import ConfigurationError, read_config
 from spctrl.data.annotations.decode import FAR_AWAY_IN_SIZES, AnnotationFileError, unsafe_path
 from spctrl.data.datasets import AP10K, DATASETS, HUMANART, Dataset
-from spctrl.data.export.layout import Layout
-from spctrl.data.export.text_files import categories_json, heatmaps_npy, record_lines
 from spctrl.data.images import FORMATS, open_rgb, opened_image, probe_image
 from spctrl.data.index import INDEX_SCHEMA, write_index
 from spctrl.data.orientation import orientation_of, without_orientation
 from spctrl.data.records import Record, RecordError, records_from_table
 from spctrl.demo_data import write_sample
 from spctrl.errors import ExpectedError
+from spctrl.export.layout import Layout
+from spctrl.export.text_files import categories_json, heatmaps_npy, record_lines
 from spctrl.inference.methods import Generation
 from spctrl.inference.poses import index_map_of, read_pose
 from spctrl.io.parquet import parquet_bytes
@@ -374,7 +374,7 @@ def run_images(data: bytes) -> None:
     """Any file as an image: its facts, its pixels and its use as mask or depth map have the annotated size, or it is
     rejected.
     """
-    from spctrl.data.export.shards import _image_suffix
+    from spctrl.export.shards import _image_suffix
 
     record = record_of(data)
     try:

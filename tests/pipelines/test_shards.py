@@ -354,7 +354,7 @@ def test_tars_of_an_earlier_layout_are_written_again_and_no_other_files(
     workspace.configure("build", images="optional", conditions=["spatext"])
     (workspace.data / "AP-10K/data/000000000002.jpg").unlink()
     workspace.code = shutil.copytree(workspace.code, tmp_path / "earlier")
-    path = workspace.code / "spctrl/data/export/shards.py"
+    path = workspace.code / "spctrl/export/shards.py"
     assert now in path.read_text()
     path.write_text(path.read_text().replace(now, before))
     assert workspace.run().exit_code == 0
@@ -479,7 +479,7 @@ def test_a_build_killed_between_two_shards_and_run_again_gives_the_same_bytes(
 def test_an_image_that_goes_while_it_is_exported_fails_the_build_and_says_so(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spctrl.data.export import shards
+    from spctrl.export import shards
 
     folder = sharded(workspace, "webdataset")
     gone = workspace.data / "AP-10K/data/000000000002.jpg"

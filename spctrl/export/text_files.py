@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from spctrl.data.annotations.decode import Category
     from spctrl.data.datasets import Dataset
-    from spctrl.data.export.layout import Layout
     from spctrl.data.records import Record
+    from spctrl.export.layout import Layout
 
 Fields = TypeVar("Fields")
 

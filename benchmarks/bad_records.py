@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import BUILD, Report, in_child
+from benchmarks.common import BUILD, SET_UP, Report, in_child
 from benchmarks.inputs import ap10k_file
 from benchmarks.scaling import FILE_WH, SETTLE_S, WORKERS, write_dataset
 
@@ -74,7 +74,7 @@ def _build(data: Path, store: Path, exports: Path) -> tuple[float, float, float,
         f"--executor-workers={WORKERS}", "--export-format=parquet",
     ]  # fmt: skip
     cost = in_child(
-        "import luigi, pipelines\nfrom benchmarks.scaling import of_workers",
+        f"{SET_UP}\nfrom benchmarks.scaling import of_workers",
         f"done = luigi.run({arguments!r})\nresult = [done, *of_workers()]",
         {"OMP_NUM_THREADS": "1"},
     )

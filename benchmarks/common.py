@@ -127,6 +127,10 @@ open({out!r}, "w").write(_json.dumps([*_took, _peak_kb / 1024, result]))
 """
 
 
+SET_UP = "import luigi\nfrom pipelines import luigi_setup\nluigi_setup.configure()"
+"""Of a child that builds with ``luigi.run``, as the command would."""
+
+
 def in_child(setup: str, work: str, environment: Mapping[str, str] | None = None) -> ChildCost:
     """Run ``work`` in a fresh Python process, after ``setup`` (its imports), and measure it.
 

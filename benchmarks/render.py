@@ -24,6 +24,7 @@ from zlib_ng import zlib_ng
 from benchmarks import plain
 from benchmarks.common import (
     BUILD,
+    SET_UP,
     ChildCost,
     Cost,
     Report,
@@ -338,7 +339,10 @@ def _build(root: Path) -> ChildCost:
         shutil.rmtree(folder, ignore_errors=True)
     names = ["--dataset=ap10k", "--split=train", "--images=optional"]
     arguments = ["BuildDataset", *names, *_settings(root, store, 1)]
-    cost = in_child("import luigi, pipelines", f"result = bool(luigi.run({arguments!r}))")
+    cost = in_child(
+        SET_UP,
+        f"result = bool(luigi.run({arguments!r}))",
+    )
     if not cost.result:
         raise RuntimeError(f"BuildDataset of {root} failed")
     return cost._replace(result={each["stage"]: each["duration_s"] for each in _provenances(store)})

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common import BUILD, CONSOLE, Report, in_child
+from benchmarks.common import BUILD, CONSOLE, SET_UP, Report, in_child
 from benchmarks.inputs import ap10k_file, jpeg_of_size
 
 SIZES = (125_000, 250_000, 500_000, 1_000_000, 2_000_000)
@@ -101,7 +101,7 @@ def _measure(step: Step, root: Path, store: Path) -> Found:
     if step.task == "Manifest":
         arguments.append("--conditions=spatext,openpose")
     cost = in_child(
-        "import luigi, benchmarks.simulated\nfrom benchmarks.scaling import of_workers",
+        f"{SET_UP}\nimport benchmarks.simulated\nfrom benchmarks.scaling import of_workers",
         f"done = luigi.run({arguments!r})\nresult = [done, *of_workers()]",
         {"OMP_NUM_THREADS": "1"},
     )

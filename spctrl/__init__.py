@@ -1,3 +1,3 @@
-"""The library: records, skeletons, rendering and image checks. It knows nothing of Luigi."""
+"""The library: the store, records, conditions, models, training and generation. It knows nothing of Luigi."""
 
 __version__ = "0.1.0"

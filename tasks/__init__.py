@@ -1,1 +1,1 @@
-"""One Luigi task per stage, the store that keeps their results, and the rules for what reruns."""
+"""One Luigi task for each stage, and what runs it."""

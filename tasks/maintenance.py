@@ -80,7 +80,9 @@ def verify(
     for run in store.runs(damaged=True):
         faults = _run_faults(store, run, bad_keys[run.stage])
         found += [Damage(run.place(), fault) for fault in faults]
-        if repair and (faults or _names(run, bad_keys[run.stage])):
+        # No stage reads a run of another format: its keys are there for gc, and its packs' indices are correct by now.
+        is_in_use = is_readable(run.stage, run.history())
+        if repair and (faults or (is_in_use and _names(run, bad_keys[run.stage]))):
             run.uncommit()
         advance(1)
     for ledger in ledgers(exports):
@@ -152,14 +154,14 @@ def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
         return []  # taken back since it was listed
     except (FileTooLargeError, ProvenanceError) as error:
         return [f"{PROVENANCE} is damaged: {error}"]
+    if not is_readable(run.stage, provenance):
+        return _key_faults(run)
     sizes = files.sizes(run.name(name) for name in provenance["files"])
     faults = [
         f"{name} is missing or changed"
         for name, entry in provenance["files"].items()
         if sizes.get(run.name(name)) != entry["size"] or not _has_digest(run, name, entry["digest"])
     ]
-    if not is_readable(run.stage, provenance):
-        return faults  # no stage reads its tables; gc does, to keep its artifacts
     packs = {pack_name(run.stage, pack): size for pack, size in provenance["packs"].items()}
     there = files.sizes(packs)
     faults += [
@@ -170,6 +172,15 @@ def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
         if there.get(name) != size
     ]
     return faults or list(_content_faults(run, provenance["files"], provenance["counts"]))
+
+
+def _key_faults(run: Run) -> list[str]:
+    """Why gc cannot read which artifacts a run refers to."""
+    try:
+        _keys(run)
+    except (OSError, StoreError) as error:
+        return [f"which artifacts it refers to cannot be read: {error}"]
+    return []
 
 
 def _has_digest(run: Run, name: str, digest: str) -> bool:
@@ -276,12 +287,17 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
     """The runs to keep, and all that those were made from; ``runs`` are latest first."""
     seen: dict[tuple[str, str], int] = defaultdict(int)
     waiting = []
+    histories = {run: run.history() for run in runs}
+    in_use = {(run.stage, run.part) for run in runs if is_readable(run.stage, histories[run])}
     for run in runs:
         seen[run.stage, run.part] += 1
         committed = run.files().get(PROVENANCE)  # none: somebody takes it back at this moment
         is_young = committed is None or time.time() - committed.modified_at_s < grace_s
         is_dear = run.stage in NEVER_COLLECTED
-        if seen[run.stage, run.part] <= keep or run.fingerprint in current or is_young or is_dear:
+        # Of a store that was not built since an upgrade: the runs that will be made from its artifacts are not known.
+        waits_for_upgrade = bool(histories[run]) and (run.stage, run.part) not in in_use
+        is_wanted = seen[run.stage, run.part] <= keep or run.fingerprint in current
+        if is_wanted or is_young or is_dear or waits_for_upgrade:
             waiting.append(run)
     by_fingerprint = {run.fingerprint: run for run in runs}
     kept: dict[str, Run] = {}
@@ -291,7 +307,7 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
             kept[run.fingerprint] = run
             waiting += [
                 by_fingerprint[each]
-                for each in (run.history().get("inputs") or {}).values()
+                for each in (histories[run].get("inputs") or {}).values()
                 if each in by_fingerprint
             ]
     return [run for run in runs if run.fingerprint in kept]

@@ -385,7 +385,6 @@ def _luigi_settings(path: Path) -> Iterator[None]:
         luigi.task_register.Register.clear_instance_cache()
         digests._digest_cache.cache_clear()
         format.refuse_later_format.cache_clear()
-        format.upgrade_format.cache_clear()
         settings.settings_digest.cache_clear()
         settings.warn_of_settings_without_effect.cache_clear()
 

@@ -476,6 +476,16 @@ def stages() -> list[type[StageTask]]:
     return found
 
 
+def test_no_stage_runs_again_because_the_store_changes() -> None:
+    """Least of all a training, which takes days."""
+    parts = ("runs", "provenance", "format", "store")
+    of_store = tuple(f"spctrl.store.{part}:" for part in parts)
+    for stage in stages():
+        for function in (stage.function, *stage.also_reaches):
+            reached = [name for name in code_components(function) if name.startswith(of_store)]
+            assert reached == [], f"{stage.__name__} reaches {reached}"
+
+
 def test_the_stages_are_found() -> None:
     names = {getattr(each, "stage", None) for each in stages()}  # some are bases of several
     assert {

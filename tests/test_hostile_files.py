@@ -447,7 +447,21 @@ def test_latents_are_not_read_from_impossible_places(tmp_path: Path) -> None:
         table = pa.table({"key": ["k"], **place, "code": [None], "message": [None]})
         pq.write_table(table, folder / "x.parquet")
         with pytest.raises(ExpectedError, match="found none of 1"):
-            StoredArtifacts(Store(tmp_path), "latents", pa.array(["k"]))
+            StoredArtifacts(tmp_path, "latents", pa.array(["k"]))
+    row = {"key": ["k"], "offset": [96], "size": [4], "digest": [SHA], "code": [None], "message": [None]}
+    pq.write_table(pa.table(row), folder / "x.parquet")
+    found = StoredArtifacts(tmp_path, "latents", pa.array(["k"]))
+    with pytest.raises(StoreError, match="expected 4 bytes at 96 with another digest"):
+        found.read(0)
+
+
+@pytest.mark.parametrize("key", ["k\u00e9", "\N{SNOWMAN}", "", "x" * 99])
+def test_a_key_that_no_store_has_is_missing(tmp_path: Path, key: str) -> None:
+    from spctrl.store.artifacts import StoredArtifacts
+
+    Store(tmp_path).write_pack("mask", ".png", [("k", b"a mask")])
+    with pytest.raises(ExpectedError, match="found none of 1"):
+        StoredArtifacts(tmp_path, "mask", pa.array(["k", key]))
 
 
 @pytest.mark.parametrize("name", ["cache.sqlite", "cache.sqlite-journal", "cache.sqlite-wal"])

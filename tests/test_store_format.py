@@ -11,6 +11,7 @@ from conftest import Workspace
 from stores import commit, table_of
 
 from spctrl.storage import StoreError
+from spctrl.store.code_version import copy_code
 from spctrl.store.format import FORMAT, FORMAT_FILE, read_format, upgrade_format
 from spctrl.store.provenance import ARTIFACT_STAGES
 from spctrl.store.store import Store
@@ -91,24 +92,118 @@ def test_nothing_of_a_store_of_the_first_format_counts_as_damaged_or_unused(buil
     assert "never built" not in status
 
 
-def test_outputs_of_a_store_of_the_first_format_can_be_accepted_after_a_change_of_code(
-    built: Workspace,
-) -> None:
+@pytest.fixture
+def upgraded(built: Workspace, tmp_path: Path) -> Workspace:
+    """A store of the first format, and code that has changed since."""
     to_first_format(built)
-    for folder in list(runs(built)):
-        provenance = json.loads((folder / "provenance.json").read_bytes())
-        provenance |= {"code_version": f"earlier {provenance['stage']}", "code": {}}
-        (folder / "provenance.json").write_text(json.dumps(provenance))
-    done = built.spctrl("accept", "mask", "--yes")
+    copy_code(tmp_path / "code")
+    built.code = tmp_path / "code"
+    module = built.code / "spctrl/store/code_version.py"
+    # Every digest of code becomes another one, as after moves of modules.
+    module.write_text(
+        module.read_text().replace('"\\n".join([*map(_normalised', '"\\n\\n".join([*map(_normalised')
+    )
+    return built
+
+
+def test_accepted_outputs_of_the_first_format_are_not_made_again(upgraded: Workspace) -> None:
+    packs, exported = upgraded.packs("spatext", "openpose", "mask"), upgraded.exported()
+    status = " ".join(upgraded.spctrl("status").stdout.split())
+    assert "changed" in status
+    assert "up to date" not in status
+    done = upgraded.spctrl("accept", "--all", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "outputs of the earlier code count as current" in done.stdout
+    assert done.stdout.count("outputs of the earlier code count as current") == 8
+    again = upgraded.run()
+    assert again.succeeded, again.output
+    assert NOTICE in " ".join(again.output.split())
+    assert again.worked == {}
+    assert upgraded.packs("spatext", "openpose", "mask") == packs
+    assert upgraded.exported() == exported
+    assert upgraded.run().stages == set()
 
 
-def test_a_killed_upgrade_leaves_the_earlier_table_until_the_run_is_committed(tmp_path: Path) -> None:
+def test_outputs_can_be_accepted_after_a_build_of_the_upgrade_has_begun(upgraded: Workspace) -> None:
+    assert upgraded.run("--dataset", "ap10k", "--split", "val", family="Index").succeeded
+    done = upgraded.spctrl("accept", "--all", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "index: outputs of the earlier code count as current" in done.stdout
+    again = upgraded.run()
+    assert again.succeeded, again.output
+    assert again.worked == {}
+    assert "already" in upgraded.spctrl("accept", "index", "--yes").stdout
+
+
+def test_without_acceptance_artifacts_are_made_again(upgraded: Workspace) -> None:
+    again = upgraded.run()
+    assert again.succeeded, again.output
+    assert again.worked["spatext"] == again.worked["mask"] == 8
+
+
+def test_a_wrong_name_accepts_nothing(upgraded: Workspace) -> None:
+    for wrong in (["mask", "sketch"], [], ["--all", "mask"]):
+        assert upgraded.spctrl("accept", *wrong, "--yes").returncode == 2
+    assert not (upgraded.store / "accepted.json").exists()
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_gc_keeps_the_artifacts_of_a_store_that_waits_for_its_first_build(
+    upgraded: Workspace, accepted: bool
+) -> None:
+    if accepted:
+        assert upgraded.spctrl("accept", "--all", "--yes").returncode == 0
+    packs = upgraded.packs("images", "spatext", "openpose", "mask")
+    done = upgraded.spctrl("gc", "--keep", "0", "--grace-hours", "0")
+    assert done.returncode == 0, done.stderr
+    assert upgraded.packs("images", "spatext", "openpose", "mask") == packs
+    assert upgraded.run().succeeded
+
+
+def test_a_damaged_artifact_of_the_first_format_costs_no_other_artifact(built: Workspace) -> None:
+    to_first_format(built)
+    store = Store(built.store)
+    (pack,) = store.packs("mask")
+    (key, place), *others = store.pack_locations("mask", pack).items()
+    path = store.pack_path("mask", pack)
+    data = bytearray(path.read_bytes())
+    data[place.offset] ^= 0xFF
+    path.write_bytes(data)
+    (damage,) = verify(store, built.exports, repair=True)
+    assert key in damage.place
+    assert not collect(store, [], keep=3, grace_s=0, dry_run=False).packs
+    again = built.build()
+    assert again.succeeded, again.errors
+    assert again.worked == {"mask": 1}
+    assert len(others) == 7
+
+
+def test_a_damaged_table_of_the_first_format_does_not_stop_gc_for_good(built: Workspace) -> None:
+    to_first_format(built)
+    (table,) = built.store.glob("runs/mask/*/*/manifest.parquet")
+    table.write_bytes(b"PAR1")
+    store = Store(built.store)
+    with pytest.raises(StoreError, match="`spctrl verify` drops what is damaged"):
+        collect(store, [], keep=3, grace_s=0, dry_run=True)
+    (damage,) = verify(store, built.exports, repair=True)
+    assert "which artifacts it refers to cannot be read" in damage.fault
+    collect(store, [], keep=3, grace_s=0, dry_run=True)
+
+
+def test_status_names_a_later_format(built: Workspace) -> None:
+    (folder,) = built.store.glob("runs/mask/*/*")
+    path = folder / "provenance.json"
+    path.write_text(path.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
+    status = " ".join(built.spctrl("status").stdout.split())
+    assert "its tables have the form of a later version of spctrl" in status
+
+
+def test_the_earlier_table_goes_once_the_run_is_committed(tmp_path: Path) -> None:
     run = Store(tmp_path).run("mask", "ap10k-val", "f" * 32)
     run.write("manifest.parquet", b"of format 1")
     run.write("artifacts.parquet", b"of format 2")
-    assert set(run.files()) == {"manifest.parquet", "artifacts.parquet"}
+    with pytest.raises(StoreError, match="was removed while the build used it"):
+        commit(run, ["gone.tar"])
+    assert {"manifest.parquet", "artifacts.parquet"} <= set(run.files())
     commit(run)
     assert set(run.files()) == {"artifacts.parquet", "rejects.parquet", "provenance.json"}
     manifest = Store(tmp_path).run("manifest", "ap10k-val", "f" * 32)

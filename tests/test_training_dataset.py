@@ -704,11 +704,11 @@ def test_artifacts_are_found_across_packs(animals: Made) -> None:
     store = Store(animals.store)
     store.write_pack("spatext", ".png", [("new", b"later"), ("bad", ("bad_image", "broken"))])
     first = f"{animals.records[0].image_id:032x}"
-    found = StoredArtifacts(store, "spatext", pa.array([first, "new", first]))
+    found = StoredArtifacts(animals.store, "spatext", pa.array([first, "new", first]))
     assert found.read(1) == b"later"
     assert found.read(0) == found.read(2) == animals.artifacts["spatext"][animals.records[0].image_id]
     with pytest.raises(ExpectedError, match="found none of 1"):
-        StoredArtifacts(store, "spatext", pa.array(["new", "bad"]))
+        StoredArtifacts(animals.store, "spatext", pa.array(["new", "bad"]))
 
 
 def test_humanart_s_map_has_a_link_that_its_render_lacks(made: dict[str, Made], tokenizer: Any) -> None:

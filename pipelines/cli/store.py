@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import luigi
 import typer
@@ -17,6 +17,7 @@ from pipelines import Benchmark, BuildDataset, Evaluate, Generate, Train
 from spctrl import options
 from spctrl.errors import ExpectedError
 from spctrl.output.console import FoldedTable, PlainConsole, lines
+from spctrl.store.format import FIRST_FORMAT, FORMAT
 from tasks import settings
 from tasks.execution.progress import progress
 from tasks.stage.base import StageTask
@@ -28,6 +29,8 @@ console = PlainConsole()
 
 FOUND_SOMETHING = 1
 """Exit code."""
+MOST_NAMED = 20
+"""Changes of a stage that are named before the rest is counted."""
 
 Names = Annotated[str | None, typer.Option(help="comma-separated; default: luigi.cfg")]
 
@@ -179,8 +182,9 @@ def gc(
 
 def accept(
     stages: Annotated[
-        list[str], typer.Argument(help="stages whose code changed without changing what they make")
-    ],
+        list[str] | None, typer.Argument(help="stages whose code changed without changing what they make")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="all stages of the target that were built")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
     target: Annotated[
         str,
@@ -195,25 +199,50 @@ def accept(
     """Take the outputs of earlier code as current, after a change of code or libraries that you know to be harmless."""
     from tasks.stage.status import stages_in_order
 
+    if every == bool(stages):
+        raise typer.BadParameter(f"expected stages or --all, found {'both' if every else 'neither'}")
     tasks: dict[str, StageTask] = {
         task.stage: task for task in stages_in_order(target_of_name(target, config))
     }
-    for stage in stages:
-        if stage not in tasks:
-            raise typer.BadParameter(f"expected stages among {', '.join(tasks)}, found {stage!r}")
-        task = tasks[stage]
-        runs = task.store.runs(stage)
-        if not runs:
-            raise typer.BadParameter(f"{stage} was never built: there is no earlier output to accept")
-        now, before = task.code_and_parameters(), runs[0].history()
+    if unknown := [stage for stage in stages or () if stage not in tasks]:
+        raise typer.BadParameter(f"expected stages among {', '.join(tasks)}, found {unknown[0]!r}")
+    built = {name: found for name in stages or tasks if (found := _earlier_outputs(tasks[name]))}
+    if never := [stage for stage in stages or () if stage not in built]:
+        raise typer.BadParameter(f"{never[0]} was never built: there is no earlier output to accept")
+    for stage, before in built.items():
+        task, now = tasks[stage], tasks[stage].code_and_parameters()
         if now["code_version"] == before["code_version"]:
             console.print(f"{stage}: the code is that of the latest run already.")
             continue
         for kind in ("code", "libraries"):
-            for name in {**now[kind], **before[kind]}:
-                if now[kind].get(name) != before[kind].get(name):
-                    console.say(f"{stage}: {kind} {name} changed")
+            changed = [
+                name
+                for name in {**now[kind], **before[kind]}
+                if now[kind].get(name) != before[kind].get(name)
+            ]
+            for name in changed[:MOST_NAMED]:
+                console.say(f"{stage}: {kind} {name} changed")
+            if len(changed) > MOST_NAMED:
+                console.say(f"{stage}: {len(changed) - MOST_NAMED:,} more of kind {kind} changed")
         if not yes:
             typer.confirm(f"Keep what {stage} made before these changes?", abort=True)
         task.store.accept(now["code_version"], before["code_version"])
         console.print(f"{stage}: outputs of the earlier code count as current.")
+
+
+def _earlier_outputs(task: StageTask) -> dict[str, Any]:
+    """Provenance of the run to accept: the latest one; empty where there is none.
+
+    Where that is already of the present code, it is the latest one of an earlier format of the store: a user may accept
+    what was there after the first build of an upgrade has begun.
+    """
+    histories = [run.history() for run in task.store.runs(task.stage)]
+    if not histories:
+        return {}
+    now = task.code_and_parameters()["code_version"]
+    earlier = (
+        each
+        for each in histories
+        if each.get("format", FIRST_FORMAT) < FORMAT and each["code_version"] != now
+    )
+    return next(earlier, histories[0]) if histories[0]["code_version"] == now else histories[0]

@@ -1,6 +1,7 @@
 """What the commands need of Luigi besides: checked settings, whole options, a local scheduler, signals, plain errors.
 
-Nothing is imported from Luigi before ``configure``: it reads the settings files while it is imported.
+This module imports nothing of Luigi at its top: ``prepare_process`` has to come before Luigi is imported, which reads
+the settings files while it is.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ DEFAULTS = {
 }
 """What Luigi is told where neither luigi.cfg nor a user's own file says otherwise."""
 
-_show_uncaught = sys.excepthook
+_show_uncaught = sys.__excepthook__
+"""What shows an error that does not explain itself."""
 
 
 def is_luigi_command() -> bool:
@@ -61,7 +63,7 @@ def prepare_process() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal need not know all characters
     secrets.mask_output(os.environ, sys.argv)
-    sys.excepthook = show_error
+    install_excepthook()
     settings_files.check_settings_files()
 
 
@@ -77,7 +79,7 @@ def configure() -> None:
     from pipelines.luigi_setup.messages import ConciseLogFilter
     from tasks.execution import logs
 
-    sys.excepthook = show_error
+    install_excepthook()
     if not any(isinstance(each, ConciseLogFilter) for each in logs.LOGGER.filters):
         logs.LOGGER.addFilter(ConciseLogFilter())
     config = luigi.configuration.get_config()
@@ -116,6 +118,13 @@ def check_settings() -> None:
     read = {section for section, *_ in Register.get_all_params()} | {*known, "resources"}
     settings_check.refuse_unknown_settings(config, known, Register.task_names())
     settings_check.refuse_unreadable_values(config, read)
+
+
+def install_excepthook() -> None:
+    """Have errors that explain themselves shown without a traceback, and others as before."""
+    global _show_uncaught
+    if sys.excepthook is not show_error:
+        _show_uncaught, sys.excepthook = sys.excepthook, show_error
 
 
 def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

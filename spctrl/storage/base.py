@@ -112,7 +112,7 @@ class Files(ABC):
     def exclusive(
         self, name: str, activity: str, notify: Callable[[str], object]
     ) -> AbstractContextManager[None]:
-        """A context that only one process at a time is in, where the place has locks; see ``exclusive`` below."""
+        """Hold a lock where the storage has locks, as ``spctrl.storage.files.exclusive`` does."""
 
     def exists(self, name: str) -> bool:
         return name in self.sizes([name])

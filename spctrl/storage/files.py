@@ -18,8 +18,6 @@ from spctrl.io import locks
 from spctrl.io.real_size import is_sparse
 
 TEMPORARY = ".tmp-"
-
-
 NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 """What systems answer of a file that is not there. Any other answer leaves open whether it is."""
 

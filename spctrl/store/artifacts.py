@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spctrl.errors import ExpectedError
-from spctrl.store.pack_index import Location
+from spctrl.storage.files import StoreError, cannot_read
+from spctrl.store.digests import content_digest
+from spctrl.store.pack_index import MAX_INDEX_BYTES, Location, matching_results
+from spctrl.store.packs import SAFETENSORS, TAR
 from spctrl.store.provenance import ARTIFACTS
 from spctrl.store.runs import Run, struck_out
 
@@ -16,7 +19,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from spctrl.store.store import Store
 
 DECODED_AT_ONCE = 4096
 """Rows that are Python objects at one time."""
@@ -25,7 +27,7 @@ PLACE = ("pack", "offset", "size", "digest")
 
 
 def artifact_schema() -> pa.Schema:
-    """Columns of a record stage's manifest."""
+    """Columns of a run's table of artifacts."""
     import pyarrow as pa
 
     texts = {name: pa.string() for name in ("key", "pack", "digest")}
@@ -129,12 +131,15 @@ class Artifacts(Mapping[int, Location]):
 class StoredArtifacts:
     """One artifact of a stage for each of many keys, in their order. Nothing is read before it is asked for.
 
+    It reads a folder by itself, without ``Store``: whatever it reaches counts as code of training, which should not run
+    again because the store's other functions change.
+
     Attributes:
         sizes: (keys,) int64, bytes.
     """
 
-    def __init__(self, store: Store, stage: str, keys: pa.Array) -> None:
-        """Find the artifacts of ``keys`` (strings) in the stage's packs.
+    def __init__(self, store: Path, stage: str, keys: pa.Array) -> None:
+        """Find the artifacts of ``keys`` (strings) in the packs of a store in a folder.
 
         Raises:
             ExpectedError: some are not there; says how many, and which stage makes them.
@@ -142,15 +147,14 @@ class StoredArtifacts:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        results = store.results(stage, pa.chunked_array([keys]))
+        self._folder = store / "packs" / stage
+        keys = pc.if_else(pc.string_is_ascii(keys), keys, None)  # no key has other characters
+        results = matching_results(_indices_in(self._folder), pa.chunked_array([keys.drop_null()]))
         made = results.filter(pc.is_null(results.column("code")))
         rows = pc.index_in(keys, value_set=made.column("key").combine_chunks())
         if rows.null_count:
-            raise ExpectedError(
-                missing_artifacts(stage, rows.null_count, len(keys), f"the packs of {store.root}")
-            )
+            raise ExpectedError(missing_artifacts(stage, rows.null_count, len(keys), f"the packs of {store}"))
         found = made.take(rows).unify_dictionaries()
-        self._store, self._stage = store, stage
         self._packs, self._digests = (found.column(name).combine_chunks() for name in ("pack", "digest"))
         self._offsets: NDArray[np.int64] = found.column("offset").to_numpy()
         self.sizes: NDArray[np.int64] = found.column("size").to_numpy()
@@ -161,10 +165,27 @@ class StoredArtifacts:
         Raises:
             StoreError: the pack cannot be read, or does not hold there what its index says.
         """
-        pack, digest = self._packs[i].as_py(), self._digests[i].as_py()
-        return self._store.read(
-            self._stage, Location(pack, int(self._offsets[i]), int(self.sizes[i]), digest)
-        )
+        path, size = self._folder / self._packs[i].as_py(), int(self.sizes[i])
+        try:
+            with path.open("rb") as file:
+                file.seek(int(self._offsets[i]))
+                data: bytes = file.read(size)
+        except OSError as error:
+            raise cannot_read(path, error) from error
+        if content_digest(data) != self._digests[i].as_py():
+            raise StoreError(
+                f"{path}: expected {size} bytes at {self._offsets[i]} with another digest, found {len(data)}. "
+                "`spctrl verify` drops what is damaged, the next build makes it again"
+            )
+        return data
+
+
+def _indices_in(folder: Path) -> Iterator[tuple[str, int, bytes]]:
+    """Of each pack in a folder that has an index: its name, its size in bytes, and the index."""
+    for pack in sorted(folder.glob("[!.]*"), reverse=True):
+        index = pack.with_suffix(".parquet")
+        if pack.suffix in (TAR, SAFETENSORS) and index.is_file() and index.stat().st_size <= MAX_INDEX_BYTES:
+            yield pack.name, pack.stat().st_size, index.read_bytes()
 
 
 def missing_artifacts(stage: str, missing: int, total: int, where: str) -> str:

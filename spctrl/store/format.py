@@ -5,10 +5,12 @@ A store says its format in ``format.json``, a run in its provenance. Neither say
     1   tables of records and of artifacts are called manifest.parquet
     2   they are called records.parquet and artifacts.parquet
 
-This is the policy for stores of earlier formats. Packs are read as they are: artifacts cost the most, and their keys
-say what they are. A run is read where the tables of its stage have not changed since its format; another one is no
-damage, but the stage writes it again, from the artifacts in its packs. gc keeps what runs of all formats refer to. A
-store of a later format is refused, so that an earlier version can remove nothing from it.
+This is the policy for stores of earlier formats. Packs are read as they are: artifacts cost the most. They are found
+by their keys, in which the code version counts, so `spctrl accept` keeps them over a change of code. A run is read
+where the tables of its stage have not changed since its format; another one is no damage, but the stage writes it
+again, from the artifacts in its packs. gc keeps what the latest runs refer to, whatever their format. A store of a
+later format is refused, so that an earlier version can remove nothing from it; versions that know format 1 alone do not
+look, and have to be kept away from a store that was built since.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ def read_format(store: Store) -> int | None:
         found = store.files.read_json(FORMAT_FILE)
     except FileNotFoundError:
         return None
-    except (FileTooLargeError, ValueError) as error:
-        raise _format_error(store, str(error)) from error
+    except FileTooLargeError as error:
+        raise _format_error(store, "a large file") from error
+    except ValueError as error:
+        raise _format_error(store, "no JSON") from error
     number = found.get("format") if isinstance(found, dict) else None
     if type(number) is not int or number < FIRST_FORMAT:
         raise _format_error(store, "something else")
@@ -48,8 +52,8 @@ def read_format(store: Store) -> int | None:
 
 def _format_error(store: Store, found: str) -> StoreError:
     return StoreError(
-        f'{store.files.place(FORMAT_FILE)}: expected {{"format": {FORMAT}}} or a lower number, found {found}. Restore '
-        "the file, or remove it: the store then counts as one of the first format"
+        f'{store.files.place(FORMAT_FILE)}: expected {{"format": N}} with N from {FIRST_FORMAT} to {FORMAT}, found '
+        f"{found}. Restore the file, or remove it: the store then counts as one of format {FIRST_FORMAT}"
     )
 
 
@@ -67,7 +71,6 @@ def refuse_later_format(store: Store) -> None:
         )
 
 
-@functools.cache  # once a process
 def upgrade_format(store: Store, notify: Callable[[str], object]) -> None:
     """Write the present format into a store that is about to be written to.
 
@@ -81,8 +84,8 @@ def upgrade_format(store: Store, notify: Callable[[str], object]) -> None:
     if store.stages():
         notify(
             f"{store.files.root}: an earlier version of spctrl wrote this store (format {found or FIRST_FORMAT}, now "
-            f"{FORMAT}). Artifacts in its packs stay in use; tables of runs are written again where their form "
-            "changed. `spctrl status` lists what a build would run, `spctrl accept` takes results of earlier code as "
-            "current"
+            f"{FORMAT}). Results of earlier code are made again unless you accept them: `spctrl accept --all`, or with "
+            "--target and --config for Train, Generate, Evaluate and Benchmark. Do not use the earlier version on this "
+            "store any more"
         )
     store.files.write(FORMAT_FILE, json.dumps({"format": FORMAT}).encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 MAX_INDEX_BYTES, MAX_INDEX_ROWS, FREE_INDEX_BYTES = 2**23, 2**16, 2**26
 """Of a pack's index, which has some ten thousand rows at most; the last is what it may expand to whatever its size."""
-
-
 LARGEST_OFFSET = 2**62
-
-
 ODD_NUMBER, LARGEST_NUMBER = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
@@ -72,7 +68,7 @@ def has_index(stage: str, pack: str, listing: Mapping[str, Info]) -> bool:
     return found is not None and found.size <= MAX_INDEX_BYTES
 
 
-def wanted_results(pack: str, size: int, index: bytes, wanted: NDArray[np.uint64]) -> pa.Table:
+def _wanted_results(pack: str, size: int, index: bytes, wanted: NDArray[np.uint64]) -> pa.Table:
     """Rows of a pack's index whose keys have a wanted number; none where the pack or its index is damaged."""
     import numpy as np
     import pyarrow as pa
@@ -82,7 +78,7 @@ def wanted_results(pack: str, size: int, index: bytes, wanted: NDArray[np.uint64
     try:
         # Most packs hold nothing that is wanted: their other columns are not even looked at.
         keys = _open_index(index, ["key"]).read(["key"], use_threads=False).column("key").cast(pa.string())
-        numbers = key_numbers(keys)
+        numbers = _key_numbers(keys)
         is_wanted = wanted[np.searchsorted(wanted, numbers)] == numbers
         table = _index_table(_open_index(index)) if is_wanted.any() else None
     except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: keys that are not ASCII
@@ -96,7 +92,26 @@ def wanted_results(pack: str, size: int, index: bytes, wanted: NDArray[np.uint64
     return rows.add_column(1, nothing.field("pack"), pa.array([pack] * len(rows)).dictionary_encode())
 
 
-def key_numbers(keys: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
+def matching_results(packs: Iterable[tuple[str, int, bytes]], keys: pa.ChunkedArray) -> pa.Table:
+    """What packs hold of some keys, as ``results_table``.
+
+    Args:
+        packs: of each its file name, its size in bytes, and the contents of its index.
+        keys: ASCII strings.
+
+    Returns:
+        The rows in the order of the packs. Rows of a few other keys may be among them; a pack that is cut or has a
+        damaged index gives none.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    wanted = np.sort(np.concatenate([*map(_key_numbers, keys.chunks), [LARGEST_NUMBER]]))
+    found = (_wanted_results(pack, size, index, wanted) for pack, size, index in packs)
+    return pa.concat_tables([results_table({}), *found])
+
+
+def _key_numbers(keys: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
     """A number for each key. Two keys that share one would be found together, which does no harm."""
     import numpy as np
 

@@ -190,8 +190,8 @@ ARTIFACT_STAGES = (
 """Stages that make one artifact for each record."""
 OLDEST_FORMATS = dict.fromkeys(("index", *ARTIFACT_STAGES), 2)
 """The earliest format of a run that is still read, of stages whose tables changed since the first."""
-EARLIER_FILES = dict.fromkeys(OLDEST_FORMATS, frozenset({MANIFEST}))
-"""Files of runs of earlier formats that the stage no longer writes."""
+EARLIER_FILES = dict.fromkeys(("index", *ARTIFACT_STAGES), frozenset({MANIFEST}))
+"""Files in runs of earlier formats that the stage no longer writes."""
 METRICS = ("pose_ap", "fid", "fid_infinity", "kid", "clip_score", "diversity")
 FORMS_BY_STAGE = {
     **dict.fromkeys(ARTIFACT_STAGES, _needs(ARTIFACTS, REJECTS)),

@@ -156,7 +156,7 @@ class Run:
     def commit(self, packs: Iterable[str], provenance: Mapping[str, Any]) -> None:
         """Declare the run done: name its files and packs, then what it was made of.
 
-        Files that only earlier formats have are removed.
+        Files that only earlier formats have are removed at the end.
 
         Raises:
             ProvenanceError: readers would take it for damaged; nothing was written.
@@ -164,7 +164,6 @@ class Run:
         """
         there = self.files()
         earlier = EARLIER_FILES.get(self.stage, frozenset()) & there.keys()
-        self.store.files.remove(self.name(name) for name in earlier)
         files = {
             name: {"size": info.size, "digest": self.store.files.digest(self.name(name))}
             for name, info in there.items()
@@ -186,6 +185,7 @@ class Run:
         data = json.dumps(content, indent=1, ensure_ascii=False).encode()
         parse_provenance(self.stage, data)  # or the stage would be built again and again
         self.write(PROVENANCE, data)
+        self.store.files.remove(self.name(name) for name in earlier)
 
     def uncommit(self) -> None:
         """Make the stage run again; artifacts stay and are found again."""

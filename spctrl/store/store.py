@@ -22,7 +22,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,18 +32,17 @@ from spctrl.output.secrets import without_secrets
 from spctrl.storage import Files, FileTooLargeError, Info, StoreError, files_at, is_url
 from spctrl.storage.files import cannot_read, write_atomic
 from spctrl.store.digests import content_digest, digest
+from spctrl.store.format import refuse_later_format
 from spctrl.store.pack_index import (
-    LARGEST_NUMBER,
     MAX_INDEX_BYTES,
     Location,
     has_index,
     index_name,
-    key_numbers,
     locations_in,
+    matching_results,
     pack_name,
     packs_in,
     results_table,
-    wanted_results,
 )
 from spctrl.store.packs import (
     MAX_ARTIFACT_BYTES,
@@ -156,21 +155,18 @@ class Store:
 
         Rows of a few other keys may be among them. Of a key that several packs hold the first row counts.
         """
-        import numpy as np
-        import pyarrow as pa
+        return matching_results(self._indices(stage), keys)
 
+    def _indices(self, stage: str) -> Iterator[tuple[str, int, bytes]]:
+        """Of each pack of a stage that has an index, latest name first: its name, its size, and the index."""
         listing = self.files.listing(f"packs/{stage}")
         packs = packs_in(listing)
         names = [name for name in sorted(packs, reverse=True) if has_index(stage, name, listing)]
-        wanted = np.sort(np.concatenate([*map(key_numbers, keys.chunks), [LARGEST_NUMBER]]))
-        found = [results_table({})]
         for start in range(0, len(names), INDICES_AT_ONCE):
             some = names[start : start + INDICES_AT_ONCE]
             indices = self.files.read_many([index_name(stage, pack) for pack in some])
             for pack in some:
-                index = indices.get(index_name(stage, pack), b"")
-                found.append(wanted_results(pack, packs[pack].size, index, wanted))
-        return pa.concat_tables(found)
+                yield pack, packs[pack].size, indices.get(index_name(stage, pack), b"")
 
     def pack_locations(self, stage: str, pack: str) -> dict[str, Location]:
         """What one pack holds, by key; an index that cannot be read holds nothing."""
@@ -290,3 +286,4 @@ def forget_what_was_found() -> None:
     """Look at object stores again: other machines may have changed them."""
     _accepted_elsewhere.clear()
     known_whole.clear()
+    refuse_later_format.cache_clear()

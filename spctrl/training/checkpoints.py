@@ -34,8 +34,6 @@ LOCK = "lock"
 """Beside the checkpoints, held by the one run that writes there."""
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
-
-
 CHECKPOINTS_STAY = (
     "Earlier checkpoints stay; make room or fix the permissions, then run again to continue from the latest"
 )

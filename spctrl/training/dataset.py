@@ -42,7 +42,6 @@ from spctrl.prompts import (
     tokenize,
 )
 from spctrl.store.artifacts import StoredArtifacts, missing_artifacts
-from spctrl.store.store import Store
 from spctrl.training.heatmaps import HeatmapType, heatmap_targets
 
 if TYPE_CHECKING:
@@ -366,7 +365,7 @@ class SpCtrlDataset(Dataset[dict[str, Any]]):
         i = next(labelled, 0)
         row = self._rows.slice(i, 1)
         try:
-            stored = StoredArtifacts(Store(store), STAGES[self.conditioning_mode], row.column(key)).read(0)
+            stored = StoredArtifacts(store, STAGES[self.conditioning_mode], row.column(key)).read(0)
         except ExpectedError:
             return
         (record,) = records_from_table(row)
@@ -412,7 +411,7 @@ def _find_artifacts(stage: str, rows: pa.RecordBatch, manifest: Path, store: Pat
         raise ExpectedError(missing_artifacts(stage, missing, rows.num_rows, str(manifest)))
     if store is None:
         raise ExpectedError(f"expected the store's folder, which holds {stage}, found none ([paths] store)")
-    return StoredArtifacts(Store(store), stage, rows.column(name))
+    return StoredArtifacts(store, stage, rows.column(name))
 
 
 def _known(value: Any, name: str, choices: Any) -> Any:

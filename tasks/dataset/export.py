@@ -43,21 +43,11 @@ LOCK = f"{LEDGERS}/lock"
 
 CATEGORIES = ".categories"
 """Suffix of a split's own categories, which lie beside its ledger."""
-
-
 IMAGE, HEATMAPS = "image", "heatmaps"
-
-
 REWRITTEN = "rewritten"
 """An image of which there is a copy with another orientation tag, not a link."""
-
-
 FOLDERS = "folders"
-
-
 DISPLAY_EVERY = 256
-
-
 LINKS_REFUSED = frozenset(
     {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EIO}
 )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from spctrl.paths import is_safe_relative_path
 from spctrl.storage import Files, FileTooLargeError, StoreError
 from tasks.settings import LEDGERS
-
-if TYPE_CHECKING:
-    pass
 
 MAX_LIST_BYTES = 2**30
 """Of a ledger's list, which has some 50 bytes for each file of an export."""
@@ -25,8 +22,6 @@ class Entry(NamedTuple):
 
 
 TEXT = "text"
-
-
 UNFINISHED = Entry("", "")
 """Of a file that is about to be written."""
 

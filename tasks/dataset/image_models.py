@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import luigi
 
@@ -12,9 +12,6 @@ from spctrl.store.digests import MISSING
 from tasks.dataset.images import ImageFiles
 from tasks.stage.model_stage import OnDevice
 from tasks.stage.weights import Weights, weights_at, weights_digest
-
-if TYPE_CHECKING:
-    pass
 
 
 class ModelStage(OnDevice, ImageFiles):

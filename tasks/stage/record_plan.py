@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tasks.stage.record_stage import RecordStage
 
 ROWS_AT_ONCE = 2**16
-"""Of a run's manifest, as one group of its Parquet file."""
+"""Of a run's table of artifacts, as one group of its Parquet file."""
 
 
 class Prepared(NamedTuple):
@@ -121,7 +121,7 @@ class RecordPlan:
             yield self._batch(scattered)
 
     def write_results(self, run: Run) -> dict[str, int]:
-        """Write the run's manifest and rejects; returns the numbers of their rows."""
+        """Write the run's tables of artifacts and rejects; returns the numbers of their rows."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq

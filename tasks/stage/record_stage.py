@@ -44,7 +44,7 @@ class RecordStage(StageTask):
         raise NotImplementedError
 
     def records_run(self) -> Run | None:
-        """The run whose manifest lists the records; it need not be there yet."""
+        """The run whose table lists the records; it need not be there yet."""
         return cast("StageTask", self.requires()[0]).current_run()
 
     def salt(self) -> str:

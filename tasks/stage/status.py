@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from spctrl.extras import MissingPackageError
+from spctrl.store.format import FIRST_FORMAT, FORMAT
 from spctrl.store.provenance import is_readable
 from tasks.stage.base import StageTask
 from tasks.stage.record_stage import RecordStage
@@ -93,7 +94,8 @@ def _reasons(task: StageTask, upstream: list[StageTask]) -> tuple[str, ...]:
         fault = task.reject_fault(current.provenance()["counts"])
         reasons = [fault or "files of its result are missing or damaged"]
     if not is_readable(task.stage, latest):
-        reasons.append("its tables have the form of an earlier version of spctrl")
+        version = "a later" if latest.get("format", FIRST_FORMAT) > FORMAT else "an earlier"
+        reasons.append(f"its tables have the form of {version} version of spctrl")
     return tuple(reasons) or ("its result is not there",)
 
 

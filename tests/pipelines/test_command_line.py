@@ -19,6 +19,7 @@ from luigi.interface import core
 from processes import HANG_S
 
 import pipelines
+from pipelines import luigi_setup
 from pipelines.luigi_setup.scheduler import ANSWER_TIMEOUT_S, fault_at
 
 TARGETS = tuple(pipelines.__all__)
@@ -80,6 +81,11 @@ def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _set_up_as_in_the_command() -> None:
+    luigi_setup.configure()
 
 
 # Which scheduler

@@ -39,14 +39,8 @@ Result = TypeVar("Result")
 
 VERSION_MISMATCH = "Version mismatch"
 """How Ray begins to say so."""
-
-
 VERSION_HINT = "Install the same versions of Ray and Python here and on every node"
-
-
 CLIENT = "ray://"
-
-
 CONNECT_TIMEOUT_S = 5.0
 """Ray itself tries an address for a long time."""
 

@@ -28,12 +28,8 @@ if TYPE_CHECKING:
 
 RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
 """What Ray calls in a node's list what a call asks for."""
-
-
 PATIENCE_S = 10.0
 """How long nothing is done before it is said that the cluster has no room for the work."""
-
-
 LOSSES = 10
 """How often a batch is begun again after its worker or node was lost. One that takes them all along is at fault."""
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import luigi
 
@@ -28,12 +28,7 @@ from tasks.experiment.generate.samples import MethodStage, Samples
 from tasks.settings import LEDGERS
 from tasks.stage.rejects import reject_examples
 
-if TYPE_CHECKING:
-    pass
-
 IMAGES = "images.parquet"
-
-
 DISPLAY_EVERY = 16
 
 

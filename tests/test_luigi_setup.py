@@ -101,6 +101,22 @@ def test_a_program_can_ask_for_the_set_up_and_a_second_time(tmp_path: Path) -> N
     assert (first["excepthook"], first["filters"], first["signals"]) == (True, 1, False)
 
 
+def test_a_program_s_own_excepthook_shows_what_does_not_explain_itself(tmp_path: Path) -> None:
+    shown = states(
+        tmp_path,
+        "from pipelines import luigi_setup",
+        "shown = []",
+        "sys.excepthook = lambda kind, error, trace: shown.append(str(error))",
+        "luigi_setup.configure()",
+        "luigi_setup.configure()",
+        "sys.excepthook(ValueError, ValueError('unexpected'), None)",
+        "from spctrl.errors import ExpectedError",
+        "sys.excepthook(ExpectedError, ExpectedError('explained'), None)",
+        "print(json.dumps(shown))",
+    )
+    assert shown == ["unexpected"]
+
+
 def test_a_user_s_own_return_codes_stay(tmp_path: Path) -> None:
     lines = ["from pipelines import luigi_setup", "luigi_setup.configure()"]
     code = "print(json.dumps(luigi.configuration.get_config().get('retcode', 'task_failed')))"

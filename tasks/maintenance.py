@@ -15,7 +15,7 @@ from spctrl.storage import FileTooLargeError, StoreError, files_at
 from spctrl.store.artifacts import artifact_schema
 from spctrl.store.pack_index import Location, index_name, pack_name
 from spctrl.store.packs import suffix_in
-from spctrl.store.provenance import ARTIFACTS, EARLIER_FILES, REJECTS, ProvenanceError, is_readable
+from spctrl.store.provenance import ARTIFACTS, REJECTS, ProvenanceError, is_readable
 from spctrl.store.runs import PROVENANCE, Run
 from spctrl.store.store import Store
 from tasks.dataset.export_state import Ledger, damaged_files, fingerprint_at
@@ -78,11 +78,12 @@ def verify(
                     store.files.remove([index])
             advance(1)
     for run in store.runs(damaged=True):
+        if _has_another_format(run):
+            advance(1)  # no stage reads its tables, and gc needs only the names of its packs
+            continue
         faults = _run_faults(store, run, bad_keys[run.stage])
         found += [Damage(run.place(), fault) for fault in faults]
-        # No stage reads a run of another format: its keys are there for gc, and its packs' indices are correct by now.
-        is_in_use = is_readable(run.stage, run.history())
-        if repair and (faults or (is_in_use and _names(run, bad_keys[run.stage]))):
+        if repair and (faults or _names(run, bad_keys[run.stage])):
             run.uncommit()
         advance(1)
     for ledger in ledgers(exports):
@@ -154,8 +155,6 @@ def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
         return []  # taken back since it was listed
     except (FileTooLargeError, ProvenanceError) as error:
         return [f"{PROVENANCE} is damaged: {error}"]
-    if not is_readable(run.stage, provenance):
-        return _key_faults(run)
     sizes = files.sizes(run.name(name) for name in provenance["files"])
     faults = [
         f"{name} is missing or changed"
@@ -174,13 +173,10 @@ def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
     return faults or list(_content_faults(run, provenance["files"], provenance["counts"]))
 
 
-def _key_faults(run: Run) -> list[str]:
-    """Why gc cannot read which artifacts a run refers to."""
-    try:
-        _keys(run)
-    except (OSError, StoreError) as error:
-        return [f"which artifacts it refers to cannot be read: {error}"]
-    return []
+def _has_another_format(run: Run) -> bool:
+    """Whether a run is sound, but of a format that no stage of this version reads."""
+    provenance = run.history()
+    return bool(provenance) and not is_readable(run.stage, provenance)
 
 
 def _has_digest(run: Run, name: str, digest: str) -> bool:
@@ -206,7 +202,7 @@ def _names(run: Run, keys: set[str]) -> bool:
 
 
 def _keys(run: Run) -> set[str]:
-    """Keys of the artifacts and rejects that a run refers to; none where it has no records.
+    """Keys of the artifacts and rejects that a run refers to; of another format, all that its packs hold.
 
     Raises:
         StoreError: they cannot be read, so nobody knows what the run needs.
@@ -215,8 +211,11 @@ def _keys(run: Run) -> set[str]:
 
     from spctrl.io.parquet import TableError, open_table
 
+    if _has_another_format(run):
+        packs = run.history().get("packs", {})
+        return {key for pack in packs for key in run.store.pack_locations(run.stage, pack)}
     found: set[str] = set()
-    for name in {ARTIFACTS, REJECTS, *EARLIER_FILES.get(run.stage, ())} & run.files().keys():
+    for name in {ARTIFACTS, REJECTS} & run.files().keys():
         path = run.path(name)
         try:
             table = open_table(path, ["key"])
@@ -254,9 +253,9 @@ class Waste:
 def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, dry_run: bool) -> Waste:
     """Remove runs beyond the kept ones, and what only they referred to.
 
-    Kept are the runs of the present settings, the latest few of every stage and part, trained networks, and every run
-    that a kept one was made from. Whatever is younger than the grace time stays: a build under way may have just
-    made it.
+    Kept are the runs of the present settings, the latest few of every stage and part (at least one where all are of an
+    earlier format of the store), trained networks, and every run that a kept one was made from. Whatever is younger
+    than the grace time stays: a build under way may have just made it.
     """
     runs = store.runs(damaged=True)
     kept = _kept_runs(runs, {run.fingerprint for run in current}, keep, grace_s)
@@ -294,10 +293,10 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
         committed = run.files().get(PROVENANCE)  # none: somebody takes it back at this moment
         is_young = committed is None or time.time() - committed.modified_at_s < grace_s
         is_dear = run.stage in NEVER_COLLECTED
-        # Of a store that was not built since an upgrade: the runs that will be made from its artifacts are not known.
-        waits_for_upgrade = bool(histories[run]) and (run.stage, run.part) not in in_use
-        is_wanted = seen[run.stage, run.part] <= keep or run.fingerprint in current
-        if is_wanted or is_young or is_dear or waits_for_upgrade:
+        # A store that was not built since an upgrade: the runs that will be made from its artifacts are not known.
+        least = 0 if (run.stage, run.part) in in_use else 1
+        is_among_latest = seen[run.stage, run.part] <= max(keep, least)
+        if is_among_latest or run.fingerprint in current or is_young or is_dear:
             waiting.append(run)
     by_fingerprint = {run.fingerprint: run for run in runs}
     kept: dict[str, Run] = {}

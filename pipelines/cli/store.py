@@ -29,8 +29,6 @@ console = PlainConsole()
 
 FOUND_SOMETHING = 1
 """Exit code."""
-MOST_NAMED = 20
-"""Changes of a stage that are named before the rest is counted."""
 
 Names = Annotated[str | None, typer.Option(help="comma-separated; default: luigi.cfg")]
 
@@ -197,7 +195,8 @@ def accept(
     ] = None,
 ) -> None:
     """Take the outputs of earlier code as current, after a change of code or libraries that you know to be harmless."""
-    from tasks.stage.status import stages_in_order
+    from tasks.stage.fingerprints import code_version
+    from tasks.stage.status import changes, stages_in_order
 
     if every == bool(stages):
         raise typer.BadParameter(f"expected stages or --all, found {'both' if every else 'neither'}")
@@ -206,43 +205,47 @@ def accept(
     }
     if unknown := [stage for stage in stages or () if stage not in tasks]:
         raise typer.BadParameter(f"expected stages among {', '.join(tasks)}, found {unknown[0]!r}")
-    built = {name: found for name in stages or tasks if (found := _earlier_outputs(tasks[name]))}
-    if never := [stage for stage in stages or () if stage not in built]:
-        raise typer.BadParameter(f"{never[0]} was never built: there is no earlier output to accept")
-    for stage, before in built.items():
+    outputs = {stage: _earlier_output(tasks[stage], also_older=not every) for stage in stages or tasks}
+    never_built = [stage for stage, before in outputs.items() if before is None]
+    if never_built and (stages or len(never_built) == len(outputs)):
+        raise typer.BadParameter(
+            f"{', '.join(never_built)}: never built in {settings.store().files.root}, so there is no earlier output"
+        )
+    for stage, before in outputs.items():
         task, now = tasks[stage], tasks[stage].code_and_parameters()
-        if now["code_version"] == before["code_version"]:
+        own_version = code_version(stage, now["code"], now["libraries"])
+        if before is None:
+            console.print(f"{stage}: never built.")
+            continue
+        if own_version in task.store.accepted() or own_version == before["code_version"]:
             console.print(f"{stage}: the code is that of the latest run already.")
             continue
         for kind in ("code", "libraries"):
-            changed = [
-                name
-                for name in {**now[kind], **before[kind]}
-                if now[kind].get(name) != before[kind].get(name)
-            ]
-            for name in changed[:MOST_NAMED]:
-                console.say(f"{stage}: {kind} {name} changed")
-            if len(changed) > MOST_NAMED:
-                console.say(f"{stage}: {len(changed) - MOST_NAMED:,} more of kind {kind} changed")
+            for change in changes(kind, before[kind], now[kind]):
+                console.say(f"{stage}: {change}")
         if not yes:
             typer.confirm(f"Keep what {stage} made before these changes?", abort=True)
-        task.store.accept(now["code_version"], before["code_version"])
+        task.store.accept(own_version, before["code_version"])
         console.print(f"{stage}: outputs of the earlier code count as current.")
 
 
-def _earlier_outputs(task: StageTask) -> dict[str, Any]:
-    """Provenance of the run to accept: the latest one; empty where there is none.
+def _earlier_output(task: StageTask, *, also_older: bool) -> dict[str, Any] | None:
+    """Provenance of the run to accept: the latest one of the stage; None where there is none.
 
-    Where that is already of the present code, it is the latest one of an earlier format of the store: a user may accept
-    what was there after the first build of an upgrade has begun.
+    Args:
+        task: the stage.
+        also_older: whether to take the latest one of an earlier format instead where the latest one is of the present
+            code: the first build after an upgrade may have begun before its user accepted what was there.
     """
-    histories = [run.history() for run in task.store.runs(task.stage)]
-    if not histories:
-        return {}
-    now = task.code_and_parameters()["code_version"]
-    earlier = (
+    now = task.code_and_parameters()
+    found = [provenance for run in task.store.runs(task.stage) if (provenance := run.history())]
+    # One name may stand for several stages, such as depth that is read and depth by a model.
+    alike = [each for each in found if each["libraries"].keys() == now["libraries"].keys()] or found
+    older = [
         each
-        for each in histories
-        if each.get("format", FIRST_FORMAT) < FORMAT and each["code_version"] != now
-    )
-    return next(earlier, histories[0]) if histories[0]["code_version"] == now else histories[0]
+        for each in alike
+        if each.get("format", FIRST_FORMAT) < FORMAT and each["code_version"] != now["code_version"]
+    ]
+    if also_older and older and alike[0]["code_version"] == now["code_version"]:
+        return older[0]
+    return alike[0] if alike else None

@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pipelines.luigi_setup import settings_files
 from spctrl.errors import ExpectedError
@@ -37,8 +39,8 @@ DEFAULTS = {
 }
 """What Luigi is told where neither luigi.cfg nor a user's own file says otherwise."""
 
-_show_uncaught = sys.__excepthook__
-"""What shows an error that does not explain itself."""
+_show_uncaught: Callable[[type[BaseException], BaseException, TracebackType | None], Any] | None = None
+"""What shows errors that do not explain themselves, once ``show_error`` is installed."""
 
 
 def is_luigi_command() -> bool:
@@ -123,7 +125,7 @@ def check_settings() -> None:
 def install_excepthook() -> None:
     """Have errors that explain themselves shown without a traceback, and others as before."""
     global _show_uncaught
-    if sys.excepthook is not show_error:
+    if _show_uncaught is None:
         _show_uncaught, sys.excepthook = sys.excepthook, show_error
 
 
@@ -133,9 +135,9 @@ def show_error(kind: type[BaseException], error: BaseException, trace: Traceback
         say(STOPPED, err=True)
     elif issubclass(kind, ExpectedError) or kind.__module__ == "luigi.task_register":  # no such target
         say_message(f"ERROR: {error}")
-    elif _show_uncaught is sys.__excepthook__:
+    elif _show_uncaught in (None, sys.__excepthook__):
         sys.stderr.write(printable(secrets.masked("".join(traceback.format_exception(kind, error, trace)))))
-    else:  # a notebook's own
+    elif _show_uncaught is not None:  # a notebook's own
         _show_uncaught(kind, error, trace)
 
 

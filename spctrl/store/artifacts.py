@@ -184,8 +184,13 @@ def _indices_in(folder: Path) -> Iterator[tuple[str, int, bytes]]:
     """Of each pack in a folder that has an index: its name, its size in bytes, and the index."""
     for pack in sorted(folder.glob("[!.]*"), reverse=True):
         index = pack.with_suffix(".parquet")
-        if pack.suffix in (TAR, SAFETENSORS) and index.is_file() and index.stat().st_size <= MAX_INDEX_BYTES:
-            yield pack.name, pack.stat().st_size, index.read_bytes()
+        try:
+            if pack.suffix in (TAR, SAFETENSORS) and index.stat().st_size <= MAX_INDEX_BYTES:
+                yield pack.name, pack.stat().st_size, index.read_bytes()
+        except FileNotFoundError:
+            continue  # a pack counts once its index is there
+        except OSError as error:
+            raise cannot_read(index, error) from error
 
 
 def missing_artifacts(stage: str, missing: int, total: int, where: str) -> str:

@@ -53,7 +53,7 @@ def read_format(store: Store) -> int | None:
 def _format_error(store: Store, found: str) -> StoreError:
     return StoreError(
         f'{store.files.place(FORMAT_FILE)}: expected {{"format": N}} with N from {FIRST_FORMAT} to {FORMAT}, found '
-        f"{found}. Restore the file, or remove it: the store then counts as one of format {FIRST_FORMAT}"
+        f"{found}. Restore the file, or remove it if no later version of spctrl wrote to the store"
     )
 
 
@@ -64,7 +64,11 @@ def refuse_later_format(store: Store) -> None:
     Raises:
         StoreError: its format is later than ``FORMAT``, or cannot be read.
     """
-    if (found := read_format(store) or FIRST_FORMAT) > FORMAT:
+    _refuse_later(store, read_format(store))
+
+
+def _refuse_later(store: Store, found: int | None) -> None:
+    if found is not None and found > FORMAT:
         raise StoreError(
             f"expected a store of format {FORMAT} or earlier at {store.files.root}, found format {found}, which a "
             "later version of spctrl wrote. Install that version, or set [paths] store to another folder"
@@ -77,15 +81,18 @@ def upgrade_format(store: Store, notify: Callable[[str], object]) -> None:
     Args:
         store: the store.
         notify: called with a message where an earlier version wrote to the store.
+
+    Raises:
+        StoreError: a later version wrote to it meanwhile, or its format cannot be read.
     """
     found = read_format(store)
-    if (found or FIRST_FORMAT) >= FORMAT:
+    _refuse_later(store, found)
+    if found == FORMAT:
         return
     if store.stages():
         notify(
             f"{store.files.root}: an earlier version of spctrl wrote this store (format {found or FIRST_FORMAT}, now "
-            f"{FORMAT}). Results of earlier code are made again unless you accept them: `spctrl accept --all`, or with "
-            "--target and --config for Train, Generate, Evaluate and Benchmark. Do not use the earlier version on this "
-            "store any more"
+            f"{FORMAT}). Results of earlier code are made again unless they are accepted: stop this build to run "
+            "`spctrl accept --all` first. Do not use the earlier version on this store any more"
         )
     store.files.write(FORMAT_FILE, json.dumps({"format": FORMAT}).encode())

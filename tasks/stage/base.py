@@ -8,7 +8,6 @@ record a key, and works only on the keys that its packs do not hold yet.
 from __future__ import annotations
 
 import functools
-import json
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +21,12 @@ import spctrl
 from spctrl.errors import ExpectedError
 from spctrl.output.secrets import masked
 from spctrl.storage import StoreError
-from spctrl.store.digests import digest
 from spctrl.store.format import upgrade_format
 from spctrl.store.runs import Run
 from spctrl.store.store import Store
 from tasks import settings
 from tasks.execution import logs
-from tasks.stage.fingerprints import Ingredients, code_of, library_version
+from tasks.stage.fingerprints import Ingredients, code_of, code_version, library_version
 from tasks.stage.rejects import MeetsBadRecords, TooManyRejectsError, reject_examples
 from tasks.stage.tables import refuse_damaged_tables, table_faults
 
@@ -162,7 +160,7 @@ class StageTask(MeetsBadRecords):
         """All ingredients but the inputs."""
         code = code_of((self.function, *self.also_reaches), self.store)
         libraries = {name: library_version(name) for name in self.libraries}
-        version = digest(self.stage, json.dumps([code, libraries], sort_keys=True))
+        version = code_version(self.stage, code, libraries)
         return {
             "code": code,
             "libraries": libraries,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,11 @@ class Ingredients:
     @property
     def fingerprint(self) -> str:
         return digest(json.dumps([self.code_version, self.parameters, self.inputs], sort_keys=True))
+
+
+def code_version(stage: str, code: Mapping[str, str], libraries: Mapping[str, str]) -> str:
+    """Digest of a stage's code and of the versions of its libraries."""
+    return digest(stage, json.dumps([code, libraries], sort_keys=True))
 
 
 def code_of(functions: Sequence[str], store: Store) -> dict[str, str]:

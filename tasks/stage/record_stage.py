@@ -96,9 +96,9 @@ class RecordStage(StageTask):
         return {"records": plan.total, "made": made, **plan.write_results(run)}
 
     def missing_records(self) -> int | None:
-        """How many artifacts a run would have to make; None before there is an index."""
-        records_run = self.records_run()
-        if records_run is None or not records_run.provenance() or self.ingredients() is None:
+        """How many artifacts a run would have to make; None before the stages that it reads have run."""
+        upstream = (task for task in self.requires() if isinstance(task, StageTask))
+        if self.ingredients() is None or not all(task.is_made() for task in upstream):
             return None
         return RecordPlan(self).count_missing()
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from spctrl.extras import MissingPackageError
-from spctrl.store.format import FIRST_FORMAT, FORMAT
 from spctrl.store.provenance import is_readable
 from tasks.stage.base import StageTask
 from tasks.stage.record_stage import RecordStage
@@ -79,29 +78,31 @@ def _reasons(task: StageTask, upstream: list[StageTask]) -> tuple[str, ...]:
     runs = task.store.runs(task.stage, task.part)
     if not runs:
         return ("never built",)
-    ingredients = task.ingredients()
-    if ingredients is None:
-        return tuple(f"{each.stage} runs first" for each in upstream) or ("its input files changed",)
-    latest = runs[0].history()
+    if not (latest := runs[0].history()):
+        return ("never built",)  # taken back since it was listed
+    now = task.code_and_parameters()
+    reasons = []
+    if now["code_version"] != latest["code_version"]:
+        reasons += changes("code", latest["code"], now["code"])
+        reasons += changes("library", latest["libraries"], now["libraries"], with_values=True)
+    reasons += changes("parameter", latest["parameters"], now["parameters"], with_values=True)
+    if (ingredients := task.ingredients()) is None:
+        reasons += [f"{each.stage} runs first" for each in upstream] or ["its input files changed"]
+    else:
+        reasons += changes("input", latest["inputs"], ingredients.inputs)
     current = task.current_run()
-    reasons = [
-        *_changes("code", latest["code"], ingredients.code),
-        *_changes("library", latest["libraries"], ingredients.libraries, with_values=True),
-        *_changes("parameter", latest["parameters"], ingredients.parameters, with_values=True),
-        *_changes("input", latest["inputs"], ingredients.inputs),
-    ]
     if current is not None and current.provenance():
         fault = task.reject_fault(current.provenance()["counts"])
         reasons = [fault or "files of its result are missing or damaged"]
     if not is_readable(task.stage, latest):
-        version = "a later" if latest.get("format", FIRST_FORMAT) > FORMAT else "an earlier"
-        reasons.append(f"its tables have the form of {version} version of spctrl")
+        reasons.append("its tables have the form of an earlier version of spctrl")
     return tuple(reasons) or ("its result is not there",)
 
 
-def _changes(
+def changes(
     kind: str, before: Mapping[str, Any], after: Mapping[str, Any], *, with_values: bool = False
 ) -> list[str]:
+    """Sentences on what of one kind differs, such as ``code``; the first few, and how many more there are."""
     names = [name for name in {**before, **after} if _plain(before.get(name)) != _plain(after.get(name))]
     shown = [_change(kind, name, before, after, with_values=with_values) for name in names[:MOST_NAMED]]
     return shown + ([f"{len(names) - MOST_NAMED} more of kind {kind}"] if len(names) > MOST_NAMED else [])

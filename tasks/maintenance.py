@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spctrl.storage import FileTooLargeError, StoreError, files_at
 from spctrl.store.artifacts import artifact_schema
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NEVER_COLLECTED = frozenset({"train"})
 """Stages whose results took days: who wants them gone deletes their folders."""
 MOSTLY_DEAD = 0.5
-"""Packs with a smaller share of live bytes are written anew."""
+"""Packs with a smaller share of live bytes are rewritten."""
 RECORDS_PER_REPACK, BYTES_PER_REPACK = 4096, 2**28
 """Of artifacts that wait for a new pack."""
 PIECE_BYTES = 2**20
@@ -78,9 +78,6 @@ def verify(
                     store.files.remove([index])
             advance(1)
     for run in store.runs(damaged=True):
-        if _has_another_format(run):
-            advance(1)  # no stage reads its tables, and gc needs only the names of its packs
-            continue
         faults = _run_faults(store, run, bad_keys[run.stage])
         found += [Damage(run.place(), fault) for fault in faults]
         if repair and (faults or _names(run, bad_keys[run.stage])):
@@ -155,6 +152,8 @@ def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
         return []  # taken back since it was listed
     except (FileTooLargeError, ProvenanceError) as error:
         return [f"{PROVENANCE} is damaged: {error}"]
+    if not is_readable(run.stage, provenance):
+        return []  # no stage reads its tables, and gc needs only the names of its packs
     sizes = files.sizes(run.name(name) for name in provenance["files"])
     faults = [
         f"{name} is missing or changed"
@@ -171,12 +170,6 @@ def _run_faults(store: Store, run: Run, bad_keys: set[str]) -> list[str]:
         if there.get(name) != size
     ]
     return faults or list(_content_faults(run, provenance["files"], provenance["counts"]))
-
-
-def _has_another_format(run: Run) -> bool:
-    """Whether a run is sound, but of a format that no stage of this version reads."""
-    provenance = run.history()
-    return bool(provenance) and not is_readable(run.stage, provenance)
 
 
 def _has_digest(run: Run, name: str, digest: str) -> bool:
@@ -198,11 +191,18 @@ def _content_faults(run: Run, names: Iterable[str], counts: Mapping[str, int]) -
 
 
 def _names(run: Run, keys: set[str]) -> bool:
-    return bool(keys) and not keys.isdisjoint(_keys(run))
+    """Whether a run that stages can read refers to one of some keys."""
+    provenance = run.provenance() if keys else {}
+    return bool(provenance) and not keys.isdisjoint(_keys(run, provenance))
 
 
-def _keys(run: Run) -> set[str]:
-    """Keys of the artifacts and rejects that a run refers to; of another format, all that its packs hold.
+def _keys(run: Run, provenance: Mapping[str, Any]) -> set[str]:
+    """Keys of the artifacts and rejects that a run refers to.
+
+    Args:
+        run: the run.
+        provenance: its provenance in any format, or nothing where it has no sound one. Of a run that no stage reads,
+            all keys count that its packs hold.
 
     Raises:
         StoreError: they cannot be read, so nobody knows what the run needs.
@@ -211,8 +211,8 @@ def _keys(run: Run) -> set[str]:
 
     from spctrl.io.parquet import TableError, open_table
 
-    if _has_another_format(run):
-        packs = run.history().get("packs", {})
+    if provenance and not is_readable(run.stage, provenance):
+        packs = provenance["packs"]
         return {key for pack in packs for key in run.store.pack_locations(run.stage, pack)}
     found: set[str] = set()
     for name in {ARTIFACTS, REJECTS} & run.files().keys():
@@ -257,12 +257,12 @@ def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, 
     earlier format of the store), trained networks, and every run that a kept one was made from. Whatever is younger
     than the grace time stays: a build under way may have just made it.
     """
-    runs = store.runs(damaged=True)
-    kept = _kept_runs(runs, {run.fingerprint for run in current}, keep, grace_s)
-    waste = Waste(runs=[run for run in runs if run not in kept])
+    histories = {run: run.history() for run in store.runs(damaged=True)}
+    kept = _kept_runs(histories, {run.fingerprint for run in current}, keep, grace_s)
+    waste = Waste(runs=[run for run in histories if run not in kept])
     live: dict[str, set[str]] = defaultdict(set)
     for run in kept:
-        live[run.stage] |= _keys(run)
+        live[run.stage] |= _keys(run, histories[run])
     now = time.time()
     for stage in store.stages():
         for pack, info in store.packs(stage).items():
@@ -282,15 +282,16 @@ def collect(store: Store, current: Iterable[Run], *, keep: int, grace_s: float, 
     return waste
 
 
-def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float) -> list[Run]:
-    """The runs to keep, and all that those were made from; ``runs`` are latest first."""
+def _kept_runs(
+    histories: Mapping[Run, Mapping[str, Any]], current: set[str], keep: int, grace_s: float
+) -> list[Run]:
+    """The runs to keep, and all that those were made from; ``histories`` are provenances by run, latest first."""
     seen: dict[tuple[str, str], int] = defaultdict(int)
     waiting = []
-    histories = {run: run.history() for run in runs}
-    in_use = {(run.stage, run.part) for run in runs if is_readable(run.stage, histories[run])}
-    for run in runs:
+    in_use = {(run.stage, run.part) for run, found in histories.items() if is_readable(run.stage, found)}
+    for run in histories:
         seen[run.stage, run.part] += 1
-        committed = run.files().get(PROVENANCE)  # none: somebody takes it back at this moment
+        committed = run.files().get(PROVENANCE)  # none: another process takes it back at this moment
         is_young = committed is None or time.time() - committed.modified_at_s < grace_s
         is_dear = run.stage in NEVER_COLLECTED
         # A store that was not built since an upgrade: the runs that will be made from its artifacts are not known.
@@ -298,7 +299,7 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
         is_among_latest = seen[run.stage, run.part] <= max(keep, least)
         if is_among_latest or run.fingerprint in current or is_young or is_dear:
             waiting.append(run)
-    by_fingerprint = {run.fingerprint: run for run in runs}
+    by_fingerprint = {run.fingerprint: run for run in histories}
     kept: dict[str, Run] = {}
     while waiting:
         run = waiting.pop()
@@ -309,7 +310,7 @@ def _kept_runs(runs: Sequence[Run], current: set[str], keep: int, grace_s: float
                 for each in (histories[run].get("inputs") or {}).values()
                 if each in by_fingerprint
             ]
-    return [run for run in runs if run.fingerprint in kept]
+    return [run for run in histories if run.fingerprint in kept]
 
 
 def _lone_indices(store: Store, grace_s: float) -> dict[str, Info]:

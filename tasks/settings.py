@@ -154,9 +154,7 @@ class mask(Section):
     empty = luigi.ChoiceParameter(
         default="reject", choices=["reject", "keep"], description="what becomes of images with an empty mask"
     )
-    batch_size = luigi.IntParameter(
-        default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
-    )
+    batch_size = luigi.IntParameter(default=0, description="images in one pass; 0: 8 on a GPU, 4 on a CPU")
 
 
 class depth(Section):
@@ -167,23 +165,17 @@ class depth(Section):
         default="{root}/depth", description="precomputed: 8-bit PNG depth maps, near is bright"
     )
     weights = PathParameter(default="", description="folder; default: the one of weights.yaml")
-    batch_size = luigi.IntParameter(
-        default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
-    )
+    batch_size = luigi.IntParameter(default=0, description="images in one pass; 0: 8 on a GPU, 4 on a CPU")
 
 
 class latents(Section):
     resolution = luigi.IntParameter(default=512, description="side of the training crop in pixels")
     weights = PathParameter(default="", description="folder; default: the one of weights.yaml")
-    batch_size = luigi.IntParameter(
-        default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
-    )
+    batch_size = luigi.IntParameter(default=0, description="images in one pass; 0: 8 on a GPU, 4 on a CPU")
 
 
 class generate(Section):
-    batch_size = luigi.IntParameter(
-        default=0, description="images in one pass; 0: 8 on a GPU, 4 on a processor"
-    )
+    batch_size = luigi.IntParameter(default=0, description="images in one pass; 0: 8 on a GPU, 4 on a CPU")
 
 
 class train(Section):

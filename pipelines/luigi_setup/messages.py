@@ -68,8 +68,7 @@ def _explanation(error: BaseException | None) -> str | None:
         return str(explained)
     if isinstance(error, TaskException) or str(error).startswith("Unfulfilled dependenc"):
         return (
-            f"{error} What a stage had made is not there: another build with other settings writes into the same "
-            "folders, somebody removes files, or of several machines one has other code, libraries or another store. "
-            "Run again when that is over"
+            f"{error} A required stage output is missing. Check for a build with other settings that writes into the "
+            "same folders, for deleted files, and for machines with other code, libraries or another store, then rerun"
         )
     return None

@@ -51,7 +51,7 @@ class Run:
         files, copies = self.store.files, self.store.home / COPIES
         if not is_url(self.store.root):
             return files.fetch(self.name(name), copies)
-        # Of a run that is being made anew, the provenance that is there may speak of other contents.
+        # While a run is rebuilt, the provenance that is there may describe other contents.
         known = known_whole.get(self, {}).get("files", {}).get(name)
         if known is None:
             return files.fetch(self.name(name), copies / files.version(self.name(name)))
@@ -154,7 +154,7 @@ class Run:
         self.store.files.remove([self.name(name) for name in self.files().keys() - names])
 
     def commit(self, packs: Iterable[str], provenance: Mapping[str, Any]) -> None:
-        """Declare the run done: name its files and packs, then what it was made of.
+        """Declare the run done: write its provenance, with the names of its files and packs.
 
         Files that only earlier formats have are removed at the end.
 

@@ -15,7 +15,7 @@ MAX_LIST_BYTES = 2**30
 
 
 class Entry(NamedTuple):
-    """A file of an export: what it was made from, and its SHA-256."""
+    """A file of an export: the fingerprint of its inputs, and its SHA-256."""
 
     made_from: str
     digest: str

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 FITTING_BATCH = {"cuda": 8, "cpu": 4}
-"""Images in one pass, by device: a processor gains nothing from more, and its caches lose."""
+"""Images in one pass, by device: a CPU gains nothing from more, and its caches lose."""
 
 
 class FileSource(NamedTuple):

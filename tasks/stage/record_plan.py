@@ -1,4 +1,4 @@
-"""Which records of a stage still have to be worked on, and in the end what became of each."""
+"""Which records of a stage still need an artifact, and the result of each record."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _Work(NamedTuple):
 
 
 class RecordPlan:
-    """Which records are still to be worked on, and in the end what became of each.
+    """Which records still need an artifact, and the result of each record.
 
     Records may be millions, so what is known of them is kept in columns, and their sources are found again when
     their turn comes.
@@ -97,7 +97,7 @@ class RecordPlan:
         """Records without a known result, in packs.
 
         A stretch of the index that is missing as a whole becomes one pack, so that an interrupted build,
-        continued, makes the packs of an undisturbed one. Scattered records are gathered.
+        continued, makes the packs of an uninterrupted one. Scattered records are gathered.
         """
         scattered: list[_Work] = []
         start = count = 0

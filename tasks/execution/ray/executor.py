@@ -37,7 +37,7 @@ LOSSES = 10
 def run_batches(
     function: Callable[[Job], Result], batches: Iterable[Job], cluster: Cluster, workers: int
 ) -> Iterator[Result]:
-    """Results of ``function`` for each batch, in order of completion, made by tasks with one processor each.
+    """Results of ``function`` for each batch, in order of completion, made by tasks with one CPU core each.
 
     Like ``tasks.execution.executor.run_jobs``, but that a lost worker or node costs no more than time.
 
@@ -130,7 +130,7 @@ class _Tasks(Generic[Job, Result]):
 
         room = self._workers or _processors() * (1 + JOBS_WAITING_PER_WORKER)
         for batch in itertools.islice(self._batches, max(room - len(self._running), 0)):
-            # In a list: for a task that takes an object itself, Ray asks for a worker anew.
+            # In a list: for a task that takes an object itself, Ray asks for another worker.
             self._running.add(self._call([ray.put(batch)], self._where))
         return bool(self._running)
 

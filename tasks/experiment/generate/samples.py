@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spctrl.inference.methods import Method
 
 IMAGES_PER_PACK = 8
-"""What a killed run may lose: an image takes seconds on a GPU and minutes on a processor."""
+"""What a killed run may lose: an image takes seconds on a GPU and minutes on a CPU."""
 
 
 class MethodStage(DatasetStage):

@@ -35,11 +35,11 @@ from spctrl.data.images import open_rgb  # noqa: E402
 from spctrl.data.index import write_index  # noqa: E402
 from spctrl.data.records import Record, RecordError, records_from_table  # noqa: E402
 from spctrl.errors import ExpectedError  # noqa: E402
+from spctrl.losses.heatmaps import crop_heatmaps, heatmap_targets  # noqa: E402
 from spctrl.store.artifacts import StoredArtifacts  # noqa: E402
 from spctrl.store.store import Store  # noqa: E402
 from spctrl.training import SpCtrlDataset  # noqa: E402
 from spctrl.training.dataset import _decoded, _pixel_crop  # noqa: E402
-from spctrl.training.heatmaps import crop_heatmaps, heatmap_targets  # noqa: E402
 
 R, K = 64, 17
 NEAREST = transforms.InterpolationMode.NEAREST

@@ -29,6 +29,7 @@ from spctrl.data.images import equal_channels, open_rgb, opened_image
 from spctrl.data.records import Record, RecordError, records_from_table
 from spctrl.errors import ExpectedError
 from spctrl.io.parquet import TableError, open_table
+from spctrl.losses.heatmaps import HeatmapType, heatmap_targets
 from spctrl.paths import refuse_unsafe_paths
 from spctrl.prompts import (
     Subject,
@@ -42,7 +43,6 @@ from spctrl.prompts import (
     tokenize,
 )
 from spctrl.store.artifacts import StoredArtifacts, missing_artifacts
-from spctrl.training.heatmaps import HeatmapType, heatmap_targets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

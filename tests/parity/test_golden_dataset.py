@@ -21,9 +21,9 @@ transformers = pytest.importorskip("transformers")
 
 from spctrl.data.datasets import AP10K  # noqa: E402
 from spctrl.data.records import RECORD_SCHEMA  # noqa: E402
+from spctrl.losses.heatmaps import crop_heatmaps  # noqa: E402
 from spctrl.prompts import Prompt, build_prompt, load_templates, subjects_from_table, tokenize  # noqa: E402
 from spctrl.training import SpCtrlDataset  # noqa: E402
-from spctrl.training.heatmaps import crop_heatmaps  # noqa: E402
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "golden" / "dataset"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"needs the golden files in {GOLDEN}")
